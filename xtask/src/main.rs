@@ -1,2 +1,56 @@
-//! See ARCHITECTURE.md.
-fn main() {}
+//! The house's own tools: `cargo xtask VERB`, one file a verb.
+//!
+//! xtask depends on none of our crates. It builds them, picks a kernel that has what they need
+//! (`vm`) and runs a binary of the package `tests` in it. Exit codes: 0 done, 1 failed,
+//! 2 wrong use; `vm` passes on the code of the command it ran.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod ebpf;
+mod house;
+mod vm;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "The house's own tools")]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Build the eBPF programs and write the committed object
+    Ebpf {
+        /// Rebuild and compare with the committed object; change nothing
+        #[arg(long)]
+        check: bool,
+    },
+    /// Run a command as root in a throw-away kernel that has WireGuard
+    Vm(vm::Args),
+    /// (internal) the process that starts a guest, watches it and cleans up after it
+    #[command(name = "__guard", hide = true)]
+    Guard,
+    /// (internal) becomes the guest's process
+    #[command(name = "__launch", hide = true)]
+    Launch(vm::guard::LaunchArgs),
+}
+
+fn main() -> ExitCode {
+    // clap itself leaves with 2 on wrong use and 0 on --help.
+    let cli = Cli::parse();
+    let outcome = match cli.verb {
+        Verb::Ebpf { check } => ebpf::run(check).map(|()| 0),
+        Verb::Vm(args) => vm::run_verb(args),
+        Verb::Guard => vm::guard::guard(),
+        Verb::Launch(args) => vm::guard::launch(&args),
+    };
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! `cargo xtask vm -- CMD`: runs CMD as root in a throw-away kernel that has WireGuard.
+//!
+//! The guest sees the host's root file system with every change thrown away, the checkout at its
+//! own path, and a results folder (`WEIR_RESULTS`) that is written through. Output is streamed
+//! byte for byte, the exit code is passed on; 124 means timed out, 125 that the guest died.
+//!
+//! Four ways to such a kernel, the first possible one is taken: the `host`'s own (namespaces),
+//! a stock kernel under real `kvm`, User Mode Linux (`uml`), and emulation (`tcg`).
+//! How it hangs together: this process resolves a [`Job`] (all that takes time or may fail is
+//! done here, with words) and hands it to a *guard*, a process of its own session that starts
+//! the guest, watches it, and removes every trace. The guard lives on a pipe whose other end
+//! only we hold: whatever way we die, SIGKILL included, it sees the end of that pipe.
+
+use std::collections::BTreeMap;
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+
+use crate::house;
+
+pub mod guard;
+mod guest;
+mod uml;
+
+/// Exit code of a guest that was stopped because its time was over.
+pub const TIMED_OUT: u8 = 124;
+/// Exit code of a guest that died without saying how its command ended.
+pub const DIED: u8 = 125;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Which kernel; without it the first possible of host, kvm, uml, tcg
+    #[arg(long, value_enum)]
+    backend: Option<Backend>,
+    /// Stop the guest after this many seconds (exit code 124)
+    #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+    timeout: u64,
+    /// Processors of a kvm or tcg guest (uml has one)
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    cpus: u32,
+    /// Memory of the guest
+    #[arg(long, default_value_t = 2048, value_name = "MIB")]
+    mem: u32,
+    /// Write changes under this folder through to the host (may be repeated)
+    #[arg(long, value_name = "DIR")]
+    rw: Vec<PathBuf>,
+    /// Set a variable for the command (may be repeated)
+    #[arg(long, value_name = "NAME=VALUE")]
+    env: Vec<String>,
+    /// Give the command this terminal
+    #[arg(long)]
+    tty: bool,
+    /// Show the guest kernel's log on stderr
+    #[arg(long, short)]
+    verbose: bool,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "CMD")]
+    command: Vec<String>,
+}
+
+/// The four ways to a kernel with WireGuard.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Backend {
+    /// The host's own kernel, in namespaces
+    Host,
+    /// A stock kernel in QEMU on real KVM
+    Kvm,
+    /// User Mode Linux
+    Uml,
+    /// A stock kernel in QEMU, emulated
+    Tcg,
+}
+
+/// A kernel that is ready to be started.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Machine {
+    /// User Mode Linux: a kernel that is a program.
+    Uml { kernel: PathBuf },
+}
+
+/// All that a guard needs to know to run one command in one guest.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Job {
+    pub machine: Machine,
+    pub command: Vec<String>,
+    pub cwd: PathBuf,
+    pub env: BTreeMap<String, String>,
+    /// Folders that are written through to the host.
+    pub rw: Vec<PathBuf>,
+    pub timeout: Duration,
+    pub cpus: u32,
+    pub mem_mib: u32,
+    /// The terminal to give to the command, by a path that the guard can open.
+    pub tty: Option<PathBuf>,
+    pub verbose: bool,
+}
+
+impl Job {
+    /// A job with the defaults of the command line, in the current folder.
+    pub fn new(machine: Machine, command: Vec<String>) -> anyhow::Result<Job> {
+        let results = house::results()?;
+        let mut env = inherited_env();
+        env.insert("WEIR_RESULTS".into(), results.to_string_lossy().into_owned());
+        Ok(Job {
+            machine,
+            command,
+            cwd: std::env::current_dir().context("the current folder is gone")?,
+            env,
+            rw: vec![results],
+            timeout: Duration::from_secs(600),
+            cpus: 2,
+            mem_mib: 2048,
+            tty: None,
+            verbose: false,
+        })
+    }
+
+    /// Starts the guest. It dies with this process, and when the returned value is dropped.
+    pub fn start(&self, stdout: Stdio, stderr: Stdio) -> anyhow::Result<Guest> {
+        let mut guard = Command::new("/proc/self/exe")
+            .arg("__guard")
+            .stdin(Stdio::piped())
+            .stdout(stdout)
+            .stderr(stderr)
+            .spawn()
+            .context("cannot start the guard process")?;
+        let mut lifeline = guard.stdin.take().context("the guard has no lifeline")?;
+        let mut line = serde_json::to_string(self)?;
+        line.push('\n');
+        lifeline.write_all(line.as_bytes()).context("the guard died at once")?;
+        Ok(Guest { guard, lifeline: Some(lifeline) })
+    }
+}
+
+/// A running guest.
+pub struct Guest {
+    pub guard: Child,
+    lifeline: Option<ChildStdin>,
+}
+
+impl Guest {
+    /// Waits for the command to end and returns its exit code.
+    pub fn wait(mut self) -> anyhow::Result<u8> {
+        let status = self.guard.wait()?;
+        Ok(status.code().map_or(DIED, |code| code as u8))
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        drop(self.lifeline.take());
+        // Nothing is left to be told if the guard cannot be waited for.
+        let _ = self.guard.wait();
+    }
+}
+
+pub fn run_verb(args: Args) -> anyhow::Result<u8> {
+    let machine = pick(args.backend)?;
+    let mut job = Job::new(machine, args.command)?;
+    for pair in args.env {
+        let (name, value) = pair
+            .split_once('=')
+            .with_context(|| format!("--env {pair}: expected NAME=VALUE, as in --env SEED=7"))?;
+        job.env.insert(name.into(), value.into());
+    }
+    for folder in args.rw {
+        let full = folder
+            .canonicalize()
+            .with_context(|| format!("--rw {}: no such folder", folder.display()))?;
+        job.rw.push(full);
+    }
+    job.timeout = Duration::from_secs(args.timeout);
+    job.cpus = args.cpus;
+    job.mem_mib = args.mem;
+    job.verbose = args.verbose;
+    if args.tty {
+        job.tty = Some(terminal()?);
+    }
+    job.start(Stdio::inherit(), Stdio::inherit())?.wait()
+}
+
+/// Finds a kernel with WireGuard and says on stderr which one and why.
+pub fn pick(wanted: Option<Backend>) -> anyhow::Result<Machine> {
+    match wanted {
+        None | Some(Backend::Uml) => {}
+        Some(other) => anyhow::bail!("backend {other:?} is not built yet"),
+    }
+    uml::machine()
+}
+
+/// The terminal on our stdin, by a path that another process can open.
+pub fn terminal() -> anyhow::Result<PathBuf> {
+    anyhow::ensure!(std::io::stdin().is_terminal(), "stdin is no terminal to give to the command");
+    Ok(PathBuf::from(format!("/proc/{}/fd/0", std::process::id())))
+}
+
+/// What the command sees of our environment: only what steers tests and programs of this house.
+fn inherited_env() -> BTreeMap<String, String> {
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut env: BTreeMap<String, String> = std::env::vars()
+        .filter(|(name, _)| {
+            name.starts_with("WEIR_")
+                || matches!(name.as_str(), "RUST_LOG" | "RUST_BACKTRACE" | "SEED" | "TERM")
+        })
+        .collect();
+    env.insert("PATH".into(), format!("/usr/local/sbin:/usr/sbin:/sbin:{path}"));
+    env.insert("HOME".into(), "/root".into());
+    env.insert("USER".into(), "root".into());
+    env
+}

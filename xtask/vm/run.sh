@@ -1,0 +1,30 @@
+# PID 1 in its final root: runs the command, passes its output on, reports its exit code.
+B=/run/vm/busybox
+. /run/vm/vars.sh
+[ -e /proc/sys/kernel/modprobe ] && echo /run/vm/modprobe >/proc/sys/kernel/modprobe
+
+if [ -n "$VM_TTY" ]; then
+    # shellcheck disable=SC2086 # words for stty
+    $B stty -F $VM_CONSOLE $VM_TTY
+    $B setsid -c /run/vm/cmd.sh <>$VM_CONSOLE >&0 2>&0
+    rc=$?
+else
+    # The consoles may be terminals; the command must see pipes.
+    $B mkfifo /run/vm/out /run/vm/err
+    $B cat </run/vm/out >"$VM_OUT" &
+    out=$!
+    $B cat </run/vm/err >"$VM_ERR" &
+    err=$!
+    /run/vm/cmd.sh </dev/null >/run/vm/out 2>/run/vm/err
+    rc=$?
+    # What the command left behind ends here; then nobody writes to the pipes any more.
+    for dir in /proc/[0-9]*; do
+        pid=${dir#/proc/}
+        case $pid in 1 | "$out" | "$err") ;; *) kill -9 "$pid" 2>/dev/null ;; esac
+    done
+    wait "$out" "$err"
+fi
+$B sync
+vm_drain
+vm_exit $rc
+$B sleep 10
