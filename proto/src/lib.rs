@@ -1,1 +1,24 @@
-//! See ARCHITECTURE.md.
+//! What weir's programs say to each other: keys, addresses, netmaps, policy, messages.
+//!
+//! Pure data and pure functions. No I/O, no clock, no async, no randomness; nothing of ours is
+//! imported. Everything here may be fed bytes from the network, so decoders return errors and
+//! never panic.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`key`] | keys with prefixes; secrets that do not print |
+//! | [`id`] | typed ids and the network's generation |
+//! | [`net`] | prefixes, port ranges, protocols |
+//! | [`filter`] | policy compiled for one node, and its reference semantics |
+//! | [`netmap`] | all that one node may know, and deltas of it |
+//! | [`policy`] | the document people write, and its compiler |
+//! | [`control`] | messages between a node and the coordinator |
+#![forbid(unsafe_code)]
+
+pub mod control;
+pub mod filter;
+pub mod id;
+pub mod key;
+pub mod net;
+pub mod netmap;
+pub mod policy;
