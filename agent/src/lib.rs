@@ -1,1 +1,5 @@
 //! See ARCHITECTURE.md.
+
+pub mod config;
+pub mod identity;
+pub mod local;

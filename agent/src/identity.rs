@@ -1,0 +1,170 @@
+//! The node's secrets: the WireGuard key and the machine key.
+//!
+//! Both are made here, on first use, and never leave: whoever needs them gets an operation. The
+//! one exception is netlink, which must be told the WireGuard private key
+//! ([`Identity::with_node_secret`]). The machine key (P-256) signs behind rustls' `SigningKey`, so
+//! that a key in a TPM can take its place without anyone noticing.
+//!
+//! On disk is one file, `identity`, mode 0600, written whole and renamed into place ([`file`]). A
+//! file that cannot be read as what was written is an error that says so; it is never replaced,
+//! because a new identity is a new node and whoever runs this machine must want that.
+
+mod file;
+
+pub use file::FileError;
+
+use proto::control::{EXPORTER_BYTES, KeyProof, ProofContext, prove_node_key};
+use proto::key::{ChallengeKey, KEY_BYTES, MachineId, NodeKey, NodeSecret};
+use rustls::crypto::ring::sign::any_ecdsa_type;
+use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::sign::CertifiedKey;
+use sha2::{Digest, Sha256};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use zeroize::Zeroizing;
+
+/// Name of the file in the state folder.
+pub const FILE_NAME: &str = "identity";
+
+/// This machine's identity. Deliberately without `Debug`, `Clone` and serde.
+pub struct Identity {
+    node: NodeSecret,
+    machine: MachineId,
+    certificate: Arc<CertifiedKey>,
+    path: PathBuf,
+}
+
+/// Why there is no identity.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// The file cannot be read, trusted or written.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The kernel gave no random bytes.
+    #[error("the kernel gave no random bytes for a new key")]
+    Randomness,
+    /// The machine key is not one that TLS can sign with.
+    #[error("the machine key in `{path}` is not a P-256 key that TLS can use")]
+    MachineKey {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+impl Identity {
+    /// The identity kept in `folder`; a new one if none is kept there. The folder is made, mode
+    /// 0700, if it is not there.
+    ///
+    /// # Errors
+    /// [`IdentityError`]; a file that is there is then as it was.
+    pub fn load_or_create(folder: &Path) -> Result<Self, IdentityError> {
+        let path = folder.join(FILE_NAME);
+        let keys = match file::read(&path)? {
+            Some(keys) => keys,
+            None => {
+                let keys = new_keys()?;
+                file::write_new(folder, &path, &keys)?;
+                keys
+            }
+        };
+        Self::from_keys(keys, path)
+    }
+
+    /// Whether `folder` keeps an identity: whether this machine ever was set up.
+    #[must_use]
+    pub fn exists(folder: &Path) -> bool {
+        folder.join(FILE_NAME).exists()
+    }
+
+    fn from_keys(keys: file::Keys, path: PathBuf) -> Result<Self, IdentityError> {
+        let broken = |path: &Path| IdentityError::MachineKey {
+            path: path.to_owned(),
+        };
+        let pkcs8 = PrivatePkcs8KeyDer::from(keys.machine.as_slice());
+        let signing = any_ecdsa_type(&PrivateKeyDer::Pkcs8(pkcs8)).map_err(|_| broken(&path))?;
+        let spki = signing.public_key().ok_or_else(|| broken(&path))?;
+        let machine = MachineId(Sha256::digest(&spki).into());
+        let certificate = self_signed(&keys.machine).map_err(|_| broken(&path))?;
+        Ok(Self {
+            node: NodeSecret::from_bytes(*keys.node),
+            machine,
+            certificate: Arc::new(CertifiedKey::new(vec![certificate], signing)),
+            path,
+        })
+    }
+
+    /// The WireGuard public key.
+    #[must_use]
+    pub fn node_key(&self) -> NodeKey {
+        self.node.public()
+    }
+
+    /// The hash of the machine key: who this node is on a control connection.
+    #[must_use]
+    pub fn machine_id(&self) -> MachineId {
+        self.machine
+    }
+
+    /// Proof, for one TLS connection, that this machine holds the WireGuard private key. `None` if
+    /// the challenge is a low-order point.
+    #[must_use]
+    pub fn prove(
+        &self,
+        challenge: ChallengeKey,
+        exporter: &[u8; EXPORTER_BYTES],
+    ) -> Option<KeyProof> {
+        let context = ProofContext {
+            exporter,
+            machine: self.machine,
+        };
+        prove_node_key(&self.node, challenge, context)
+    }
+
+    /// The self-signed certificate of the machine key and the key that signs for it.
+    #[must_use]
+    pub fn client_certificate(&self) -> Arc<CertifiedKey> {
+        Arc::clone(&self.certificate)
+    }
+
+    /// Lends the WireGuard private key to the one caller that tells it to the kernel.
+    pub fn with_node_secret<T>(&self, tell: impl FnOnce(&[u8; KEY_BYTES]) -> T) -> T {
+        tell(self.node.expose())
+    }
+
+    /// Forgets the identity: the file is overwritten and removed. What is in memory goes when the
+    /// last holder drops it.
+    ///
+    /// # Errors
+    /// [`FileError`] if the file is still there afterwards.
+    pub fn wipe(&self) -> Result<(), FileError> {
+        file::wipe(&self.path)
+    }
+}
+
+fn new_keys() -> Result<file::Keys, IdentityError> {
+    let mut node = Zeroizing::new([0; KEY_BYTES]);
+    getrandom::fill(&mut *node).map_err(|_| IdentityError::Randomness)?;
+    let machine = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)
+        .map_err(|_| IdentityError::Randomness)?;
+    Ok(file::Keys {
+        node,
+        machine: Zeroizing::new(machine.serialize_der()),
+    })
+}
+
+/// A certificate over the machine key. Made anew at each start: nobody looks at more of it than
+/// its key, so there is nothing in it to keep.
+fn self_signed(pkcs8: &[u8]) -> Result<rustls::pki_types::CertificateDer<'static>, rcgen::Error> {
+    let pkcs8 = PrivatePkcs8KeyDer::from(pkcs8);
+    let pair =
+        rcgen::KeyPair::from_pkcs8_der_and_sign_algo(&pkcs8, &rcgen::PKCS_ECDSA_P256_SHA256)?;
+    let mut params = rcgen::CertificateParams::default();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params
+        .distinguished_name
+        .push(rcgen::DnType::CommonName, "weir node");
+    Ok(params.self_signed(&pair)?.der().clone())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,237 @@
+//! The documents that the agent answers with and that `--json` prints.
+//!
+//! Absent values are `null`, never missing; durations are whole seconds (`…_seconds`), sizes bytes
+//! (`…_bytes`). With `--json` each document stands alone with `"version": 1` beside its fields;
+//! lists stand under their name (`{"version":1,"peers":[…]}`).
+
+use proto::filter::Direction;
+use proto::id::{Generation, NodeId};
+use proto::key::NodeKey;
+use proto::net::{Prefix, Protocol};
+use proto::netmap::Owner;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+
+/// `weir status`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Where this machine stands.
+    pub phase: Phase,
+    /// The WireGuard device.
+    pub interface: Interface,
+    /// What this machine is in its network; `null` before it joined.
+    pub node: Option<Node>,
+    /// The conversation with the coordinator.
+    pub coordinator: Coordinator,
+    /// The network's version that is in force here; `null` before the first netmap.
+    pub generation: Option<Generation>,
+    /// The version of the loaded tables; `null` while none are.
+    pub epoch: Option<u32>,
+    /// Enforcement.
+    pub acl: Acl,
+    /// How many peers this node has.
+    pub peers: usize,
+    /// What is wrong, worst first; empty when all is well.
+    pub problems: Vec<Problem>,
+}
+
+impl Status {
+    /// Whether `weir up` is done: the device is up and has an address, and the ACL is attached.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        let Self { interface, acl, .. } = self;
+        interface.up && !interface.addrs.is_empty() && acl.attached
+    }
+}
+
+/// Where a machine stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// It is no node of any network.
+    NotJoined,
+    /// It is a node, and was told to stay down.
+    Down,
+    /// It is on its way up.
+    Starting,
+    /// The device is up with an address, and the ACL is attached.
+    Up,
+}
+
+/// The WireGuard device as the kernel shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// Its name.
+    pub name: String,
+    /// Whether it exists and is up.
+    pub up: bool,
+    /// Its UDP port; `null` while it does not exist.
+    pub listen_port: Option<u16>,
+    /// Its MTU in bytes; `null` while it does not exist.
+    pub mtu: Option<u32>,
+    /// Its addresses.
+    pub addrs: Vec<IpAddr>,
+}
+
+/// What this machine is in its network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    /// Its id.
+    pub id: NodeId,
+    /// Its name in the network.
+    pub name: String,
+    /// Its WireGuard public key.
+    pub key: NodeKey,
+    /// Who it belongs to.
+    pub owner: Owner,
+    /// Its addresses in the network, whether or not they are on the device yet.
+    pub addrs: Vec<IpAddr>,
+    /// The network's name.
+    pub network: String,
+    /// The network's IPv4 prefix.
+    pub v4: Prefix,
+    /// The network's IPv6 prefix.
+    pub v6: Prefix,
+    /// Subnets that it offers.
+    pub advertised_routes: BTreeSet<Prefix>,
+    /// Those of them that the coordinator approved.
+    pub approved_routes: BTreeSet<Prefix>,
+}
+
+/// The conversation with the coordinator.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Coordinator {
+    /// `HOST:PORT`; `null` before a token named one.
+    pub address: Option<String>,
+    /// Whether its stream of netmaps is open.
+    pub connected: bool,
+    /// Why it is not, as a sentence; `null` while it is, or before the first attempt.
+    pub why: Option<String>,
+    /// When the next attempt comes.
+    pub retry_in_seconds: Option<u64>,
+}
+
+/// Whether policy is enforced.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Acl {
+    /// Whether the programs are on the device, in both directions.
+    pub attached: bool,
+    /// How: `tcx` or `clsact`; `null` while they are not attached.
+    pub hook: Option<String>,
+    /// Why they are not attached, as a sentence; `null` where that is nothing unusual.
+    pub why: Option<String>,
+}
+
+/// Something that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// What a program branches on: stable, snake_case (`route_overlap`, `bpffs_hidden`).
+    pub code: String,
+    /// What is wrong, as a sentence.
+    pub message: String,
+    /// What to do, as a sentence.
+    pub next: String,
+}
+
+/// One line of `weir peers`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerStatus {
+    /// Its id.
+    pub id: NodeId,
+    /// Its name.
+    pub name: String,
+    /// Its addresses.
+    pub addrs: Vec<IpAddr>,
+    /// Its WireGuard public key.
+    pub key: NodeKey,
+    /// Who it belongs to.
+    pub owner: Owner,
+    /// Subnets behind it.
+    pub routes: BTreeSet<Prefix>,
+    /// Whether the coordinator has a live connection to it (as far as this node heard).
+    pub online: bool,
+    /// Where the kernel sends its packets now.
+    pub endpoint: Option<SocketAddr>,
+    /// Time since the last WireGuard handshake; `null` if there was none.
+    pub handshake_seconds: Option<u64>,
+    /// Bytes received from it through the tunnel.
+    pub rx_bytes: u64,
+    /// Bytes sent to it through the tunnel.
+    pub tx_bytes: u64,
+}
+
+/// Whom `weir ping` is about to ask.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PingTarget {
+    /// The peer.
+    pub peer: PeerStatus,
+    /// Which of its addresses to ask: the one named, else its first.
+    pub addr: IpAddr,
+    /// What policy says of an echo request from this node to that address.
+    pub policy: Explanation,
+}
+
+/// `weir explain`: what becomes of a first packet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Explanation {
+    /// Who initiates.
+    pub src: End,
+    /// To whom.
+    pub dst: End,
+    /// The protocol.
+    pub protocol: Protocol,
+    /// The destination port; `null` where the protocol has none.
+    pub port: Option<u16>,
+    /// Which way such a packet crosses the device; `null` if it would not.
+    pub direction: Option<Direction>,
+    /// What the programs do with it.
+    pub verdict: Verdict,
+    /// Why it is denied, or why accepted: the name of the counter that it raises.
+    pub reason: String,
+    /// The rule that allows it; `null` when denied.
+    pub rule: Option<RuleRef>,
+    /// The same in sentences: what matched, or what came closest and why it failed.
+    pub sentences: Vec<String>,
+}
+
+/// One end of a flow.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct End {
+    /// Its address.
+    pub addr: IpAddr,
+    /// The name of the node that has the address; `null` if no known node has.
+    pub node: Option<String>,
+}
+
+/// What the programs do with a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// Let it through.
+    Accept,
+    /// Drop it.
+    Deny,
+}
+
+/// A place in the policy file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleRef {
+    /// Which entry of its section, from 0.
+    pub index: u32,
+    /// The line where it starts, from 1.
+    pub line: u32,
+}
+
+/// One line of `weir counters`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Counter {
+    /// Which way.
+    pub direction: Direction,
+    /// What became of the packets.
+    pub verdict: Verdict,
+    /// Why: stable, snake_case.
+    pub reason: String,
+    /// How many packets, since the programs were loaded.
+    pub packets: u64,
+}
