@@ -13,7 +13,11 @@ mod house;
 mod vm;
 
 #[derive(Parser)]
-#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "The house's own tools")]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    about = "The house's own tools"
+)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,

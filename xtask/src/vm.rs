@@ -104,7 +104,10 @@ impl Job {
     pub fn new(machine: Machine, command: Vec<String>) -> anyhow::Result<Job> {
         let results = house::results()?;
         let mut env = inherited_env();
-        env.insert("WEIR_RESULTS".into(), results.to_string_lossy().into_owned());
+        env.insert(
+            "WEIR_RESULTS".into(),
+            results.to_string_lossy().into_owned(),
+        );
         Ok(Job {
             machine,
             command,
@@ -131,8 +134,13 @@ impl Job {
         let mut lifeline = guard.stdin.take().context("the guard has no lifeline")?;
         let mut line = serde_json::to_string(self)?;
         line.push('\n');
-        lifeline.write_all(line.as_bytes()).context("the guard died at once")?;
-        Ok(Guest { guard, lifeline: Some(lifeline) })
+        lifeline
+            .write_all(line.as_bytes())
+            .context("the guard died at once")?;
+        Ok(Guest {
+            guard,
+            lifeline: Some(lifeline),
+        })
     }
 }
 
@@ -194,7 +202,10 @@ pub fn pick(wanted: Option<Backend>) -> anyhow::Result<Machine> {
 
 /// The terminal on our stdin, by a path that another process can open.
 pub fn terminal() -> anyhow::Result<PathBuf> {
-    anyhow::ensure!(std::io::stdin().is_terminal(), "stdin is no terminal to give to the command");
+    anyhow::ensure!(
+        std::io::stdin().is_terminal(),
+        "stdin is no terminal to give to the command"
+    );
     Ok(PathBuf::from(format!("/proc/{}/fd/0", std::process::id())))
 }
 
@@ -204,10 +215,16 @@ fn inherited_env() -> BTreeMap<String, String> {
     let mut env: BTreeMap<String, String> = std::env::vars()
         .filter(|(name, _)| {
             name.starts_with("WEIR_")
-                || matches!(name.as_str(), "RUST_LOG" | "RUST_BACKTRACE" | "SEED" | "TERM")
+                || matches!(
+                    name.as_str(),
+                    "RUST_LOG" | "RUST_BACKTRACE" | "SEED" | "TERM"
+                )
         })
         .collect();
-    env.insert("PATH".into(), format!("/usr/local/sbin:/usr/sbin:/sbin:{path}"));
+    env.insert(
+        "PATH".into(),
+        format!("/usr/local/sbin:/usr/sbin:/sbin:{path}"),
+    );
     env.insert("HOME".into(), "/root".into());
     env.insert("USER".into(), "root".into());
     env

@@ -18,7 +18,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 
 use anyhow::Context;
@@ -65,11 +65,18 @@ pub fn guard() -> anyhow::Result<u8> {
         .spawn()
         .context("cannot start the guest")?;
     let group = Pid::from_child(&guest);
+    let (ends, first) = mpsc::channel();
     let copies = [
-        guest.stdout.take().map(|from| copy(from, std::io::stdout())),
-        guest.stderr.take().map(|from| copy(from, std::io::stderr())),
+        guest
+            .stdout
+            .take()
+            .map(|from| copy(from, std::io::stdout(), ends.clone())),
+        guest
+            .stderr
+            .take()
+            .map(|from| copy(from, std::io::stderr(), ends.clone())),
     ];
-    let end = watch(guest, &job);
+    let end = watch(guest, &job, ends, &first);
     // A UML kernel is a family of processes; however it ended, all of them go.
     let _ = rustix::process::kill_process_group(group, Signal::KILL);
     if !matches!(end, End::Abandoned) {
@@ -88,9 +95,8 @@ enum End {
 }
 
 /// Waits for the first of: the guest ends, its time is over, nobody waits for it.
-fn watch(mut guest: Child, job: &Job) -> End {
+fn watch(mut guest: Child, job: &Job, ends: Sender<End>, first: &Receiver<End>) -> End {
     let group = Pid::from_child(&guest);
-    let (ends, first) = mpsc::channel();
     let abandoned = ends.clone();
     std::thread::spawn(move || {
         let mut byte = [0];
@@ -145,12 +151,22 @@ fn show_tail(log: &Path) {
     }
 }
 
-/// Copies a stream until it ends, at once and unchanged.
-fn copy(mut from: impl Read + Send + 'static, mut to: impl Write + Send + 'static) -> JoinHandle<()> {
+/// Copies a stream until it ends, at once and unchanged. A reader that went away abandons the
+/// guest, as it would end any program that writes to it.
+fn copy(
+    mut from: impl Read + Send + 'static,
+    mut to: impl Write + Send + 'static,
+    ends: Sender<End>,
+) -> JoinHandle<()> {
     std::thread::spawn(move || {
         let mut buffer = vec![0; 64 << 10];
         while let Ok(length @ 1..) = from.read(&mut buffer) {
-            if to.write_all(&buffer[..length]).and_then(|()| to.flush()).is_err() {
+            if to
+                .write_all(&buffer[..length])
+                .and_then(|()| to.flush())
+                .is_err()
+            {
+                let _ = ends.send(End::Abandoned);
                 break;
             }
         }
@@ -166,14 +182,20 @@ fn launch_command(
     let Machine::Uml { kernel } = &job.machine;
     let argv = uml::argv(job, kernel, folder);
     let mut command = Command::new("/proc/self/exe");
-    command.arg("__launch").arg("--log").arg(folder.kernel_log());
+    command
+        .arg("__launch")
+        .arg("--log")
+        .arg(folder.kernel_log());
     command.arg("--guard").arg(std::process::id().to_string());
     if let Some(cpu) = cpu {
         command.arg("--cpu").arg(cpu.to_string());
     }
     command.arg("--").args(argv);
     command.env("TMPDIR", uml::memory_folder(job.mem_mib));
-    command.process_group(0).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .process_group(0)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     command.stdin(match terminal {
         Some(terminal) => Stdio::from(terminal.file.try_clone()?),
         None => Stdio::null(),
@@ -193,13 +215,19 @@ pub fn launch(args: &LaunchArgs) -> anyhow::Result<u8> {
     }
     // `dup` gives descriptors that stay open across exec, on purpose.
     let stdin = rustix::io::dup(std::io::stdin())?.into_raw_fd().to_string();
-    let stdout = rustix::io::dup(std::io::stdout())?.into_raw_fd().to_string();
-    let stderr = rustix::io::dup(std::io::stderr())?.into_raw_fd().to_string();
+    let stdout = rustix::io::dup(std::io::stdout())?
+        .into_raw_fd()
+        .to_string();
+    let stderr = rustix::io::dup(std::io::stderr())?
+        .into_raw_fd()
+        .to_string();
     let argv: Vec<String> = args
         .argv
         .iter()
         .map(|word| {
-            word.replace("{in}", &stdin).replace("{out}", &stdout).replace("{err}", &stderr)
+            word.replace("{in}", &stdin)
+                .replace("{out}", &stdout)
+                .replace("{err}", &stderr)
         })
         .collect();
     let log = OpenOptions::new().append(true).open(&args.log)?;
@@ -225,18 +253,27 @@ impl Processor {
     fn take(machine: &Machine) -> anyhow::Result<Processor> {
         let Machine::Uml { .. } = machine;
         let allowed = rustix::thread::sched_getaffinity(None)?;
-        let usable: Vec<usize> =
-            (0..rustix::thread::CpuSet::MAX_CPU).filter(|&cpu| allowed.is_set(cpu)).collect();
+        let usable: Vec<usize> = (0..rustix::thread::CpuSet::MAX_CPU)
+            .filter(|&cpu| allowed.is_set(cpu))
+            .collect();
         let cache = house::cache()?;
         for &cpu in &usable {
             let lock = File::create(cache.join(format!("cpu{cpu}.lock")))?;
             let exclusive = rustix::fs::FlockOperation::NonBlockingLockExclusive;
             if rustix::fs::flock(&lock, exclusive).is_ok() {
-                return Ok(Processor { number: Some(cpu), _lock: Some(lock) });
+                return Ok(Processor {
+                    number: Some(cpu),
+                    _lock: Some(lock),
+                });
             }
         }
-        let shared = usable.get(std::process::id() as usize % usable.len().max(1)).copied();
-        Ok(Processor { number: shared, _lock: None })
+        let shared = usable
+            .get(std::process::id() as usize % usable.len().max(1))
+            .copied();
+        Ok(Processor {
+            number: shared,
+            _lock: None,
+        })
     }
 }
 

@@ -43,7 +43,11 @@ impl Folder {
 
     /// What the command returned; nothing when the guest did not come so far.
     pub fn exit_code(&self) -> Option<u8> {
-        fs::read_to_string(self.path.join("io/rc")).ok()?.trim().parse().ok()
+        fs::read_to_string(self.path.join("io/rc"))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
     }
 
     fn write(&self, job: &Job) -> anyhow::Result<()> {
@@ -68,7 +72,11 @@ impl Folder {
         self.script("root.sh", include_str!("../../vm/root.sh"))?;
         self.script("run.sh", include_str!("../../vm/run.sh"))?;
         self.script("cmd.sh", &command_script(job))?;
-        let rw: String = job.rw.iter().map(|dir| format!("{}\n", dir.display())).collect();
+        let rw: String = job
+            .rw
+            .iter()
+            .map(|dir| format!("{}\n", dir.display()))
+            .collect();
         fs::write(self.path.join("rw.list"), rw)?;
         Ok(())
     }
@@ -90,12 +98,16 @@ impl Drop for Folder {
 
 /// Removes folders of guards that were killed before they could.
 fn sweep(temp: &Path) {
-    let Ok(entries) = fs::read_dir(temp) else { return };
+    let Ok(entries) = fs::read_dir(temp) else {
+        return;
+    };
     for entry in entries.flatten() {
         if !entry.file_name().to_string_lossy().starts_with(PREFIX) {
             continue;
         }
-        let Ok(lock) = fs::File::open(entry.path().join("lock")) else { continue };
+        let Ok(lock) = fs::File::open(entry.path().join("lock")) else {
+            continue;
+        };
         let free = rustix::fs::FlockOperation::NonBlockingLockExclusive;
         if rustix::fs::flock(&lock, free).is_ok() {
             // Another user's folder stays; it is not ours to remove.
@@ -126,8 +138,12 @@ fn command_script(job: &Job) -> String {
 
 /// `stty` words for the guest's side of our terminal, empty without one.
 fn tty_settings(job: &Job) -> String {
-    let Some(tty) = &job.tty else { return String::new() };
-    let size = fs::File::open(tty).ok().and_then(|tty| rustix::termios::tcgetwinsize(tty).ok());
+    let Some(tty) = &job.tty else {
+        return String::new();
+    };
+    let size = fs::File::open(tty)
+        .ok()
+        .and_then(|tty| rustix::termios::tcgetwinsize(tty).ok());
     match size {
         Some(size) if size.ws_row > 0 => format!("sane rows {} cols {}", size.ws_row, size.ws_col),
         _ => "sane rows 24 cols 80".into(),

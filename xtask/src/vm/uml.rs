@@ -11,7 +11,11 @@ use super::{Job, Machine};
 pub fn machine() -> anyhow::Result<Machine> {
     let given = std::env::var_os("WEIR_UML").context("WEIR_UML is not set")?;
     let kernel = PathBuf::from(given);
-    anyhow::ensure!(kernel.is_file(), "WEIR_UML={}: no such file", kernel.display());
+    anyhow::ensure!(
+        kernel.is_file(),
+        "WEIR_UML={}: no such file",
+        kernel.display()
+    );
     Ok(Machine::Uml { kernel })
 }
 
@@ -36,7 +40,9 @@ pub fn argv(job: &Job, kernel: &std::path::Path, folder: &Folder) -> Vec<String>
         "stderr=0".into(),
         "umid=guest".into(),
         format!("uml_dir={work}/"),
+        // A guest that restarts would run its command again: let it end.
         "panic=-1".into(),
+        "noreboot".into(),
         "random.trust_cpu=1".into(),
     ];
     if !job.verbose {
