@@ -1,0 +1,201 @@
+//! A topology, made of network namespaces, and gone again at its end.
+//!
+//! All switches are bridges in one namespace, the fabric; every host has a namespace of its own
+//! and a veth pair to each of its switches. Nothing is made in the namespace that the lab was
+//! started in.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::Context;
+
+use crate::evidence;
+use crate::host::Host;
+use crate::process;
+use crate::topology::{HostPlan, Topology};
+
+/// How long making or removing all namespaces of a lab may take.
+const BUILD_BOUND: Duration = Duration::from_secs(60);
+
+/// A living topology. Call [`Lab::passed`] at the end of a test: a lab that goes without leaves
+/// its evidence in the results folder.
+pub struct Lab {
+    /// What it is called: the test's name.
+    pub name: String,
+    /// The files of this lab; a folder for each host.
+    pub folder: PathBuf,
+    hosts: BTreeMap<String, Arc<Host>>,
+    /// Start of the names of its namespaces: no two labs on a machine share one.
+    prefix: String,
+    /// Keeps the folder until the lab is gone.
+    _folder: tempfile::TempDir,
+    passed: bool,
+}
+
+impl Lab {
+    /// Makes a topology, with a capture running on every host.
+    ///
+    /// # Errors
+    /// If we are not root, or a tool that it needs is missing.
+    pub fn new(name: &str, topology: &Topology) -> anyhow::Result<Self> {
+        static LABS: AtomicU32 = AtomicU32::new(0);
+        let number = LABS.fetch_add(1, Ordering::Relaxed);
+        let prefix = format!("weir{}-{number}", std::process::id());
+        let folder = tempfile::Builder::new().prefix("weir-lab-").tempdir()?;
+        let mut lab = Self {
+            name: name.to_owned(),
+            folder: folder.path().to_owned(),
+            hosts: BTreeMap::new(),
+            prefix,
+            _folder: folder,
+            passed: false,
+        };
+        lab.build(topology)
+            .with_context(|| format!("cannot build the lab {name}"))?;
+        Ok(lab)
+    }
+
+    /// The host of that name.
+    ///
+    /// # Panics
+    /// If the topology has none.
+    #[must_use]
+    pub fn host(&self, name: &str) -> Arc<Host> {
+        let found = self.hosts.get(name);
+        Arc::clone(found.unwrap_or_else(|| panic!("no host {name} in this topology")))
+    }
+
+    /// All hosts, by name.
+    #[must_use]
+    pub fn hosts(&self) -> &BTreeMap<String, Arc<Host>> {
+        &self.hosts
+    }
+
+    /// Unplugs a host from its first switch, or plugs it in again.
+    ///
+    /// # Errors
+    /// If the cable is not there.
+    pub fn plug(&self, host: &str, plugged: bool) -> anyhow::Result<()> {
+        let state = if plugged { "up" } else { "down" };
+        let fabric = self.netns("fabric");
+        batch(
+            Some(&fabric),
+            &format!("link set {} {state}\n", port(host, 0)),
+        )
+    }
+
+    /// Ends the lab without evidence: all went well.
+    pub fn passed(mut self) {
+        self.passed = true;
+    }
+
+    fn netns(&self, name: &str) -> String {
+        format!("{}-{name}", self.prefix)
+    }
+
+    fn build(&mut self, topology: &Topology) -> anyhow::Result<()> {
+        let fabric = self.netns("fabric");
+        let mut outside = format!("netns add {fabric}\n");
+        let mut switches = String::new();
+        for switch in &topology.switches {
+            // No learning delay, no querier: a switch as dumb as a cable.
+            writeln!(
+                switches,
+                "link add {switch} type bridge forward_delay 0 mcast_snooping 0"
+            )?;
+            writeln!(switches, "link set {switch} up")?;
+        }
+        for plan in &topology.hosts {
+            writeln!(outside, "netns add {}", self.netns(&plan.name))?;
+            for (number, (switch, _)) in plan.links.iter().enumerate() {
+                let (netns, port) = (self.netns(&plan.name), port(&plan.name, number));
+                writeln!(
+                    outside,
+                    "link add eth{number} netns {netns} type veth peer name {port} netns {fabric}"
+                )?;
+                writeln!(switches, "link set {port} master {switch} up")?;
+            }
+        }
+        batch(None, &outside)?;
+        batch(Some(&fabric), &switches)?;
+        for plan in &topology.hosts {
+            let netns = self.netns(&plan.name);
+            batch(Some(&netns), &configuration(plan)?)?;
+            let host = Host::new(plan, &netns, self.folder.join(&plan.name))?;
+            self.hosts.insert(plan.name.clone(), Arc::new(host));
+        }
+        Ok(())
+    }
+
+    fn remove(&self) -> anyhow::Result<()> {
+        for host in self.hosts.values() {
+            host.end();
+        }
+        let mut names = String::new();
+        for entry in std::fs::read_dir("/run/netns")? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if name.starts_with(&format!("{}-", self.prefix)) {
+                writeln!(names, "netns del {name}")?;
+            }
+        }
+        batch(None, &names)
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if !self.passed {
+            match evidence::collect(self) {
+                Ok(folder) => eprintln!("evidence of {}: {}", self.name, folder.display()),
+                Err(error) => eprintln!("no evidence of {}: {error:#}", self.name),
+            }
+        }
+        if let Err(error) = self.remove() {
+            eprintln!("the lab {} left something behind: {error:#}", self.name);
+        }
+    }
+}
+
+/// The switch's end of a host's cable.
+fn port(host: &str, number: usize) -> String {
+    format!("{host}.{number}")
+}
+
+/// What a host's namespace needs: addresses and routes. No duplicate address detection: it would
+/// hold every IPv6 address back for a second.
+fn configuration(plan: &HostPlan) -> anyhow::Result<String> {
+    let mut lines = String::from("link set lo up\n");
+    for (number, (_, addrs)) in plan.links.iter().enumerate() {
+        for addr in addrs {
+            let nodad = if addr.contains(':') { " nodad" } else { "" };
+            writeln!(lines, "addr add {addr} dev eth{number}{nodad}")?;
+        }
+        writeln!(lines, "link set eth{number} up")?;
+    }
+    for (prefix, gateway) in &plan.routes {
+        writeln!(lines, "route add {prefix} via {gateway}")?;
+    }
+    Ok(lines)
+}
+
+/// Runs several `ip` commands in one process, in a namespace or in the one we are in.
+fn batch(netns: Option<&str>, lines: &str) -> anyhow::Result<()> {
+    let mut command = Command::new("ip");
+    if let Some(netns) = netns {
+        command.args(["-n", netns]);
+    }
+    command.args(["-batch", "-"]);
+    process::run(&mut command, lines, BUILD_BOUND)?.success()?;
+    Ok(())
+}
+
+/// The folder for what outlives a lab: the variable `WEIR_RESULTS`, else `results` here.
+#[must_use]
+pub fn results() -> PathBuf {
+    std::env::var_os("WEIR_RESULTS").map_or_else(|| Path::new("results").to_owned(), PathBuf::from)
+}
