@@ -13,12 +13,17 @@
 //! (`SO_PEERCRED`), each time, per verb. No answer carries a secret; a join token is the only
 //! secret that a request may carry, and it does not print.
 //!
-//! This module knows the types, the server ([`serve`]) and the client ([`ask`]). It decides
+//! This module knows the types, the server ([`Server`]) and the client ([`ask`]). It decides
 //! nothing: a permitted request goes as a [`Call`] to the daemon, which answers it in its own time.
 //!
 //! Version 1 is stable: fields are only ever added. [`report`] documents every document.
 
+mod client;
 pub mod report;
+mod server;
+
+pub use client::{AskError, ask};
+pub use server::{BindError, Server};
 
 use proto::control::{JoinToken, ParseTokenError};
 use proto::net::{Prefix, Protocol};
@@ -30,6 +35,11 @@ use zeroize::Zeroizing;
 
 /// The version of this API and of the documents that `--json` prints.
 pub const VERSION: u32 = 1;
+
+/// Longest request, in bytes: the most routes that a node may serve, and the rest.
+pub const MAX_REQUEST_BYTES: usize = 128 << 10;
+/// Longest answer that the client takes, in bytes: the status of the most peers.
+pub const MAX_RESPONSE_BYTES: u64 = 256 << 20;
 
 /// One request, as it stands on the socket.
 #[derive(Serialize, Deserialize)]
