@@ -19,6 +19,9 @@ use crate::host::Host;
 use crate::process;
 use crate::topology::{HostPlan, Topology};
 
+/// Every packet of every interface of a host, its tunnel too: heads only, and no more than 64 MB.
+const CAPTURE: &str = "tcpdump -i any -n -U -s 128 -C 64 -W 1 -Z root -w capture.pcap";
+
 /// How long making or removing all namespaces of a lab may take.
 const BUILD_BOUND: Duration = Duration::from_secs(60);
 
@@ -43,6 +46,18 @@ impl Lab {
     /// # Errors
     /// If we are not root, or a tool that it needs is missing.
     pub fn new(name: &str, topology: &Topology) -> anyhow::Result<Self> {
+        let lab = Self::without_captures(name, topology)?;
+        for host in lab.hosts.values() {
+            host.start("capture", CAPTURE)?;
+        }
+        Ok(lab)
+    }
+
+    /// Makes a topology; nothing listens in.
+    ///
+    /// # Errors
+    /// If we are not root, or a tool that it needs is missing.
+    pub fn without_captures(name: &str, topology: &Topology) -> anyhow::Result<Self> {
         static LABS: AtomicU32 = AtomicU32::new(0);
         let number = LABS.fetch_add(1, Ordering::Relaxed);
         let prefix = format!("weir{}-{number}", std::process::id());

@@ -8,6 +8,8 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, Protocol, SocketFlags, SocketType, ipproto};
@@ -296,38 +298,48 @@ fn echo(mut stream: TcpStream) {
     let _closed = stream.shutdown(Shutdown::Both);
 }
 
-/// A UDP echo service; ends when dropped.
+/// A UDP echo service; has left its port when it is dropped.
 pub struct EchoUdp {
-    over: Arc<std::sync::atomic::AtomicBool>,
+    over: Arc<AtomicBool>,
+    socket: UdpSocket,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl EchoUdp {
-    /// Serves on a socket.
+    /// Serves on a socket that is bound to a concrete address.
     ///
     /// # Errors
-    /// If the socket takes no read timeout.
+    /// If the socket cannot be shared with a thread.
     pub fn start(socket: UdpSocket) -> anyhow::Result<Self> {
-        use std::sync::atomic::{AtomicBool, Ordering};
-        /// How long an ended service may linger on its socket.
-        const LINGER: Duration = Duration::from_millis(200);
-        socket.set_read_timeout(Some(LINGER))?;
         let over = Arc::new(AtomicBool::new(false));
-        let seen = Arc::clone(&over);
-        std::thread::spawn(move || {
+        let (serving, seen) = (socket.try_clone()?, Arc::clone(&over));
+        let thread = std::thread::spawn(move || {
             let mut bytes = [0; 65536];
             while !seen.load(Ordering::Relaxed) {
-                if let Ok((length, from)) = socket.recv_from(&mut bytes) {
+                if let Ok((length, from)) = serving.recv_from(&mut bytes) {
                     // A reply that our own ACL denies is dropped, as any packet may be.
-                    let _sent = socket.send_to(&bytes[..length], from);
+                    let _sent = serving.send_to(&bytes[..length], from);
                 }
             }
         });
-        Ok(Self { over })
+        Ok(Self {
+            over,
+            socket,
+            thread: Some(thread),
+        })
     }
 }
 
 impl Drop for EchoUdp {
     fn drop(&mut self) {
-        self.over.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.over.store(true, Ordering::Relaxed);
+        // A datagram to itself wakes the thread. Should that fail, it stays, and harms nobody.
+        let awake = self
+            .socket
+            .local_addr()
+            .and_then(|own| self.socket.send_to(&[], own));
+        if let (Ok(_), Some(thread)) = (awake, self.thread.take()) {
+            let _ended = thread.join();
+        }
     }
 }

@@ -26,8 +26,9 @@ const LAST_REPLY: Duration = Duration::from_secs(2);
 /// Numbered datagrams from one host to another and back.
 pub struct Numbered {
     over: Arc<AtomicBool>,
-    sender: JoinHandle<anyhow::Result<u64>>,
+    sender: JoinHandle<()>,
     receiver: JoinHandle<anyhow::Result<BTreeSet<u64>>>,
+    sent: Arc<AtomicU64>,
     replies: Arc<AtomicU64>,
     _service: EchoUdp,
 }
@@ -61,20 +62,18 @@ impl Numbered {
         )?;
 
         let over = Arc::new(AtomicBool::new(false));
-        let replies = Arc::new(AtomicU64::new(0));
+        let (sent, replies): (Arc<AtomicU64>, Arc<AtomicU64>) = Default::default();
         let (sending, receiving) = (socket.try_clone()?, socket);
-        let (seen, counted) = (Arc::clone(&over), Arc::clone(&replies));
+        let (seen, counted) = (Arc::clone(&over), Arc::clone(&sent));
         let sender = std::thread::spawn(move || {
-            let mut sent = 0u64;
             while !seen.load(Ordering::Relaxed) {
+                let number = counted.fetch_add(1, Ordering::Relaxed);
                 // A send that fails is a lost datagram like any other.
-                let _sent = sending.send(&sent.to_be_bytes());
-                sent += 1;
+                let _sent = sending.send(&number.to_be_bytes());
                 std::thread::sleep(PACE);
             }
-            Ok(sent)
         });
-        let seen = Arc::clone(&over);
+        let (seen, counted) = (Arc::clone(&over), Arc::clone(&replies));
         let receiver = std::thread::spawn(move || {
             let mut back = BTreeSet::new();
             let mut bytes = [0; 8];
@@ -95,6 +94,7 @@ impl Numbered {
             over,
             sender,
             receiver,
+            sent,
             replies,
             _service: service,
         })
@@ -104,6 +104,17 @@ impl Numbered {
     #[must_use]
     pub fn replies(&self) -> u64 {
         self.replies.load(Ordering::Relaxed)
+    }
+
+    /// Waits until `count` more datagrams were sent, whatever becomes of them.
+    ///
+    /// # Errors
+    /// If that does not happen in time.
+    pub fn sends(&self, count: u64) -> anyhow::Result<()> {
+        let target = self.sent.load(Ordering::Relaxed) + count;
+        let what = format!("{count} more numbered datagrams are sent");
+        let sent = || self.sent.load(Ordering::Relaxed) >= target;
+        crate::wait_until(&what, Duration::from_secs(30), sent)
     }
 
     /// Waits until `count` more replies have come: traffic flows.
@@ -122,7 +133,8 @@ impl Numbered {
     /// If one of its threads failed.
     pub fn end(self) -> anyhow::Result<Losses> {
         self.over.store(true, Ordering::Relaxed);
-        let sent = self.sender.join().ok().context("the sender died")??;
+        self.sender.join().ok().context("the sender died")?;
+        let sent = self.sent.load(Ordering::Relaxed);
         let back = self.receiver.join().ok().context("the receiver died")??;
         let lost = (0..sent).filter(|number| !back.contains(number)).collect();
         Ok(Losses { sent, lost })
