@@ -24,6 +24,9 @@ use crate::house;
 
 pub mod guard;
 mod guest;
+mod host;
+mod kernels;
+mod qemu;
 mod uml;
 
 /// Exit code of a guest that was stopped because its time was over.
@@ -33,9 +36,8 @@ pub const DIED: u8 = 125;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// Which kernel; without it the first possible of host, kvm, uml, tcg
-    #[arg(long, value_enum)]
-    backend: Option<Backend>,
+    #[command(flatten)]
+    wish: Wish,
     /// Stop the guest after this many seconds (exit code 124)
     #[arg(long, default_value_t = 600, value_name = "SECONDS")]
     timeout: u64,
@@ -62,6 +64,20 @@ pub struct Args {
     command: Vec<String>,
 }
 
+/// Which kernel somebody would like to have.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub struct Wish {
+    /// Where to run; without it the first possible of host, kvm, uml, tcg
+    #[arg(long, value_enum)]
+    pub backend: Option<Backend>,
+    /// A stock Debian kernel, 6.12 or 6.1 (kvm and tcg)
+    #[arg(long, value_name = "VERSION")]
+    pub kernel: Option<String>,
+    /// Let the guest's clock count its instructions: 1 ns is one (tcg)
+    #[arg(long)]
+    pub icount: bool,
+}
+
 /// The four ways to a kernel with WireGuard.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
 pub enum Backend {
@@ -78,8 +94,42 @@ pub enum Backend {
 /// A kernel that is ready to be started.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Machine {
+    /// The host's own kernel, in namespaces.
+    Host,
+    /// A stock kernel in QEMU; with `icount`, its clock counts instructions.
+    Qemu {
+        qemu: PathBuf,
+        accel: Accel,
+        release: String,
+        image: PathBuf,
+        initramfs: PathBuf,
+        icount: bool,
+    },
     /// User Mode Linux: a kernel that is a program.
     Uml { kernel: PathBuf },
+}
+
+impl Machine {
+    /// A word for it, also the guest's variable `WEIR_VM`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Machine::Host => "host",
+            Machine::Qemu {
+                accel: Accel::Kvm, ..
+            } => "kvm",
+            Machine::Qemu {
+                accel: Accel::Tcg, ..
+            } => "tcg",
+            Machine::Uml { .. } => "uml",
+        }
+    }
+}
+
+/// What runs a QEMU guest's instructions.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Accel {
+    Kvm,
+    Tcg,
 }
 
 /// All that a guard needs to know to run one command in one guest.
@@ -104,6 +154,7 @@ impl Job {
     pub fn new(machine: Machine, command: Vec<String>) -> anyhow::Result<Job> {
         let results = house::results()?;
         let mut env = inherited_env();
+        env.insert("WEIR_VM".into(), machine.name().into());
         env.insert(
             "WEIR_RESULTS".into(),
             results.to_string_lossy().into_owned(),
@@ -124,7 +175,8 @@ impl Job {
 
     /// Starts the guest. It dies with this process, and when the returned value is dropped.
     pub fn start(&self, stdout: Stdio, stderr: Stdio) -> anyhow::Result<Guest> {
-        let mut guard = Command::new("/proc/self/exe")
+        let mut guard = self
+            .guard_command()?
             .arg("__guard")
             .stdin(Stdio::piped())
             .stdout(stdout)
@@ -141,6 +193,17 @@ impl Job {
             guard,
             lifeline: Some(lifeline),
         })
+    }
+
+    /// Namespaces on the host need root; a guard with less could not clean up after them.
+    fn guard_command(&self) -> anyhow::Result<Command> {
+        let root = rustix::process::geteuid().is_root();
+        if root || !matches!(self.machine, Machine::Host) {
+            return Ok(Command::new("/proc/self/exe"));
+        }
+        let mut command = Command::new("sudo");
+        command.arg("--").arg(std::env::current_exe()?);
+        Ok(command)
     }
 }
 
@@ -167,7 +230,7 @@ impl Drop for Guest {
 }
 
 pub fn run_verb(args: Args) -> anyhow::Result<u8> {
-    let machine = pick(args.backend)?;
+    let machine = pick(&args.wish)?;
     let mut job = Job::new(machine, args.command)?;
     for pair in args.env {
         let (name, value) = pair
@@ -192,12 +255,50 @@ pub fn run_verb(args: Args) -> anyhow::Result<u8> {
 }
 
 /// Finds a kernel with WireGuard and says on stderr which one and why.
-pub fn pick(wanted: Option<Backend>) -> anyhow::Result<Machine> {
-    match wanted {
-        None | Some(Backend::Uml) => {}
-        Some(other) => anyhow::bail!("backend {other:?} is not built yet"),
+pub fn pick(wish: &Wish) -> anyhow::Result<Machine> {
+    let say = |machine: &Machine, why: &str| eprintln!("xtask vm: {}: {why}", machine.name());
+    let line = wish.kernel.as_deref();
+    let machine = match wish.backend {
+        Some(Backend::Host) => Machine::Host,
+        Some(Backend::Kvm) => qemu::machine(Accel::Kvm, line, false)?,
+        Some(Backend::Tcg) => qemu::machine(Accel::Tcg, line, wish.icount)?,
+        Some(Backend::Uml) => uml::machine()?,
+        None if line.is_some() || wish.icount => qemu::machine(Accel::Tcg, line, wish.icount)?,
+        None => return first_possible(),
+    };
+    say(&machine, "as asked for");
+    Ok(machine)
+}
+
+/// The first possible of host, kvm, uml, tcg.
+fn first_possible() -> anyhow::Result<Machine> {
+    let mut why = String::new();
+    let candidates: [fn() -> Result<Machine, String>; 4] = [
+        || host::probe().map_err(|reason| format!("host: {reason}")),
+        || qemu::probe_kvm().map_err(|reason| format!("kvm: {reason}")),
+        || uml::machine().map_err(|reason| format!("uml: {reason:#}")),
+        || qemu::machine(Accel::Tcg, None, false).map_err(|reason| format!("tcg: {reason:#}")),
+    ];
+    for candidate in candidates {
+        match candidate() {
+            Ok(machine) => {
+                let rest = if why.is_empty() {
+                    String::new()
+                } else {
+                    format!(" (not {why})")
+                };
+                eprintln!("xtask vm: running in {}{rest}", machine.name());
+                return Ok(machine);
+            }
+            Err(reason) => {
+                if !why.is_empty() {
+                    why.push_str("; ");
+                }
+                why.push_str(&reason);
+            }
+        }
     }
-    uml::machine()
+    anyhow::bail!("no kernel with WireGuard can be had here: {why}")
 }
 
 /// The terminal on our stdin, by a path that another process can open.

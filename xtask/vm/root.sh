@@ -10,7 +10,7 @@ $B mount -t overlay -o "lowerdir=${LOWER:-/},upperdir=$STAGE/upper,workdir=$STAG
 
 $B mount -t proc proc "$NEW/proc"
 $B mount -t sysfs sys "$NEW/sys"
-$B mount -t devtmpfs dev "$NEW/dev"
+vm_mount_dev "$NEW/dev"
 $B mkdir -p "$NEW/dev/pts" "$NEW/dev/shm" "$NEW/dev/net"
 $B mount -t devpts -o newinstance,ptmxmode=666 devpts "$NEW/dev/pts"
 $B rm -f "$NEW/dev/ptmx"
@@ -26,16 +26,15 @@ $B mount -t bpf bpf "$NEW/sys/fs/bpf"
 $B mount -t tmpfs run "$NEW/run"
 $B mkdir -p "$NEW/run/netns" "$NEW/run/lock" "$NEW/run/vm"
 
+vm_mount_own "$NEW"
 number=0
 while read -r folder; do
     number=$((number + 1))
     $B mkdir -p "$NEW$folder"
     vm_mount_rw $number "$folder" "$NEW$folder"
 done <"$LOWER$WORK/rw.list"
-vm_mount_own "$NEW"
 
-$B cp "$B" "$NEW/run/vm/busybox"
-$B ln -s busybox "$NEW/run/vm/modprobe"
+[ -e "$NEW/run/vm/busybox" ] || $B cp "$B" "$NEW/run/vm/busybox"
 for file in vars.sh run.sh cmd.sh; do $B cp "$LOWER$WORK/$file" "$NEW/run/vm/$file"; done
 
 $B hostname weir-vm

@@ -1,14 +1,13 @@
 # PID 1 in its final root: runs the command, passes its output on, reports its exit code.
 B=/run/vm/busybox
 . /run/vm/vars.sh
-[ -e /proc/sys/kernel/modprobe ] && echo /run/vm/modprobe >/proc/sys/kernel/modprobe
 
-if [ -n "$VM_TTY" ]; then
+if [ -n "$VM_TTY" ] && [ -n "$VM_CONSOLE" ]; then
     # shellcheck disable=SC2086 # words for stty
     $B stty -F $VM_CONSOLE $VM_TTY
     $B setsid -c /run/vm/cmd.sh <>$VM_CONSOLE >&0 2>&0
     rc=$?
-else
+elif [ -n "$VM_OUT" ]; then
     # The consoles may be terminals; the command must see pipes.
     $B mkfifo /run/vm/out /run/vm/err
     $B cat </run/vm/out >"$VM_OUT" &
@@ -23,6 +22,9 @@ else
         case $pid in 1 | "$out" | "$err") ;; *) kill -9 "$pid" 2>/dev/null ;; esac
     done
     wait "$out" "$err"
+else
+    /run/vm/cmd.sh
+    rc=$?
 fi
 $B sync
 vm_drain

@@ -2,6 +2,8 @@ VM_OUT=/dev/tty1
 VM_ERR=/dev/tty2
 VM_CONSOLE=/dev/tty1
 
+vm_mount_dev() { $B mount -t devtmpfs dev "$1"; }
+
 # Mounts the host's folder $2, written through, on $3; $1 is its number.
 vm_mount_rw() { $B mount -t hostfs -o "$2" none "$3"; }
 

@@ -25,7 +25,7 @@ use anyhow::Context;
 use rustix::process::{Pid, Signal};
 
 use super::guest::Folder;
-use super::{DIED, Job, Machine, TIMED_OUT, uml};
+use super::{DIED, Job, Machine, TIMED_OUT, host, qemu, uml};
 use crate::house;
 
 /// How much of the kernel's log is shown when a guest went wrong.
@@ -42,6 +42,9 @@ pub struct LaunchArgs {
     /// Run on this processor only
     #[arg(long)]
     cpu: Option<usize>,
+    /// The guest is a plain process: it gets our stdin, stdout and stderr as they are
+    #[arg(long)]
+    direct: bool,
     /// The guest's command line; `{in}`, `{out}`, `{err}` stand for our descriptors
     #[arg(last = true, required = true)]
     argv: Vec<String>,
@@ -179,8 +182,11 @@ fn launch_command(
     terminal: Option<&Terminal>,
     cpu: Option<usize>,
 ) -> anyhow::Result<Command> {
-    let Machine::Uml { kernel } = &job.machine;
-    let argv = uml::argv(job, kernel, folder);
+    let argv = match &job.machine {
+        Machine::Host => host::argv(folder)?,
+        Machine::Qemu { .. } => qemu::argv(job, folder),
+        Machine::Uml { kernel } => uml::argv(job, kernel, folder),
+    };
     let mut command = Command::new("/proc/self/exe");
     command
         .arg("__launch")
@@ -189,6 +195,9 @@ fn launch_command(
     command.arg("--guard").arg(std::process::id().to_string());
     if let Some(cpu) = cpu {
         command.arg("--cpu").arg(cpu.to_string());
+    }
+    if matches!(job.machine, Machine::Host) {
+        command.arg("--direct");
     }
     command.arg("--").args(argv);
     command.env("TMPDIR", uml::memory_folder(job.mem_mib));
@@ -212,6 +221,11 @@ pub fn launch(args: &LaunchArgs) -> anyhow::Result<u8> {
         let mut set = rustix::thread::CpuSet::new();
         set.set(cpu);
         rustix::thread::sched_setaffinity(None, &set)?;
+    }
+    if args.direct {
+        let (program, rest) = args.argv.split_first().context("no command line")?;
+        let failure = Command::new(program).args(rest).exec();
+        return Err(failure).with_context(|| format!("cannot run {program}"));
     }
     // `dup` gives descriptors that stay open across exec, on purpose.
     let stdin = rustix::io::dup(std::io::stdin())?.into_raw_fd().to_string();
@@ -251,7 +265,12 @@ struct Processor {
 
 impl Processor {
     fn take(machine: &Machine) -> anyhow::Result<Processor> {
-        let Machine::Uml { .. } = machine;
+        if !matches!(machine, Machine::Uml { .. }) {
+            return Ok(Processor {
+                number: None,
+                _lock: None,
+            });
+        }
         let allowed = rustix::thread::sched_getaffinity(None)?;
         let usable: Vec<usize> = (0..rustix::thread::CpuSet::MAX_CPU)
             .filter(|&cpu| allowed.is_set(cpu))

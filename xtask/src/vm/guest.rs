@@ -61,6 +61,11 @@ impl Folder {
                 self.script("init", &init)?;
                 include_str!("../../vm/uml-vars.sh")
             }
+            Machine::Qemu { .. } => include_str!("../../vm/qemu-vars.sh"),
+            Machine::Host => {
+                self.script("host-init.sh", include_str!("../../vm/host-init.sh"))?;
+                include_str!("../../vm/host-vars.sh")
+            }
         };
         let vars = format!(
             "VM_HOST_BUSYBOX={}\nVM_WORK={}\nVM_TTY={}\n{own}",

@@ -1,6 +1,6 @@
 //! User Mode Linux: a kernel that runs as an ordinary process, without any privilege.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
@@ -20,7 +20,7 @@ pub fn machine() -> anyhow::Result<Machine> {
 }
 
 /// The kernel's command line. `{in}`, `{out}` and `{err}` become descriptors at launch.
-pub fn argv(job: &Job, kernel: &std::path::Path, folder: &Folder) -> Vec<String> {
+pub fn argv(job: &Job, kernel: &Path, folder: &Folder) -> Vec<String> {
     let work = folder.path.display();
     let keyboard = if job.tty.is_some() { "fd:{in}" } else { "null" };
     let mut argv = vec![
