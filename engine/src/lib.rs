@@ -1,2 +1,132 @@
-//! See ARCHITECTURE.md.
+//! What a weir node decides: a pure state machine from inputs to plans.
+//!
+//! No I/O, no clock, no threads, no randomness. Whoever drives it (the agent; a test; a replay of
+//! recorded inputs) brings time and facts, and carries out what comes back:
+//!
+//! ```
+//! use engine::{Config, Engine, Input, Output};
+//! use std::time::Instant;
+//!
+//! let config = Config { interface: "weir0".into(), listen_port: 51820, mtu: engine::DEFAULT_MTU };
+//! let mut engine = Engine::new(config, proto::key::NodeKey([7; 32]));
+//! let now = Instant::now();
+//! engine.handle(now, Input::Up(true));
+//! let deadline = loop {
+//!     match engine.poll(now) {
+//!         Output::Timeout(at) => break at,     // nothing more to do until then, or the next input
+//!         Output::Observe => engine.handle(now, Input::Observed(Default::default())),
+//!         other => panic!("there is no netmap yet, so nothing to plan: {other:?}"),
+//!     }
+//! };
+//! assert!(deadline > now);
+//! ```
+//!
+//! | module | what it decides |
+//! |---|---|
+//! | [`trust`] | netmap -> [`trust::VerifiedNetmap`], or why not |
+//! | [`path`] | which of a peer's endpoints the kernel is told |
+//! | [`acl`] | filter -> table contents, what changes, `explain` |
+//! | [`plan`] | desired and observed state, and the steps from one to the other |
+//! | [`status`] | what is known and what is wrong, for people |
+//!
+//! The machines do not know each other; they meet through values in [`Engine`].
+//!
+//! Nothing here draws random numbers yet, so there is no seed to pass.
+#![forbid(unsafe_code)]
+
 pub mod acl;
+mod engine;
+pub mod path;
+pub mod plan;
+pub mod status;
+pub mod trust;
+
+pub use engine::{Engine, FIRST_PAUSE, LONGEST_PAUSE, TICK, TICK_PER_PEER};
+
+use plan::{LiveRoute, Observed, Step};
+use proto::control::Report;
+use proto::net::Prefix;
+use proto::netmap::{Netmap, Update};
+use status::Failure;
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::time::Instant;
+
+/// The MTU of the device unless configured: 1,500 less 80 bytes of WireGuard over IPv6.
+pub const DEFAULT_MTU: u32 = 1420;
+
+/// What does not change while an engine lives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Name of the WireGuard device.
+    pub interface: String,
+    /// Its UDP port.
+    pub listen_port: u16,
+    /// Largest packet inside the tunnel, in bytes.
+    pub mtu: u32,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Input {
+    /// The operator wants the node up, or down. Before the first word nothing is touched.
+    Up(bool),
+    /// The operator wants these subnets offered.
+    Advertise(BTreeSet<Prefix>),
+    /// The coordinator sent a netmap, or a change of one.
+    Netmap(Update),
+    /// The netmap of an earlier run was found on disk.
+    Cached(Box<Netmap>),
+    /// The node left its network: nothing of it holds any more.
+    Forget,
+    /// The host's addresses or routes are these now.
+    Links(Links),
+    /// What the kernel holds of ours, as asked by [`Output::Observe`].
+    Observed(Observed),
+    /// The kernel could not be read: the error chain, for people.
+    Unreadable(String),
+    /// All steps of the plan in flight are done.
+    Applied,
+    /// A step of the plan in flight failed; those after it were not tried.
+    Failed(Failure),
+    /// The deadline of [`Output::Timeout`] has passed.
+    Timeout,
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// Carry out these steps, in order, and answer with [`Input::Applied`] or [`Input::Failed`].
+    /// No other plan and no [`Output::Observe`] comes before the answer.
+    Apply(Vec<Step>),
+    /// Read the kernel, and answer with [`Input::Observed`] or [`Input::Unreadable`].
+    Observe,
+    /// Ask the coordinator for a full netmap.
+    NeedFull,
+    /// Tell the coordinator where this node can be reached and what it offers.
+    Report(Report),
+    /// Keep this netmap on disk: it is in force.
+    Persist(Box<Netmap>),
+    /// Nothing more to do until then. Always last.
+    Timeout(Instant),
+}
+
+/// The host's own addresses and routes: those of our device are left out.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Links {
+    /// Addresses that others may reach: no loopback, link-local, tentative or temporary ones.
+    pub addrs: BTreeSet<LinkAddr>,
+    /// Unicast routes of the main table, and those that lead nowhere.
+    pub routes: BTreeSet<LiveRoute>,
+}
+
+/// An address of this host.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LinkAddr {
+    /// The interface that has it.
+    pub interface: String,
+    /// The address.
+    pub addr: IpAddr,
+    /// Length of the prefix of its network.
+    pub prefix_len: u8,
+}

@@ -1,0 +1,507 @@
+//! [`Engine`]: routes inputs to `trust`, `path` and `plan`, and collects what they want done.
+//!
+//! It holds four truths and derives the rest from them: what the operator wants, what the
+//! coordinator claims (and the part of it that is trusted), what the host's links and routes are,
+//! and what the kernel holds of ours. Whenever one of them changed, [`Engine::poll`] computes
+//! desired state and its difference to the observed one. At most one plan is in the hand's hands at
+//! a time; when it reports success, the steps are applied to the picture of the kernel, and nothing
+//! is read back. When it reports a failure, the kernel is read, and after a pause the next plan is
+//! made from what is true.
+//!
+//! The kernel is read once a tick ([`TICK`], longer with many peers): WireGuard announces nothing,
+//! so this is how roaming, dead endpoints and foreign hands are seen.
+
+use crate::acl::{self, Change};
+use crate::path::{Path, Surroundings, rank};
+use crate::plan::{
+    Desired, Device, Observed, Overlap, Policy, Routing, Step, Wanted, WantedPeer, diff,
+};
+use crate::status::{Failure, Problem, Status};
+use crate::trust::{Distrust, VerifiedNetmap, allowed_ips, verify};
+use crate::{Config, Input, LinkAddr, Links, Output};
+use proto::control::Report;
+use proto::key::NodeKey;
+use proto::net::Prefix;
+use proto::netmap::{MAX_ENDPOINTS_PER_NODE, Netmap, Peer, Update};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How often the kernel is read when nothing else asks for it.
+pub const TICK: Duration = Duration::from_secs(2);
+/// What a tick is longer for each peer: reading costs time in proportion.
+pub const TICK_PER_PEER: Duration = Duration::from_millis(1);
+/// The pause after the first failure of a plan or a read; doubled with each further one.
+pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// The longest such pause.
+pub const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// What a node decides. Plain data; see the crate's documentation for how to drive it.
+pub struct Engine {
+    config: Config,
+    me: NodeKey,
+    /// What the operator wants; `None` until the first word: nothing is touched before.
+    up: Option<bool>,
+    advertised: BTreeSet<Prefix>,
+    /// The netmap as the coordinator has it, trusted or not: the base of its deltas.
+    claimed: Option<Netmap>,
+    /// A trusted netmap that is not in force yet: the next plan is made for it.
+    offered: Option<VerifiedNetmap>,
+    /// The netmap in force.
+    trusted: Option<VerifiedNetmap>,
+    lowered: acl::Acl,
+    policy: Option<Arc<Policy>>,
+    links: Option<Links>,
+    observed: Option<Observed>,
+    paths: BTreeMap<NodeKey, Path>,
+    in_flight: Option<Vec<Step>>,
+    observing: bool,
+    /// Whether desired or observed state changed since the last comparison.
+    dirty: bool,
+    observe_at: Option<Instant>,
+    /// Not before this, after failures.
+    retry_at: Option<Instant>,
+    failures: u32,
+    outbox: VecDeque<Output>,
+    reported: Option<Report>,
+    distrust: Option<Distrust>,
+    acl_error: Option<acl::TooLarge>,
+    failed: Option<Problem>,
+    routing: Routing,
+}
+
+impl Engine {
+    /// An engine that knows nothing yet of network and kernel. `me` is the node's public key.
+    #[must_use]
+    pub fn new(config: Config, me: NodeKey) -> Self {
+        Self {
+            config,
+            me,
+            up: None,
+            advertised: BTreeSet::new(),
+            claimed: None,
+            offered: None,
+            trusted: None,
+            lowered: acl::Acl::default(),
+            policy: None,
+            links: None,
+            observed: None,
+            paths: BTreeMap::new(),
+            in_flight: None,
+            observing: false,
+            dirty: false,
+            observe_at: None,
+            retry_at: None,
+            failures: 0,
+            outbox: VecDeque::new(),
+            reported: None,
+            distrust: None,
+            acl_error: None,
+            failed: None,
+            routing: Routing::default(),
+        }
+    }
+
+    /// Takes in what happened. Any input in any order is legal.
+    pub fn handle(&mut self, now: Instant, input: Input) {
+        match input {
+            Input::Up(up) => {
+                self.up = Some(up);
+                self.hurry();
+            }
+            Input::Advertise(routes) => {
+                self.advertised = routes;
+                self.report();
+            }
+            Input::Netmap(update) => self.handle_update(update),
+            Input::Cached(netmap) => {
+                if self.claimed.is_none() {
+                    self.claim(*netmap);
+                }
+            }
+            Input::Forget => self.forget(),
+            Input::Links(links) => self.handle_links(links),
+            Input::Observed(observed) => self.handle_observed(now, observed),
+            Input::Unreadable(detail) => {
+                self.observing = false;
+                self.failed = Some(Problem::Unreadable(detail));
+                self.pause(now);
+            }
+            Input::Applied => self.handle_applied(),
+            Input::Failed(failure) => self.handle_failed(now, failure),
+            Input::Timeout => {}
+        }
+    }
+
+    /// What is to be done next. Call until it is [`Output::Timeout`].
+    pub fn poll(&mut self, now: Instant) -> Output {
+        if let Some(output) = self.outbox.pop_front() {
+            return output;
+        }
+        let resting = self.retry_at.is_some_and(|at| now < at);
+        let busy = self.in_flight.is_some() || self.observing;
+        if self.up.is_some() && !resting && !busy {
+            if self.observed.is_none() || self.observe_at.is_some_and(|at| now >= at) {
+                self.observing = true;
+                return Output::Observe;
+            }
+            if let Some(steps) = self.plan() {
+                self.in_flight = Some(steps.clone());
+                return Output::Apply(steps);
+            }
+            if let Some(output) = self.outbox.pop_front() {
+                return output;
+            }
+        }
+        let tick = now + TICK;
+        let next = if resting {
+            self.retry_at
+        } else {
+            self.observe_at
+        };
+        Output::Timeout(next.filter(|at| *at > now).unwrap_or(tick))
+    }
+
+    /// Where this node can be reached and what it offers, as far as is known.
+    #[must_use]
+    pub fn about(&self) -> Report {
+        let no_addrs = BTreeSet::new();
+        let addrs = self.links.as_ref().map_or(&no_addrs, |links| &links.addrs);
+        Report {
+            routes: self.advertised.clone(),
+            endpoints: endpoints(addrs, &self.advertised, self.config.listen_port),
+            listen_port: self.config.listen_port,
+        }
+    }
+
+    /// A read-only view for people.
+    #[must_use]
+    pub fn status(&self) -> Status<'_> {
+        let desired = self.desired();
+        let converged = match (&desired, &self.observed) {
+            (Some(desired), Some(observed)) => diff(desired, observed).is_empty(),
+            (None, _) | (_, None) => false,
+        };
+        Status {
+            up_wanted: self.up == Some(true),
+            netmap: self.trusted.as_ref().map(VerifiedNetmap::netmap),
+            lowered: &self.lowered,
+            observed: self.observed.as_ref(),
+            converged: converged && self.in_flight.is_none(),
+            problems: self.problems(),
+        }
+    }
+
+    fn problems(&self) -> Vec<Problem> {
+        let foreign = self
+            .observed
+            .as_ref()
+            .is_some_and(|observed| observed.device == Device::Foreign);
+        let foreign = foreign.then(|| Problem::ForeignDevice {
+            interface: self.config.interface.clone(),
+        });
+        let overlaps = self.routing.overlaps.iter().map(|overlap| {
+            let overlap = overlap.clone();
+            match overlap.node {
+                None => Problem::NetworkOverlap(overlap),
+                Some(node) => Problem::RouteOverlap {
+                    node: self.name_of(&overlap, node),
+                    overlap,
+                },
+            }
+        });
+        let (network, routes): (Vec<_>, Vec<_>) =
+            overlaps.partition(|problem| matches!(problem, Problem::NetworkOverlap(_)));
+        let unserved = self.routing.unserved.iter().copied().map(Problem::Unserved);
+        foreign
+            .into_iter()
+            .chain(network)
+            .chain(self.failed.clone())
+            .chain(self.distrust.clone().map(Problem::Netmap))
+            .chain(self.acl_error.clone().map(Problem::Acl))
+            .chain(routes)
+            .chain(unserved)
+            .collect()
+    }
+
+    fn name_of(&self, overlap: &Overlap, node: proto::id::NodeId) -> String {
+        let peers = self.trusted.as_ref().map(VerifiedNetmap::peers);
+        peers
+            .and_then(|peers| peers.get(&node))
+            .map_or_else(|| overlap.prefix.to_string(), |peer| peer.name.clone())
+    }
+
+    /// The kernel is to be looked at now, whatever failed before.
+    fn hurry(&mut self) {
+        self.retry_at = None;
+        self.failures = 0;
+        self.dirty = true;
+    }
+
+    fn pause(&mut self, now: Instant) {
+        let doublings = self.failures.min(8);
+        let pause = (FIRST_PAUSE * (1 << doublings)).min(LONGEST_PAUSE);
+        self.failures = self.failures.saturating_add(1);
+        self.retry_at = Some(now + pause);
+    }
+
+    fn handle_update(&mut self, update: Update) {
+        match update {
+            Update::Full(netmap) => self.claim(*netmap),
+            Update::Delta(delta) => {
+                let Some(mut netmap) = self.claimed.take() else {
+                    self.outbox.push_back(Output::NeedFull);
+                    return;
+                };
+                match netmap.apply(*delta) {
+                    Ok(()) => self.claim(netmap),
+                    Err(stale) => {
+                        tracing::debug!(base = %stale.base, have = %stale.have, "stale delta");
+                        self.claimed = Some(netmap);
+                        self.outbox.push_back(Output::NeedFull);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A netmap is claimed: it is checked, and then offered to the next plan, or refused.
+    fn claim(&mut self, netmap: Netmap) {
+        self.claimed = Some(netmap.clone());
+        let last = self.offered.as_ref().or(self.trusted.as_ref());
+        match verify(netmap, self.me, last) {
+            Ok(trusted) => {
+                self.distrust = None;
+                self.offered = Some(trusted);
+                self.hurry();
+            }
+            Err(distrust) => {
+                tracing::warn!(reason = %distrust, "netmap refused");
+                self.distrust = Some(distrust);
+            }
+        }
+    }
+
+    /// Lowers the policy of the netmap on offer and puts it in force, unless it does not fit.
+    /// Done just before a plan, so that netmaps that come while one is carried out are taken
+    /// together, and each lowered policy is one change away from the one in the kernel.
+    fn put_in_force(&mut self) {
+        let Some(offered) = self.offered.take() else {
+            return;
+        };
+        let change = self
+            .lowered
+            .lower(offered.filter(), offered.me(), offered.peers());
+        let change = match change {
+            Ok(change) => change,
+            Err(error) => {
+                tracing::warn!(reason = %error, "policy refused");
+                self.acl_error = Some(error);
+                return;
+            }
+        };
+        self.acl_error = None;
+        if self.policy.is_none() || change != Change::None {
+            let serial = self.policy.as_ref().map_or(0, |policy| policy.serial) + 1;
+            let tables = Arc::new(self.lowered.tables().clone());
+            self.policy = Some(Arc::new(Policy {
+                serial,
+                change,
+                tables,
+            }));
+        }
+        self.outbox
+            .push_back(Output::Persist(Box::new(offered.netmap().clone())));
+        self.trusted = Some(offered);
+        self.refresh_paths();
+    }
+
+    fn forget(&mut self) {
+        self.claimed = None;
+        self.offered = None;
+        self.trusted = None;
+        self.paths.clear();
+        self.distrust = None;
+        self.acl_error = None;
+        self.reported = None;
+        self.hurry();
+    }
+
+    fn handle_links(&mut self, links: Links) {
+        if self.links.as_ref() == Some(&links) {
+            return;
+        }
+        self.links = Some(links);
+        self.report();
+        self.refresh_paths();
+        self.dirty = true;
+    }
+
+    fn report(&mut self) {
+        let about = self.about();
+        if self.links.is_some() && self.reported.as_ref() != Some(&about) {
+            self.reported = Some(about.clone());
+            self.outbox.push_back(Output::Report(about));
+        }
+    }
+
+    fn handle_observed(&mut self, now: Instant, observed: Observed) {
+        if self.in_flight.is_some() {
+            return;
+        }
+        self.observing = false;
+        if matches!(self.failed, Some(Problem::Unreadable(_))) {
+            self.failed = None;
+        }
+        let peers = observed.present().map(|present| &present.peers);
+        if let Some(peers) = peers {
+            for (key, path) in &mut self.paths {
+                if let Some(peer) = peers.get(key) {
+                    path.observe(now, &peer.stats);
+                }
+            }
+        }
+        let count = u32::try_from(peers.map_or(0, BTreeMap::len)).unwrap_or(u32::MAX);
+        self.observe_at = Some(now + TICK + TICK_PER_PEER.saturating_mul(count));
+        self.observed = Some(observed);
+        self.dirty = true;
+    }
+
+    fn handle_applied(&mut self) {
+        let Some(steps) = self.in_flight.take() else {
+            return;
+        };
+        if let Some(observed) = &mut self.observed {
+            for step in &steps {
+                observed.apply(step);
+            }
+        }
+        self.failed = None;
+        self.failures = 0;
+        self.dirty = true;
+    }
+
+    fn handle_failed(&mut self, now: Instant, failure: Failure) {
+        let steps = self.in_flight.take().unwrap_or_default();
+        let step = steps
+            .get(failure.done)
+            .map_or_else(|| "carry out a plan".to_owned(), ToString::to_string);
+        tracing::warn!(step, detail = failure.detail, "step failed");
+        self.failed = Some(Problem::Step {
+            step,
+            kind: failure.kind,
+            detail: failure.detail,
+        });
+        self.observed = None;
+        self.pause(now);
+    }
+
+    /// The steps to take, if there are any.
+    fn plan(&mut self) -> Option<Vec<Step>> {
+        if !std::mem::take(&mut self.dirty) {
+            return None;
+        }
+        self.put_in_force();
+        self.refresh_routing();
+        let desired = self.desired()?;
+        let steps = diff(&desired, self.observed.as_ref()?);
+        (!steps.is_empty()).then_some(steps)
+    }
+
+    fn refresh_routing(&mut self) {
+        let (Some(netmap), Some(links)) = (&self.trusted, &self.links) else {
+            self.routing = Routing::default();
+            return;
+        };
+        let none = BTreeSet::new();
+        let present = self.observed.as_ref().and_then(Observed::present);
+        let installed = present.map_or(&none, |present| &present.routes);
+        self.routing = Routing::choose(netmap, &links.routes, installed);
+    }
+
+    /// What the kernel should hold; `None` as long as that cannot be said, and nothing is touched.
+    fn desired(&self) -> Option<Desired> {
+        if !self.up? {
+            return Some(None);
+        }
+        let (netmap, policy) = (self.trusted.as_ref()?, self.policy.as_ref()?);
+        self.links.as_ref()?;
+        if self.routing.is_refused() {
+            return None;
+        }
+        let peers = netmap.peers().values();
+        let wanted = Wanted {
+            key: self.me,
+            listen_port: self.config.listen_port,
+            mtu: self.config.mtu,
+            addrs: netmap.me().addrs.iter().copied().collect(),
+            peers: peers.map(|peer| (peer.key, self.wanted(peer))).collect(),
+            routes: self.routing.routes.clone(),
+            forwarding: self.routing.forwarding.clone(),
+            policy: Arc::clone(policy),
+        };
+        Some(Some(wanted))
+    }
+
+    fn wanted(&self, peer: &Peer) -> WantedPeer {
+        WantedPeer {
+            allowed_ips: allowed_ips(&peer.addrs, &peer.routes)
+                .filter(|prefix| !self.routing.refuses(prefix))
+                .collect(),
+            endpoint: self.paths.get(&peer.key).and_then(Path::wanted),
+            keepalive: 0,
+        }
+    }
+
+    /// Candidates of every peer, ranked for this host; new peers get a path, gone ones lose it.
+    fn refresh_paths(&mut self) {
+        let (Some(netmap), Some(links)) = (&self.trusted, &self.links) else {
+            return;
+        };
+        let own: BTreeSet<IpAddr> = links.addrs.iter().map(|own| own.addr).collect();
+        let on_link = links
+            .addrs
+            .iter()
+            .filter_map(|own| Prefix::containing(own.addr, own.prefix_len).ok())
+            .collect();
+        let routed = links.routes.iter().map(|route| route.prefix).collect();
+        let network = netmap.network();
+        let routes = netmap.peers().values().flat_map(|peer| &peer.routes);
+        let tunnelled = routes.copied().chain([network.v4, network.v6]).collect();
+        let host = Surroundings {
+            own: &own,
+            on_link: &on_link,
+            routed: &routed,
+            tunnelled: &tunnelled,
+        };
+        let mut before = std::mem::take(&mut self.paths);
+        for peer in netmap.peers().values() {
+            let candidates = rank(&peer.endpoints, host);
+            let path = match before.remove(&peer.key) {
+                Some(mut path) => {
+                    path.set_candidates(candidates);
+                    path
+                }
+                None => Path::new(candidates),
+            };
+            self.paths.insert(peer.key, path);
+        }
+    }
+}
+
+/// Where peers may reach this node: its addresses, those in subnets that it serves last (peers
+/// elsewhere cannot reach them but through this node).
+fn endpoints(
+    addrs: &BTreeSet<LinkAddr>,
+    served: &BTreeSet<Prefix>,
+    listen_port: u16,
+) -> Vec<SocketAddr> {
+    let behind = |addr: IpAddr| served.iter().any(|prefix| prefix.contains(addr));
+    let mut addrs: Vec<IpAddr> = addrs.iter().map(|own| own.addr).collect();
+    addrs.sort_by_key(|addr| (behind(*addr), *addr));
+    addrs.dedup();
+    addrs.truncate(MAX_ENDPOINTS_PER_NODE);
+    let with_port = |addr| SocketAddr::new(addr, listen_port);
+    addrs.into_iter().map(with_port).collect()
+}

@@ -1,0 +1,563 @@
+//! Desired and observed state of the kernel, and [`diff`]: the steps from one to the other.
+//!
+//! Everything here is plain data. The same code serves the first start, a change, the recovery
+//! from a crash and leaving: look, compare, step. [`Observed::apply`] says what each [`Step`] does
+//! to a kernel; the engine keeps its picture current with it instead of reading the kernel after
+//! each write, and a lab test runs scripts of steps through it and through a real kernel.
+//!
+//! **Laws** (property tests in `tests/plan.rs`):
+//! 1. `apply(observed, diff(desired, observed))` is what was desired; then `diff` is empty.
+//! 2. No prefix of the steps lets a flow through that neither the old nor the new state would.
+//! 3. No prefix of the steps cuts a flow that both would let through.
+//! 4. The device is never up without programs attached to it.
+//!
+//! **The order that keeps them.** The acl is swapped in one atomic write, so before the swap the
+//! old policy holds and after it the new one. A prefix that changes its owner is taken from the old
+//! owner *before* the swap, or the old owner could for a moment use what policy gives the new one.
+//! Then: swap, set peers, remove peers (their addresses mean nothing to the new acl any more),
+//! addresses, up, routes. A device that is new is made *down* and gets its programs before its
+//! first peer or address; one that is found up without programs is taken down first.
+//!
+//! **Foreign state is never touched.** Only the device of our name is ours, with all that is on it,
+//! and routes that lead to it *and* carry our protocol number. A device of our name that is not
+//! WireGuard is [`Device::Foreign`]: nothing is planned for it.
+
+use crate::acl::{Change, Tables};
+use proto::key::NodeKey;
+use proto::net::Prefix;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+mod peers;
+mod routes;
+
+pub use routes::{LiveRoute, Overlap, Routing};
+
+/// What the kernel should hold. `None`: nothing of ours.
+pub type Desired = Option<Wanted>;
+
+/// The device as it should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Public half of the device's key.
+    pub key: NodeKey,
+    /// UDP port.
+    pub listen_port: u16,
+    /// Largest packet inside the tunnel, in bytes.
+    pub mtu: u32,
+    /// Own addresses, each as a host prefix.
+    pub addrs: BTreeSet<IpAddr>,
+    /// Peers.
+    pub peers: BTreeMap<NodeKey, WantedPeer>,
+    /// What is routed into the device.
+    pub routes: BTreeSet<Prefix>,
+    /// Where packets must be forwarded.
+    pub forwarding: BTreeSet<Forwarding>,
+    /// Policy, lowered.
+    pub policy: Arc<Policy>,
+}
+
+/// Policy as the programs read it. One engine numbers them 1, 2, 3, …, so that two are compared by
+/// their number, and a hand that holds number n makes n + 1 of it by the change alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// Its number.
+    pub serial: u64,
+    /// What leads to it from the one before.
+    pub change: Change,
+    /// All of it, for a hand that does not hold the one before.
+    pub tables: Arc<Tables>,
+}
+
+/// A peer as it should be.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WantedPeer {
+    /// Prefixes that are its own.
+    pub allowed_ips: BTreeSet<Prefix>,
+    /// The endpoint to tell the kernel; `None` leaves the kernel's own.
+    pub endpoint: Option<SocketAddr>,
+    /// Persistent keepalive in seconds; 0 is off.
+    pub keepalive: u16,
+}
+
+/// Forwarding of packets that come in by one side.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Forwarding {
+    /// Where they come in.
+    pub side: Side,
+    /// The family.
+    pub family: Family,
+}
+
+/// One side of a subnet router.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Side {
+    /// Our device.
+    Tunnel,
+    /// The interface of this name.
+    Lan(String),
+}
+
+/// An address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// The family of a prefix.
+    #[must_use]
+    pub fn of(prefix: &Prefix) -> Self {
+        if prefix.is_v4() { Self::V4 } else { Self::V6 }
+    }
+}
+
+/// What the kernel holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// The device of our name.
+    pub device: Device,
+    /// Our programs and maps.
+    pub acl: Acl,
+    /// Where we switched forwarding on, and owe restoring what was there.
+    pub forwarding: BTreeSet<Forwarding>,
+}
+
+/// The device of our name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    /// There is none.
+    #[default]
+    Absent,
+    /// There is one, but it is not WireGuard: somebody else's.
+    Foreign,
+    /// There is one.
+    Present(Present),
+}
+
+/// A WireGuard device that is there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Present {
+    /// Public half of its key; `None` before it has one.
+    pub key: Option<NodeKey>,
+    /// UDP port; 0 before one is set.
+    pub listen_port: u16,
+    /// Largest packet inside the tunnel, in bytes.
+    pub mtu: u32,
+    /// Whether it is administratively up.
+    pub up: bool,
+    /// Addresses on it, with their prefix lengths.
+    pub addrs: BTreeSet<(IpAddr, u8)>,
+    /// Peers.
+    pub peers: BTreeMap<NodeKey, PeerState>,
+    /// Routes to it that carry our protocol number, in the main table.
+    pub routes: BTreeSet<Prefix>,
+}
+
+/// A peer that is there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PeerState {
+    /// Prefixes that are its own.
+    pub allowed_ips: BTreeSet<Prefix>,
+    /// Persistent keepalive in seconds; 0 is off.
+    pub keepalive: u16,
+    /// What the kernel counts, and the endpoint that it may have changed itself.
+    pub stats: Stats,
+}
+
+/// What moves by itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Where the kernel sends to.
+    pub endpoint: Option<SocketAddr>,
+    /// Wall-clock time of the last handshake, since the Unix epoch; `None` if there was none.
+    pub last_handshake: Option<Duration>,
+    /// Bytes received, handshakes included.
+    pub rx_bytes: u64,
+    /// Bytes sent, handshakes included.
+    pub tx_bytes: u64,
+}
+
+/// Our programs and maps.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Acl {
+    /// None are loaded.
+    #[default]
+    Absent,
+    /// Maps or links are pinned, but no program of ours is on the device.
+    Pinned,
+    /// Programs are on the device, with the policy of this number. An agent that just started
+    /// does not know what it found (`None`): that still decides, and is written anew.
+    Attached(Option<u64>),
+}
+
+/// One change to the kernel. Each is idempotent: what is already so counts as done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Makes the device, down and empty.
+    CreateLink {
+        /// Largest packet inside the tunnel, in bytes.
+        mtu: u32,
+    },
+    /// Deletes the device, and with it its peers, addresses and routes.
+    DeleteLink,
+    /// Sets the largest packet inside the tunnel, in bytes.
+    SetMtu(u32),
+    /// Brings the device up or takes it down.
+    SetUp(bool),
+    /// Loads or adopts the programs and puts them on the device; they deny until a table is set.
+    AttachAcl,
+    /// Replaces policy in one atomic write.
+    SetAcl(Arc<Policy>),
+    /// Takes programs, links and maps away.
+    DetachAcl,
+    /// Gives the device the key whose public half this is, and its port.
+    Configure {
+        /// Public half of the key; the hand fetches the secret.
+        key: NodeKey,
+        /// UDP port.
+        listen_port: u16,
+    },
+    /// Makes or changes peers.
+    SetPeers(Vec<PeerChange>),
+    /// Removes peers.
+    RemovePeers(Vec<NodeKey>),
+    /// Adds an own address, as a host prefix.
+    AddAddr(IpAddr),
+    /// Removes an address from the device.
+    RemoveAddr(IpAddr, u8),
+    /// Routes a prefix into the device.
+    AddRoute(Prefix),
+    /// No longer routes a prefix into the device.
+    RemoveRoute(Prefix),
+    /// Switches forwarding on for an interface, noting what was there.
+    Forward(Forwarding),
+    /// Restores what was there.
+    RestoreForwarding(Forwarding),
+}
+
+/// One peer on the wire to the kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerChange {
+    /// Which peer.
+    pub key: NodeKey,
+    /// Whether it is made if it is not there. An update of a peer that somebody removed meanwhile
+    /// must not bring it back (`WGPEER_F_UPDATE_ONLY`).
+    pub create: bool,
+    /// Whether `allowed_ips` replace those that are there; otherwise they are added.
+    pub replace_allowed_ips: bool,
+    /// Prefixes to give to it. The kernel takes each from whoever had it.
+    pub allowed_ips: BTreeSet<Prefix>,
+    /// Where to send, if that is to change.
+    pub endpoint: Option<SocketAddr>,
+    /// Persistent keepalive in seconds, if that is to change.
+    pub keepalive: Option<u16>,
+}
+
+/// The steps that lead from `observed` to `desired`, in an order that keeps the laws above.
+#[must_use]
+pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Step> {
+    let mut plan = Plan {
+        state: observed.clone(),
+        steps: Vec::new(),
+    };
+    match (desired, &observed.device) {
+        (Some(_), Device::Foreign) => {}
+        (Some(wanted), Device::Absent | Device::Present(_)) => plan.build(wanted),
+        (None, _) => plan.leave(),
+    }
+    plan.steps
+}
+
+/// Steps so far, and the state that they lead to.
+struct Plan {
+    state: Observed,
+    steps: Vec<Step>,
+}
+
+impl Plan {
+    fn step(&mut self, step: Step) {
+        self.state.apply(&step);
+        self.steps.push(step);
+    }
+
+    fn step_if(&mut self, needed: bool, step: Step) {
+        if needed {
+            self.step(step);
+        }
+    }
+
+    /// The device as it is after the steps so far.
+    fn device(&self) -> Present {
+        match &self.state.device {
+            Device::Present(present) => present.clone_without_peers(),
+            Device::Absent | Device::Foreign => Present::default(),
+        }
+    }
+
+    fn build(&mut self, wanted: &Wanted) {
+        if self.state.device == Device::Absent {
+            self.step(Step::CreateLink { mtu: wanted.mtu });
+        }
+        self.secure(wanted);
+        self.set_peers(wanted);
+        self.address(wanted);
+        self.route(wanted);
+    }
+
+    /// Programs, key and policy: everything that must hold before a peer is touched.
+    fn secure(&mut self, wanted: &Wanted) {
+        if !matches!(self.state.acl, Acl::Attached(_)) {
+            self.step_if(self.device().up, Step::SetUp(false));
+            self.step(Step::AttachAcl);
+        }
+        let device = self.device();
+        let configured = device.key == Some(wanted.key) && device.listen_port == wanted.listen_port;
+        let configure = Step::Configure {
+            key: wanted.key,
+            listen_port: wanted.listen_port,
+        };
+        self.step_if(!configured, configure);
+        let (changes, removed) = peers::withdrawals(&wanted.peers, self.peers());
+        self.step_if(!removed.is_empty(), Step::RemovePeers(removed));
+        self.step_if(!changes.is_empty(), Step::SetPeers(changes));
+        let current = self.state.acl == Acl::Attached(Some(wanted.policy.serial));
+        self.step_if(!current, Step::SetAcl(Arc::clone(&wanted.policy)));
+    }
+
+    fn set_peers(&mut self, wanted: &Wanted) {
+        let changes = peers::changes(&wanted.peers, self.peers());
+        let removed = peers::removals(&wanted.peers, self.peers());
+        self.step_if(!changes.is_empty(), Step::SetPeers(changes));
+        self.step_if(!removed.is_empty(), Step::RemovePeers(removed));
+    }
+
+    fn address(&mut self, wanted: &Wanted) {
+        let device = self.device();
+        let hosts: BTreeSet<(IpAddr, u8)> = wanted.addrs.iter().map(|addr| host(*addr)).collect();
+        for (addr, _) in hosts.difference(&device.addrs) {
+            self.step(Step::AddAddr(*addr));
+        }
+        for (addr, len) in device.addrs.difference(&hosts) {
+            self.step(Step::RemoveAddr(*addr, *len));
+        }
+        self.step_if(device.mtu != wanted.mtu, Step::SetMtu(wanted.mtu));
+        self.step_if(!device.up, Step::SetUp(true));
+    }
+
+    fn route(&mut self, wanted: &Wanted) {
+        let device = self.device();
+        for route in device.routes.difference(&wanted.routes) {
+            self.step(Step::RemoveRoute(*route));
+        }
+        for route in wanted.routes.difference(&device.routes) {
+            self.step(Step::AddRoute(*route));
+        }
+        let forwarding = self.state.forwarding.clone();
+        for gone in forwarding.difference(&wanted.forwarding) {
+            self.step(Step::RestoreForwarding(gone.clone()));
+        }
+        for new in wanted.forwarding.difference(&forwarding) {
+            self.step(Step::Forward(new.clone()));
+        }
+    }
+
+    /// The device goes first: no packet may meet it without its programs.
+    fn leave(&mut self) {
+        let present = matches!(self.state.device, Device::Present(_));
+        self.step_if(present, Step::DeleteLink);
+        self.step_if(self.state.acl != Acl::Absent, Step::DetachAcl);
+        for forwarding in self.state.forwarding.clone() {
+            self.step(Step::RestoreForwarding(forwarding));
+        }
+    }
+
+    fn peers(&self) -> &BTreeMap<NodeKey, PeerState> {
+        static NONE: BTreeMap<NodeKey, PeerState> = BTreeMap::new();
+        match &self.state.device {
+            Device::Present(present) => &present.peers,
+            Device::Absent | Device::Foreign => &NONE,
+        }
+    }
+}
+
+/// An address as the prefix that it has on the device.
+fn host(addr: IpAddr) -> (IpAddr, u8) {
+    (addr, Prefix::host(addr).len())
+}
+
+impl Present {
+    fn clone_without_peers(&self) -> Self {
+        Self {
+            key: self.key,
+            listen_port: self.listen_port,
+            mtu: self.mtu,
+            up: self.up,
+            addrs: self.addrs.clone(),
+            peers: BTreeMap::new(),
+            routes: self.routes.clone(),
+        }
+    }
+}
+
+impl Observed {
+    /// The device, if it is there and ours.
+    #[must_use]
+    pub fn present(&self) -> Option<&Present> {
+        match &self.device {
+            Device::Present(present) => Some(present),
+            Device::Absent | Device::Foreign => None,
+        }
+    }
+
+    /// What `step` does to a kernel that holds this.
+    pub fn apply(&mut self, step: &Step) {
+        match step {
+            Step::CreateLink { mtu } => {
+                if self.device == Device::Absent {
+                    self.device = Device::Present(Present {
+                        mtu: *mtu,
+                        ..Present::default()
+                    });
+                }
+            }
+            Step::DeleteLink => {
+                self.device = Device::Absent;
+                self.forwarding.retain(|gone| gone.side != Side::Tunnel);
+                if self.acl != Acl::Absent {
+                    self.acl = Acl::Pinned;
+                }
+            }
+            Step::AttachAcl => {
+                if !matches!(self.acl, Acl::Attached(_)) {
+                    self.acl = Acl::Attached(None);
+                }
+            }
+            Step::SetAcl(policy) => self.acl = Acl::Attached(Some(policy.serial)),
+            Step::DetachAcl => self.acl = Acl::Absent,
+            Step::Forward(forwarding) => {
+                self.forwarding.insert(forwarding.clone());
+            }
+            Step::RestoreForwarding(forwarding) => {
+                self.forwarding.remove(forwarding);
+            }
+            Step::SetMtu(_)
+            | Step::SetUp(_)
+            | Step::Configure { .. }
+            | Step::SetPeers(_)
+            | Step::RemovePeers(_)
+            | Step::AddAddr(_)
+            | Step::RemoveAddr(..)
+            | Step::AddRoute(_)
+            | Step::RemoveRoute(_) => {
+                if let Device::Present(present) = &mut self.device {
+                    present.apply(step);
+                }
+            }
+        }
+    }
+}
+
+impl Present {
+    fn apply(&mut self, step: &Step) {
+        match step {
+            Step::SetMtu(mtu) => self.mtu = *mtu,
+            Step::SetUp(up) => self.set_up(*up),
+            Step::Configure { key, listen_port } => {
+                self.key = Some(*key);
+                self.listen_port = *listen_port;
+            }
+            Step::SetPeers(changes) => {
+                peers::apply(&mut self.peers, changes);
+            }
+            Step::RemovePeers(keys) => {
+                for key in keys {
+                    self.peers.remove(key);
+                }
+            }
+            Step::AddAddr(addr) => {
+                self.addrs.insert(host(*addr));
+            }
+            Step::RemoveAddr(addr, len) => {
+                self.addrs.remove(&(*addr, *len));
+            }
+            Step::AddRoute(route) => {
+                self.routes.insert(*route);
+            }
+            Step::RemoveRoute(route) => {
+                self.routes.remove(route);
+            }
+            Step::CreateLink { .. }
+            | Step::DeleteLink
+            | Step::AttachAcl
+            | Step::SetAcl(_)
+            | Step::DetachAcl
+            | Step::Forward(_)
+            | Step::RestoreForwarding(_) => {}
+        }
+    }
+
+    /// A device that goes down loses its routes and its IPv6 addresses (`addrconf_ifdown` in
+    /// net/ipv6/addrconf.c; IPv4 addresses stay).
+    fn set_up(&mut self, up: bool) {
+        if self.up && !up {
+            self.routes.clear();
+            self.addrs.retain(|(addr, _)| addr.is_ipv4());
+        }
+        self.up = up;
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        })
+    }
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tunnel => f.write_str("the tunnel"),
+            Self::Lan(name) => f.write_str(name),
+        }
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::CreateLink { mtu } => write!(f, "create the device, mtu {mtu}"),
+            Self::DeleteLink => f.write_str("delete the device"),
+            Self::SetMtu(mtu) => write!(f, "set mtu {mtu}"),
+            Self::SetUp(true) => f.write_str("bring the device up"),
+            Self::SetUp(false) => f.write_str("take the device down"),
+            Self::AttachAcl => f.write_str("attach the programs"),
+            Self::SetAcl(_) => f.write_str("swap the policy"),
+            Self::DetachAcl => f.write_str("remove programs, links and maps"),
+            Self::Configure { key, listen_port } => {
+                write!(f, "configure key {key} port {listen_port}")
+            }
+            Self::SetPeers(changes) => write!(f, "set {} peer(s)", changes.len()),
+            Self::RemovePeers(keys) => write!(f, "remove {} peer(s)", keys.len()),
+            Self::AddAddr(addr) => write!(f, "add address {addr}"),
+            Self::RemoveAddr(addr, len) => write!(f, "remove address {addr}/{len}"),
+            Self::AddRoute(route) => write!(f, "add route {route}"),
+            Self::RemoveRoute(route) => write!(f, "remove route {route}"),
+            Self::Forward(Forwarding { side, family }) => {
+                write!(f, "forward {family} from {side}")
+            }
+            Self::RestoreForwarding(Forwarding { side, family }) => {
+                write!(f, "restore {family} forwarding of {side}")
+            }
+        }
+    }
+}
