@@ -185,6 +185,19 @@ impl Host {
         Ok(command)
     }
 
+    /// A shell script that runs its arguments in all of the host, or a shell.
+    pub(crate) fn door(&self) -> anyhow::Result<String> {
+        let whole = self.whole("env")?;
+        let quoted =
+            |word: &std::ffi::OsStr| format!("'{}'", word.to_string_lossy().replace('\'', "'\\''"));
+        let words: Vec<String> = whole.get_args().map(quoted).collect();
+        let prompt = format!("PS1='{}$ '", self.name);
+        let command = format!("exec ip {} {prompt}", words.join(" "));
+        Ok(format!(
+            "#!/bin/sh\n[ $# -gt 0 ] || set -- sh -i\n{command} \"$@\"\n"
+        ))
+    }
+
     /// A command line, with our binaries found where they were built.
     fn command(&self, line: &str) -> anyhow::Result<Command> {
         let mut words = line.split_whitespace();

@@ -109,6 +109,65 @@ impl Lab {
         self.passed = true;
     }
 
+    /// A shell in which every host is a command: `web weir status`; a host's name alone is a
+    /// shell on it. Returns the shell's exit code.
+    ///
+    /// # Errors
+    /// If there is no terminal or no shell.
+    pub fn shell(&self) -> anyhow::Result<u8> {
+        use std::io::IsTerminal;
+        anyhow::ensure!(std::io::stdin().is_terminal(), "a shell needs a terminal");
+        let names: Vec<&str> = self.hosts.keys().map(String::as_str).collect();
+        println!("\nMachines: {}", names.join(" "));
+        println!(
+            "Each is a command: `{} ip addr`, or alone for a shell there.",
+            names[0]
+        );
+        println!("`exit` ends it, and all of it is gone.\n");
+        self.within(&["sh".to_owned(), "-i".to_owned()])
+    }
+
+    /// Runs a command that finds every host as a command, and returns its exit code.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn within(&self, command: &[String]) -> anyhow::Result<u8> {
+        let doors = self.doors()?;
+        let (program, arguments) = command.split_first().context("no command")?;
+        let path = std::env::var("PATH").unwrap_or_default();
+        let status = Command::new(program)
+            .args(arguments)
+            .env("PATH", format!("{}:{path}", doors.display()))
+            .env("PS1", "lab$ ")
+            .status()
+            .with_context(|| format!("cannot start `{program}`"))?;
+        Ok(status
+            .code()
+            .and_then(|code| code.try_into().ok())
+            .unwrap_or(1))
+    }
+
+    /// A folder with one command for each host, named after it, that runs its arguments there,
+    /// and with links to our binaries.
+    fn doors(&self) -> anyhow::Result<PathBuf> {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = self.folder.join("bin");
+        std::fs::create_dir_all(&folder)?;
+        for binary in ["weir", "weir-coordinator"] {
+            if let (Ok(file), link) = (crate::binary(binary), folder.join(binary))
+                && !link.exists()
+            {
+                std::os::unix::fs::symlink(file, link)?;
+            }
+        }
+        for host in self.hosts.values() {
+            let file = folder.join(&host.name);
+            std::fs::write(&file, host.door()?)?;
+            std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755))?;
+        }
+        Ok(folder)
+    }
+
     fn netns(&self, name: &str) -> String {
         format!("{}-{name}", self.prefix)
     }

@@ -1,6 +1,6 @@
 //! A coordinator and agents in a lab, driven by nothing but their command lines.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -376,24 +376,24 @@ pub struct Join<'a> {
 }
 
 impl Mesh {
-    /// A coordinator on `hub` with one network `home`, a policy, and the users that own nodes.
+    /// A network without nodes, of a coordinator that runs.
+    #[must_use]
+    pub fn new(coordinator: Coordinator) -> Self {
+        let nodes = BTreeMap::new();
+        Self { coordinator, nodes }
+    }
+
+    /// A coordinator on `hub` with one network `home`, a policy, and nodes with their users.
     ///
     /// # Errors
     /// If anything of that fails.
     pub fn start(lab: &Lab, policy: &str, joins: &[Join<'_>]) -> anyhow::Result<Self> {
-        let coordinator = Coordinator::start(&lab.host("hub"))?;
-        coordinator.admin("network create home")?;
-        let mut mesh = Self {
-            coordinator,
-            nodes: BTreeMap::new(),
-        };
-        let mut users: Vec<&str> = joins
+        let mut mesh = Self::new(Coordinator::start(&lab.host("hub"))?);
+        mesh.coordinator.admin("network create home")?;
+        let users = joins
             .iter()
-            .filter_map(|join| join.owner.strip_prefix("--user "))
-            .collect();
-        users.sort_unstable();
-        users.dedup();
-        for user in users {
+            .filter_map(|join| join.owner.strip_prefix("--user "));
+        for user in users.collect::<BTreeSet<_>>() {
             mesh.coordinator
                 .admin(&format!("user create {user} --network home"))?;
         }
@@ -402,11 +402,12 @@ impl Mesh {
         Ok(mesh)
     }
 
-    /// Starts agents on hosts and joins them, all at once.
+    /// Starts agents on hosts and joins them, all at once, and approves their routes. Returns what
+    /// each `weir up` said.
     ///
     /// # Errors
     /// If one of them does not come up.
-    pub fn join(&mut self, lab: &Lab, joins: &[Join<'_>]) -> anyhow::Result<()> {
+    pub fn join(&mut self, lab: &Lab, joins: &[Join<'_>]) -> anyhow::Result<Vec<Output>> {
         let mut tokens = Vec::new();
         for join in joins {
             tokens.push(
@@ -414,7 +415,7 @@ impl Mesh {
                     .token(&format!("--network home {}", join.owner))?,
             );
         }
-        let nodes: Vec<anyhow::Result<Node>> = std::thread::scope(|scope| {
+        let nodes: Vec<anyhow::Result<(Node, Output)>> = std::thread::scope(|scope| {
             let start = |(join, token): (&Join<'_>, String)| {
                 let (host, routes) = (lab.host(join.host), join.routes.to_owned());
                 scope.spawn(move || {
@@ -423,8 +424,8 @@ impl Mesh {
                         "" => String::new(),
                         routes => format!("--advertise-routes {routes}"),
                     };
-                    node.join(&token, &options)?;
-                    Ok(node)
+                    let output = node.join(&token, &options)?;
+                    Ok((node, output))
                 })
             };
             let threads: Vec<_> = joins.iter().zip(tokens).map(start).collect();
@@ -433,14 +434,17 @@ impl Mesh {
                 .map(|end| end.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
                 .collect()
         });
-        for (join, node) in joins.iter().zip(nodes) {
-            self.nodes.insert(join.host.to_owned(), Arc::new(node?));
+        let mut outputs = Vec::new();
+        for (join, joined) in joins.iter().zip(nodes) {
+            let (node, output) = joined?;
+            outputs.push(output);
+            self.nodes.insert(join.host.to_owned(), Arc::new(node));
             for route in join.routes.split(',').filter(|route| !route.is_empty()) {
                 self.coordinator
                     .admin(&format!("route approve {} {route}", join.host))?;
             }
         }
-        Ok(())
+        Ok(outputs)
     }
 
     /// The node on that host.
