@@ -1,5 +1,6 @@
 //! See ARCHITECTURE.md.
 
+pub mod cli;
 pub mod config;
 pub mod control;
 pub mod identity;

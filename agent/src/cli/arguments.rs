@@ -1,0 +1,181 @@
+//! What may stand on the command line.
+
+use super::target::{Port, parse_protocol};
+use crate::config::{DEFAULT_INTERFACE, DEFAULT_LISTEN_PORT, InterfaceName};
+use clap::{Args, Parser, Subcommand};
+use proto::control::MAX_HOSTNAME_BYTES;
+use proto::net::{Prefix, Protocol};
+use proto::netmap::MAX_ROUTES_PER_NODE;
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Joins this machine to a weir network, and tells how that goes.
+#[derive(Parser)]
+#[command(name = "weir", version, disable_help_subcommand = true)]
+pub struct Arguments {
+    /// What every verb takes.
+    #[command(flatten)]
+    pub shared: Shared,
+    /// What is to be done.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// What every verb takes, before or after its name.
+#[derive(Args)]
+pub struct Shared {
+    /// Folder with the node's keys and last netmap [default: /var/lib/weir]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// The agent's socket [default: /run/weir/weir.sock, or DIR/weir.sock of another --state-dir]
+    #[arg(long, global = true, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Print one JSON document
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// What can be done.
+#[derive(Subcommand)]
+pub enum Verb {
+    /// Run the agent: the service that connects this machine
+    Agent(Agent),
+    /// Join a network with a token, or come up again without one
+    Up(Up),
+    /// Take the device and its programs away; `weir up` brings them back
+    Down {
+        /// Also leave the network, and forget keys and state
+        #[arg(long)]
+        purge: bool,
+    },
+    /// How this machine is connected, and what is wrong if something is
+    Status,
+    /// The nodes that this one may talk with
+    Peers,
+    /// Ask a peer for an echo through the tunnel
+    Ping {
+        /// A peer's name or address
+        peer: String,
+        /// How often
+        #[arg(short, long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..))]
+        count: u16,
+    },
+    /// What the programs do with a connection, and which rule says so
+    Explain(Explain),
+    /// Packets let through and dropped, by reason
+    Counters,
+    /// Check what weir needs of this machine
+    Doctor,
+}
+
+/// `weir agent`.
+#[derive(Args)]
+pub struct Agent {
+    /// Name of the WireGuard device
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_INTERFACE)]
+    pub interface: InterfaceName,
+    /// Its UDP port
+    #[arg(long, value_name = "PORT", default_value_t = DEFAULT_LISTEN_PORT)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..))]
+    pub listen_port: u16,
+    /// Where programs and maps are pinned [default: /sys/fs/bpf/weir/NAME]
+    #[arg(long, value_name = "DIR")]
+    pub bpf_dir: Option<PathBuf>,
+}
+
+/// `weir up`.
+#[derive(Args)]
+pub struct Up {
+    /// A join token, or `-` to read one from stdin
+    ///
+    /// A token on the command line can be seen by other users while the command runs: prefer `-`
+    /// or --token-file.
+    pub token: Option<String>,
+    /// Read the token from a file
+    #[arg(long, value_name = "FILE", conflicts_with = "token")]
+    pub token_file: Option<PathBuf>,
+    /// What to be called in the network [default: this machine's host name]
+    #[arg(long, value_name = "H", value_parser = parse_hostname)]
+    pub hostname: Option<String>,
+    /// Subnets to offer to the network, comma-separated; empty to withdraw all
+    #[arg(long, value_name = "CIDR,…", value_parser = parse_routes)]
+    pub advertise_routes: Option<Routes>,
+}
+
+/// Subnets, as given on the command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Routes(pub BTreeSet<Prefix>);
+
+/// `weir explain`.
+#[derive(Args)]
+pub struct Explain {
+    /// Who initiates: an address or a node's name
+    #[arg(value_name = "SRC")]
+    pub src: String,
+    /// To whom; an IPv6 address with a port stands in brackets
+    #[arg(value_name = "DST[:PORT]", value_parser = super::target::parse)]
+    pub dst: Port,
+    /// Protocol by name or number [default: tcp with a port, icmp without]
+    #[arg(long, value_name = "P", value_parser = parse_protocol)]
+    pub proto: Option<Protocol>,
+}
+
+/// What the command line says; or how it should end already (help was asked for, or it says
+/// nothing that makes sense), after that has been printed.
+///
+/// # Errors
+/// The exit code: 0 after help, 2 after wrong use.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Arguments, ExitCode> {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    let error = match Arguments::try_parse_from(&arguments) {
+        Ok(parsed) => return Ok(parsed),
+        Err(error) => error,
+    };
+    let code = u8::try_from(error.exit_code()).unwrap_or(2);
+    match without_tokens(&error.render().to_string(), &arguments) {
+        Some(safe) => eprint!("{safe}"),
+        // Nobody to tell if stderr is closed.
+        None => drop(error.print()),
+    }
+    Err(ExitCode::from(code))
+}
+
+/// The text with every join token among the arguments cut short; `None` if there is none in it.
+fn without_tokens(text: &str, arguments: &[OsString]) -> Option<String> {
+    let arguments = arguments.iter().filter_map(|argument| argument.to_str());
+    let tokens: Vec<&str> = arguments
+        .filter(|argument| argument.contains("weir1.") && text.contains(argument))
+        .collect();
+    let safe = |text: String, token: &&str| text.replace(token, "weir1.…");
+    (!tokens.is_empty()).then(|| tokens.iter().fold(text.to_owned(), safe))
+}
+
+fn parse_hostname(text: &str) -> Result<String, String> {
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    let edges = text.starts_with('-') || text.ends_with('-');
+    if (1..=MAX_HOSTNAME_BYTES).contains(&text.len()) && !edges && text.bytes().all(legal) {
+        Ok(text.to_ascii_lowercase())
+    } else {
+        Err(format!(
+            "a host name here is one label: letters, digits and `-` inside, \
+             at most {MAX_HOSTNAME_BYTES}"
+        ))
+    }
+}
+
+fn parse_routes(text: &str) -> Result<Routes, String> {
+    let words = text.split(',').map(str::trim);
+    let routes: BTreeSet<Prefix> = words
+        .filter(|word| !word.is_empty())
+        .map(|word| word.parse().map_err(|error| format!("{error}")))
+        .collect::<Result<_, _>>()?;
+    if routes.len() > MAX_ROUTES_PER_NODE {
+        return Err(format!("at most {MAX_ROUTES_PER_NODE} subnets"));
+    }
+    Ok(Routes(routes))
+}
+
+#[cfg(test)]
+mod tests;
