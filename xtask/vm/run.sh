@@ -3,9 +3,12 @@ B=/run/vm/busybox
 . /run/vm/vars.sh
 
 if [ -n "$VM_TTY" ] && [ -n "$VM_CONSOLE" ]; then
-    # shellcheck disable=SC2086 # words for stty
-    $B stty -F $VM_CONSOLE $VM_TTY
-    $B setsid -c /run/vm/cmd.sh <>$VM_CONSOLE >&0 2>&0
+    # The size is set on the opened console: opening one may reset it.
+    $B setsid -c $B sh -c "$B stty $VM_TTY; exec /run/vm/cmd.sh" <>$VM_CONSOLE >&0 2>&0
+    rc=$?
+elif [ -n "$VM_TTY" ]; then
+    # Namespaces have no console; a pseudo-terminal stands for it.
+    script -qefc /run/vm/cmd.sh /dev/null
     rc=$?
 elif [ -n "$VM_OUT" ]; then
     # The consoles may be terminals; the command must see pipes.
