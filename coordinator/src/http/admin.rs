@@ -1,0 +1,436 @@
+//! The administrators' door: one call, `POST /v1/admin`, on a socket in the state folder.
+//!
+//! The kernel says who is at the other end; only root and the coordinator's own user may ask
+//! anything. The command line is the only client today; what an answer looks like is therefore
+//! what `--json` prints.
+
+use super::error::Refused;
+use crate::config::Advertise;
+use crate::network::{self, Actor, CommandError, NewToken, owner_text};
+use crate::snapshot::addrs;
+use crate::store::{AuditRow, Chain, NetworkRow, NodeRow, Store, Timestamp};
+use axum::extract::{DefaultBodyLimit, State};
+use axum::routing::post;
+use axum::{Extension, Json, Router};
+use proto::control::{JoinToken, RefusalCode};
+use proto::id::NodeId;
+use proto::key::{Fingerprint, NodeKey};
+use proto::net::Prefix;
+use proto::netmap::{Network, Owner};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Longest request: the largest policy, escaped.
+const MAX_ADMIN_BYTES: usize = 64 << 20;
+/// Version of every document that `--json` prints.
+pub const JSON_VERSION: u32 = 1;
+
+/// Who is at the other end of the local socket.
+#[derive(Clone, Copy, Debug)]
+pub struct Caller {
+    /// By the kernel's word.
+    pub uid: u32,
+}
+
+/// What the command line asks.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// The network meant; may be missing when there is one.
+    pub network: Option<String>,
+    /// What to do.
+    pub verb: Verb,
+}
+
+/// What can be asked.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Verb {
+    /// `network create`.
+    NetworkCreate {
+        /// Its name.
+        name: String,
+        /// Its IPv4 prefix.
+        v4: Option<Prefix>,
+        /// Its IPv6 prefix.
+        v6: Option<Prefix>,
+    },
+    /// `network list`.
+    NetworkList,
+    /// `user create`.
+    UserCreate {
+        /// Login.
+        login: String,
+    },
+    /// `token create`.
+    TokenCreate {
+        /// Whose the nodes will be.
+        owner: Owner,
+        /// Admits more than one.
+        reusable: bool,
+        /// Nodes are removed when they stay away.
+        ephemeral: bool,
+        /// For how long it admits.
+        valid_ms: u64,
+    },
+    /// `policy set`.
+    PolicySet {
+        /// The file's text.
+        text: String,
+        /// What the file is called, for messages.
+        file: String,
+    },
+    /// `policy get`.
+    PolicyGet,
+    /// `node list`.
+    NodeList,
+    /// `node remove`.
+    NodeRemove {
+        /// Its name.
+        node: String,
+    },
+    /// `route approve`.
+    RouteApprove {
+        /// The node's name.
+        node: String,
+        /// The route.
+        route: Prefix,
+    },
+    /// `audit list`.
+    AuditList,
+}
+
+/// What comes back.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// It is done.
+    Done {
+        /// What is done, in a sentence.
+        message: String,
+    },
+    /// Networks.
+    Networks(Vec<NetworkDocument>),
+    /// A join token. The only time that it is told.
+    Token {
+        /// What it is good for, in a sentence.
+        message: String,
+        /// The token.
+        token: String,
+    },
+    /// The policy as it was written.
+    Policy {
+        /// `None`: there is none.
+        text: Option<String>,
+    },
+    /// Nodes.
+    Nodes(Vec<NodeDocument>),
+    /// The audit log.
+    Audit {
+        /// Oldest first.
+        entries: Vec<AuditDocument>,
+        /// The first entry that is not as it was written, if any.
+        broken_at: Option<u64>,
+    },
+}
+
+/// A network, as `network list --json` prints it.
+#[derive(Serialize, Deserialize)]
+pub struct NetworkDocument {
+    /// Its name.
+    pub name: String,
+    /// Its id.
+    pub id: u64,
+    /// Nodes' IPv4 addresses come from here.
+    pub v4: Prefix,
+    /// Nodes' IPv6 addresses come from here.
+    pub v6: Prefix,
+    /// Raised by every change.
+    pub generation: u64,
+}
+
+/// A node, as `node list --json` prints it.
+#[derive(Serialize, Deserialize)]
+pub struct NodeDocument {
+    /// Its name.
+    pub name: String,
+    /// Its id.
+    pub id: NodeId,
+    /// Its addresses.
+    pub addrs: Vec<IpAddr>,
+    /// A user's login, or tags with commas between them.
+    pub owner: String,
+    /// Whether it holds a stream.
+    pub online: bool,
+    /// When it was last online, in RFC 3339.
+    pub last_seen: String,
+    /// When it joined, in RFC 3339.
+    pub created: String,
+    /// Whether it is removed when it stays away.
+    pub ephemeral: bool,
+    /// Its WireGuard public key.
+    pub key: NodeKey,
+    /// Where it says it can be reached.
+    pub endpoints: Vec<SocketAddr>,
+    /// Where the coordinator saw it.
+    pub seen: Option<IpAddr>,
+    /// Routes that it offers and that were approved.
+    pub routes: BTreeSet<Prefix>,
+    /// Routes that it offers and that wait for approval.
+    pub routes_waiting: BTreeSet<Prefix>,
+}
+
+/// An entry, as `audit list --json` prints it.
+#[derive(Serialize, Deserialize)]
+pub struct AuditDocument {
+    /// Its place, from 1.
+    pub number: u64,
+    /// When, in RFC 3339.
+    pub at: String,
+    /// Who.
+    pub actor: String,
+    /// What, as `noun.verb`.
+    pub action: String,
+    /// To what.
+    pub subject: String,
+    /// The state before.
+    pub before: String,
+    /// The state after.
+    pub after: String,
+    /// Hash of this entry and of all before it.
+    pub hash: String,
+}
+
+/// What the call needs.
+pub struct Admin {
+    /// The networks.
+    pub store: Store,
+    /// What join tokens call this coordinator; `None`: it does not know.
+    pub advertise: Option<Advertise>,
+    /// What join tokens pin.
+    pub fingerprint: Fingerprint,
+    /// Who may ask, besides root.
+    pub uid: u32,
+}
+
+/// The call.
+pub fn router(admin: Arc<Admin>) -> Router {
+    Router::new()
+        .route("/v1/admin", post(call))
+        .fallback(async || Refused::new(RefusalCode::BadRequest, "there is no such call"))
+        .layer(DefaultBodyLimit::max(MAX_ADMIN_BYTES))
+        .with_state(admin)
+}
+
+async fn call(
+    State(admin): State<Arc<Admin>>,
+    Extension(caller): Extension<Caller>,
+    Json(request): Json<Request>,
+) -> Result<Json<Answer>, Refused> {
+    if caller.uid != 0 && caller.uid != admin.uid {
+        let message = "only root and the coordinator's own user administrate it; use sudo";
+        return Err(Refused::new(RefusalCode::BadRequest, message));
+    }
+    let actor = Actor::Local { uid: caller.uid };
+    admin
+        .answer(request, &actor, Timestamp::now())
+        .await
+        .map(Json)
+}
+
+impl Admin {
+    async fn answer(
+        &self,
+        request: Request,
+        actor: &Actor,
+        now: Timestamp,
+    ) -> Result<Answer, Refused> {
+        let store = &self.store;
+        let wanted = request.network.as_deref();
+        Ok(match request.verb {
+            Verb::NetworkCreate { name, v4, v6 } => {
+                let row = network::create(store, now, actor, (&name, v4, v6)).await?;
+                done(format!(
+                    "made the network `{}` with {} and {}",
+                    row.name, row.v4, row.v6
+                ))
+            }
+            Verb::NetworkList => Answer::Networks(
+                network::list(store)
+                    .await?
+                    .iter()
+                    .map(network_document)
+                    .collect(),
+            ),
+            Verb::UserCreate { login } => {
+                let network = network::find(store, wanted).await?;
+                let login = network::create_user(store, now, actor, network.id, &login).await?;
+                done(format!("made the user `{login}` in `{}`", network.name))
+            }
+            Verb::TokenCreate {
+                owner,
+                reusable,
+                ephemeral,
+                valid_ms,
+            } => {
+                let valid = Duration::from_millis(valid_ms);
+                let new = NewToken {
+                    owner,
+                    reusable,
+                    ephemeral,
+                    valid,
+                };
+                self.token(wanted, new, actor, now).await?
+            }
+            Verb::PolicySet { text, file } => {
+                let network = network::find(store, wanted).await?;
+                let set = network::set_policy(store, now, actor, network.id, &text).await;
+                set.map_err(|error| policy_fault(error, &file))?;
+                done(format!("the policy of `{}` is set", network.name))
+            }
+            Verb::PolicyGet => {
+                let network = network::find(store, wanted).await?;
+                Answer::Policy {
+                    text: network::policy(store, network.id).await?,
+                }
+            }
+            Verb::NodeList => {
+                let network = network::find(store, wanted).await?;
+                let rows = network::nodes(store, network.id).await?;
+                Answer::Nodes(
+                    rows.into_iter()
+                        .map(|row| node_document(&network, row))
+                        .collect(),
+                )
+            }
+            Verb::NodeRemove { node } => {
+                let network = network::find(store, wanted).await?;
+                network::remove_node(store, now, actor, network.id, &node).await?;
+                done(format!("removed `{node}` from `{}`", network.name))
+            }
+            Verb::RouteApprove { node, route } => {
+                let network = network::find(store, wanted).await?;
+                network::approve_route(store, now, actor, network.id, (&node, route)).await?;
+                done(format!("`{node}` now serves {route}"))
+            }
+            Verb::AuditList => {
+                let network = network::find(store, wanted).await?;
+                let (rows, chain) = network::audit(store, network.id).await?;
+                let broken_at = match chain {
+                    Chain::Whole => None,
+                    Chain::Broken { number } => Some(number),
+                };
+                Answer::Audit {
+                    entries: rows.into_iter().map(audit_document).collect(),
+                    broken_at,
+                }
+            }
+        })
+    }
+
+    async fn token(
+        &self,
+        wanted: Option<&str>,
+        new: NewToken,
+        actor: &Actor,
+        now: Timestamp,
+    ) -> Result<Answer, Refused> {
+        let Some(advertise) = &self.advertise else {
+            let message = "the coordinator listens on every address, so a token cannot say where \
+                           it is; start it with `--advertise HOST:PORT`, as nodes reach it";
+            return Err(Refused::new(RefusalCode::BadRequest, message));
+        };
+        let network = network::find(&self.store, wanted).await?;
+        let made = network::create_token(&self.store, now, actor, network.id, new).await?;
+        let (secret, row) = made;
+        let token = JoinToken {
+            address: advertise.as_str().to_owned(),
+            fingerprint: self.fingerprint,
+            secret,
+        };
+        let nodes = if row.reusable {
+            "any number of nodes"
+        } else {
+            "one node"
+        };
+        let life = if row.ephemeral {
+            " that are removed when they stay away"
+        } else {
+            ""
+        };
+        let (owner, name) = (owner_text(&row.owner), &network.name);
+        let message = format!(
+            "this token admits {nodes}{life} to `{name}` as {owner}, until {}",
+            row.expires
+        );
+        Ok(Answer::Token {
+            message,
+            token: token.expose(),
+        })
+    }
+}
+
+/// A fault of the policy, with the name of the file that it was read from.
+fn policy_fault(error: CommandError, file: &str) -> Refused {
+    match error {
+        CommandError::Policy(faults) => {
+            let message = format!(
+                "the policy is refused, nothing changed\n{}",
+                faults.render(file)
+            );
+            Refused::new(RefusalCode::BadRequest, message)
+        }
+        other => other.into(),
+    }
+}
+
+fn done(message: String) -> Answer {
+    Answer::Done { message }
+}
+
+fn network_document(row: &NetworkRow) -> NetworkDocument {
+    NetworkDocument {
+        name: row.name.clone(),
+        id: row.id.0,
+        v4: row.v4,
+        v6: row.v6,
+        generation: row.generation.0,
+    }
+}
+
+fn node_document(network: &NetworkRow, row: NodeRow) -> NodeDocument {
+    let NetworkRow {
+        id, name, v4, v6, ..
+    } = network.clone();
+    NodeDocument {
+        addrs: addrs(&Network { id, name, v4, v6 }, row.host).to_vec(),
+        name: row.name,
+        id: row.id,
+        owner: owner_text(&row.owner),
+        online: row.online,
+        last_seen: row.last_seen.to_string(),
+        created: row.created.to_string(),
+        ephemeral: row.ephemeral,
+        key: row.key,
+        endpoints: row.endpoints,
+        seen: row.seen_addr,
+        routes: &row.advertised & &row.approved,
+        routes_waiting: &row.advertised - &row.approved,
+    }
+}
+
+fn audit_document(row: AuditRow) -> AuditDocument {
+    AuditDocument {
+        number: row.number,
+        at: row.at.to_string(),
+        actor: row.actor,
+        action: row.action,
+        subject: row.subject,
+        before: row.before,
+        after: row.after,
+        hash: data_encoding::HEXLOWER.encode(&row.hash),
+    }
+}

@@ -1,0 +1,197 @@
+//! The node API: the calls of [`proto::control`], each acting for the channel's machine alone.
+
+use super::error::Refused;
+use super::{Shutdown, ended};
+use crate::network::node::{self, Machine};
+use crate::presence::{Held, Presence};
+use crate::store::{Store, Timestamp};
+use crate::tls::Channel;
+use crate::watch::{Updates, Watch};
+use axum::body::{Body, Bytes};
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use axum::{Extension, Json, Router};
+use proto::control::{
+    Hello, HelloRequest, MAX_REQUEST_BYTES, PollMessage, PollRequest, ProofContext, RefusalCode,
+    RegisterRequest, Registered, Report, VERSION, check_node_key,
+};
+use proto::key::{ChallengeKey, NodeSecret};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+/// Longest time for one answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What the calls need.
+pub struct Nodes {
+    /// The networks.
+    pub store: Store,
+    /// Their live state.
+    pub watch: Arc<Watch>,
+    /// Who is connected.
+    pub presence: Arc<Presence>,
+    /// Node keys are proven against this; new with each process.
+    pub challenge: NodeSecret,
+    /// Ends the streams.
+    pub shutdown: Shutdown,
+}
+
+type Shared = State<Arc<Nodes>>;
+
+/// The calls.
+pub fn router(nodes: Arc<Nodes>) -> Router {
+    Router::new()
+        .route("/v1/hello", post(hello))
+        .route("/v1/register", post(register))
+        .route("/v1/poll", post(poll))
+        .route("/v1/report", post(report))
+        .route("/v1/logout", post(logout))
+        .fallback(async || Refused::new(RefusalCode::BadRequest, "there is no such call"))
+        .layer(DefaultBodyLimit::max(MAX_REQUEST_BYTES))
+        .with_state(nodes)
+}
+
+fn machine(channel: &Channel) -> Machine {
+    Machine {
+        id: channel.machine,
+        addr: channel.remote.ip().to_canonical(),
+    }
+}
+
+fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refused> {
+    serde_json::from_slice(body).map_err(|error| {
+        Refused::new(
+            RefusalCode::BadRequest,
+            format!("the request cannot be read: {error}"),
+        )
+    })
+}
+
+/// The answer, or a refusal if it takes too long.
+async fn in_time<T>(answer: impl Future<Output = Result<T, Refused>>) -> Result<T, Refused> {
+    timeout(ANSWER_TIMEOUT, answer)
+        .await
+        .unwrap_or_else(|_| Err(Refused::unavailable()))
+}
+
+async fn hello(
+    State(nodes): Shared,
+    Extension(channel): Extension<Channel>,
+    body: Bytes,
+) -> Result<Json<Hello>, Refused> {
+    let request: HelloRequest = decode(&body)?;
+    if request.version != VERSION {
+        let message = format!("this coordinator speaks version {VERSION}; update the older side");
+        return Err(Refused::new(RefusalCode::Version, message));
+    }
+    let known = in_time(async { Ok(node::known(&nodes.store, channel.machine).await?) }).await?;
+    Ok(Json(Hello {
+        version: VERSION,
+        challenge: ChallengeKey(nodes.challenge.public().0),
+        known: known.map(|row| row.id),
+    }))
+}
+
+async fn register(
+    State(nodes): Shared,
+    Extension(channel): Extension<Channel>,
+    body: Bytes,
+) -> Result<Json<Registered>, Refused> {
+    let request: RegisterRequest = decode(&body)?;
+    let context = ProofContext {
+        exporter: &channel.exporter,
+        machine: channel.machine,
+    };
+    if !check_node_key(&nodes.challenge, request.key, context, &request.proof) {
+        let message = "the proof of the WireGuard key does not hold on this connection";
+        return Err(Refused::new(RefusalCode::Proof, message));
+    }
+    let done = node::register(&nodes.store, Timestamp::now(), machine(&channel), &request);
+    in_time(async { Ok(Json(done.await?)) }).await
+}
+
+async fn report(
+    State(nodes): Shared,
+    Extension(channel): Extension<Channel>,
+    body: Bytes,
+) -> Result<Json<Value>, Refused> {
+    let report: Report = decode(&body)?;
+    let done = node::report(&nodes.store, Timestamp::now(), machine(&channel), &report);
+    in_time(async { Ok(done.await?) }).await?;
+    Ok(Json(json!({})))
+}
+
+async fn logout(
+    State(nodes): Shared,
+    Extension(channel): Extension<Channel>,
+    body: Bytes,
+) -> Result<Json<Value>, Refused> {
+    let serde_json::Map { .. } = decode(&body)?;
+    let done = node::logout(&nodes.store, Timestamp::now(), channel.machine);
+    in_time(async { Ok(done.await?) }).await?;
+    Ok(Json(json!({})))
+}
+
+async fn poll(
+    State(nodes): Shared,
+    Extension(channel): Extension<Channel>,
+    body: Bytes,
+) -> Result<Response, Refused> {
+    let PollRequest { base } = decode(&body)?;
+    let stream = in_time(async {
+        let connected = node::connect(&nodes.store, Timestamp::now(), machine(&channel));
+        let (network, node, generation) = connected.await?;
+        let updates = nodes
+            .watch
+            .subscribe(network, node, generation, base)
+            .await?;
+        let (held, replaced) = nodes.presence.enter(network, node);
+        Ok(Stream {
+            updates,
+            replaced,
+            shutdown: nodes.shutdown.clone(),
+            _held: held,
+        })
+    });
+    let lines = futures_util::stream::unfold(stream.await?, async |mut stream| {
+        let line = stream.line().await?;
+        Some((Ok::<_, std::convert::Infallible>(line), stream))
+    });
+    let kind = HeaderValue::from_static("application/x-ndjson");
+    Ok(([(header::CONTENT_TYPE, kind)], Body::from_stream(lines)).into_response())
+}
+
+/// One node's poll stream. It reads no faster than its node does: what it does not say at once
+/// becomes part of the next delta.
+struct Stream {
+    updates: Updates,
+    replaced: oneshot::Receiver<()>,
+    shutdown: Shutdown,
+    _held: Held,
+}
+
+impl Stream {
+    /// The next line, or `None` when the stream ends: the node is gone, a newer stream of it came,
+    /// or the coordinator stops.
+    async fn line(&mut self) -> Option<Bytes> {
+        let message = tokio::select! {
+            message = self.updates.next() => message?,
+            _ = &mut self.replaced => return None,
+            () = ended(&mut self.shutdown) => return None,
+        };
+        encode(&message)
+    }
+}
+
+fn encode(message: &PollMessage) -> Option<Bytes> {
+    let mut line = serde_json::to_vec(message).ok()?;
+    line.push(b'\n');
+    Some(Bytes::from(line))
+}
