@@ -28,9 +28,7 @@ async fn raw(path: &Path, line: Vec<u8>) -> String {
         // The server may refuse before it has read all of it.
         let _ = stream.write_all(&line);
         let mut answer = String::new();
-        io::BufReader::new(stream)
-            .read_line(&mut answer)
-            .unwrap();
+        io::BufReader::new(stream).read_line(&mut answer).unwrap();
         answer
     };
     tokio::task::spawn_blocking(exchange).await.unwrap()
