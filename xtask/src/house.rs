@@ -46,3 +46,8 @@ pub fn program(name: &str) -> Option<PathBuf> {
             rustix::fs::access(file, rustix::fs::Access::EXEC_OK).is_ok() && file.is_file()
         })
 }
+
+/// How many processors we may use.
+pub fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}

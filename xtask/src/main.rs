@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 
 mod ebpf;
 mod house;
+mod setup;
 mod vm;
 
 #[derive(Parser)]
@@ -31,6 +32,8 @@ enum Verb {
         #[arg(long)]
         check: bool,
     },
+    /// Install what the other verbs need, after saying what (Debian, Ubuntu, Fedora)
+    Setup,
     /// Run a command as root in a throw-away kernel that has WireGuard
     Vm(vm::Args),
     /// (internal) the process that starts a guest, watches it and cleans up after it
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match cli.verb {
         Verb::Ebpf { check } => ebpf::run(check).map(|()| 0),
+        Verb::Setup => setup::run_verb(),
         Verb::Vm(args) => vm::run_verb(args),
         Verb::Guard => vm::guard::guard(),
         Verb::Launch(args) => vm::guard::launch(&args),

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::guest::Folder;
 use super::{Accel, Job, Machine, kernels};
-use crate::house;
+use crate::{house, setup};
 
 const QEMU: &str = "qemu-system-x86_64";
 /// A guest on real KVM is up in 2 s; one that hangs will not become better.
@@ -24,8 +24,8 @@ pub fn machine(accel: Accel, line: Option<&str>, icount: bool) -> anyhow::Result
         cfg!(target_arch = "x86_64"),
         "QEMU guests are for x86-64 hosts only"
     );
-    let qemu = house::program(QEMU)
-        .with_context(|| format!("no {QEMU} here: `cargo xtask setup` installs it"))?;
+    setup::ensure(&[setup::Purpose::Qemu])?;
+    let qemu = house::program(QEMU).with_context(|| format!("no {QEMU} here"))?;
     let kernel = kernels::stock(line.unwrap_or(kernels::VERSIONS[0]))?;
     let initramfs = kernels::initramfs(&kernel)?;
     Ok(Machine::Qemu {
