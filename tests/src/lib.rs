@@ -23,6 +23,7 @@ pub mod mesh;
 pub mod packet;
 pub mod probe;
 pub mod process;
+pub mod snapshot;
 pub mod stream;
 pub mod topology;
 

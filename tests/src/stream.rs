@@ -20,6 +20,8 @@ use crate::probe::EchoUdp;
 
 /// Between two numbered datagrams.
 const PACE: Duration = Duration::from_millis(5);
+/// Between two words of a conversation: many of them run at once.
+const SPEECH: Duration = Duration::from_millis(20);
 /// How long the last replies may take, after the last datagram was sent.
 const LAST_REPLY: Duration = Duration::from_secs(2);
 
@@ -241,7 +243,7 @@ impl End {
                     // A full buffer or a dead connection: the other end's count will tell.
                     let _written = writing.write(&[7; 64]);
                 }
-                std::thread::sleep(PACE);
+                std::thread::sleep(SPEECH);
             }
         });
         let (done, bytes, last) = (

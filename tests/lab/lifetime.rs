@@ -1,0 +1,249 @@
+//! The life and death of the agent: nobody on the network notices.
+
+use std::time::Duration;
+
+use tests::lab::Lab;
+use tests::mesh::{Mesh, Node, SPREAD_BOUND};
+use tests::probe::Talk;
+use tests::snapshot::Snapshot;
+use tests::stream::Numbered;
+use tests::topology::Topology;
+use tests::wait_until;
+
+use crate::{POLICY, TRIO, assert_answers, expect};
+
+/// When a node last agreed on keys with another, as its kernel tells; 0 for never.
+fn handshake(node: &Node, with: &str) -> anyhow::Result<u64> {
+    let shown = node.host.run("wg show weir0 latest-handshakes")?.stdout;
+    let line = shown.lines().find_map(|line| line.strip_prefix(with));
+    Ok(line.unwrap_or("0").trim().parse()?)
+}
+
+/// Takes a peer out of a kernel and puts it in again as it was: the next packet needs a new
+/// handshake, as it would after two minutes.
+fn forget_session(node: &Node, key: &str) -> anyhow::Result<()> {
+    let dump = node.host.run("wg show weir0 dump")?.stdout;
+    let row = dump.lines().find(|line| line.starts_with(key));
+    let fields: Vec<&str> = row.unwrap_or_default().split('\t').collect();
+    let [_, _, endpoint, allowed, ..] = fields[..] else {
+        anyhow::bail!("{} has no peer {key}: {dump}", node.host.name);
+    };
+    node.host.run(&format!("wg set weir0 peer {key} remove"))?;
+    node.host.run(&format!(
+        "wg set weir0 peer {key} endpoint {endpoint} allowed-ips {allowed}"
+    ))?;
+    Ok(())
+}
+
+/// ```text
+///  hub   a   b   c
+///   │    │   │   │
+///  ─┴────┴───┴───┴── internet
+/// ```
+#[test]
+fn agents_die_and_return_and_no_packet_is_lost() -> anyhow::Result<()> {
+    let lab = Lab::new("agent_death", &Topology::star(&["a", "b", "c"]))?;
+    let mesh = Mesh::start(&lab, POLICY, TRIO)?;
+    mesh.settled(&[("a", 2), ("b", 2), ("c", 2)])?;
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    let there = Numbered::start(&a.host, &b.host, b.v4()?, 80)?;
+    let six = Numbered::start(&a.host, &b.host, b.v6()?, 80)?;
+    let streams = [there, six];
+    let flow = || streams.iter().try_for_each(|stream| stream.flows(40));
+    flow()?;
+    // The addresses are asked of the agents: before they are gone.
+    let denied = expect(
+        &mesh,
+        "a",
+        "b",
+        &[(Talk::Tcp(22), false), (Talk::Tcp(81), true)],
+    )?;
+    let reverse = expect(
+        &mesh,
+        "b",
+        "a",
+        &[(Talk::Tcp(80), false), (Talk::Ping, false)],
+    )?;
+    for node in [&a, &b] {
+        node.kill();
+        flow()?;
+    }
+    assert_answers(&denied);
+    assert_answers(&reverse);
+    for node in [&a, &b] {
+        node.restart()?;
+        flow()?;
+        node.until("it is up again", |status| status["phase"] == "up")?;
+        node.until("it is connected again", |status| {
+            status["coordinator"]["connected"] == true
+        })?;
+        flow()?;
+    }
+    // Again, this time in the midst of a start: whatever the agent was doing, it is repeated.
+    for _ in 0..3 {
+        b.kill();
+        b.restart()?;
+    }
+    b.until("it is up again", |status| status["phase"] == "up")?;
+    flow()?;
+    assert_answers(&denied);
+    for stream in streams {
+        let losses = stream.end()?;
+        assert!(losses.lost.is_empty(), "{losses:?}");
+    }
+    lab.passed();
+    Ok(())
+}
+
+/// ```text
+///  hub   a   b   c
+///   │    │   │   │
+///  ─┴────┴───┴───┴── internet
+/// ```
+///
+/// With both agents dead a's kernel forgets its session and agrees on a new one with b's.
+#[test]
+fn keys_are_renewed_with_no_agent_alive() -> anyhow::Result<()> {
+    let lab = Lab::new("rekey", &Topology::star(&["a", "b", "c"]))?;
+    let mesh = Mesh::start(&lab, POLICY, TRIO)?;
+    mesh.settled(&[("a", 2), ("b", 2)])?;
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    let (key_a, key_b) = (a.public_key()?, b.public_key()?);
+    let permitted = expect(
+        &mesh,
+        "a",
+        "b",
+        &[(Talk::Tcp(80), true), (Talk::Tcp(22), false)],
+    )?;
+    assert_answers(&permitted);
+    let first = handshake(&b, &key_a)?;
+    a.kill();
+    b.kill();
+    // Handshake times have a resolution of a second.
+    wait_until("the clock has moved on", Duration::from_secs(5), || {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        now.is_ok_and(|now| now.as_secs() > first)
+    })?;
+    forget_session(&a, &key_b)?;
+    assert_answers(&permitted);
+    assert!(handshake(&b, &key_a)? > first, "b agreed on new keys");
+
+    if std::env::var_os("WEIR_FULL").is_some() {
+        // Two minutes after a handshake the sender begins the next one by itself (REKEY_AFTER_TIME).
+        let began = handshake(&b, &key_a)?;
+        let dst = permitted[0].0.dst;
+        let stream = Numbered::start(&a.host, &b.host, dst, 80)?;
+        let renewed = || handshake(&b, &key_a).is_ok_and(|at| at > began);
+        wait_until(
+            "the kernels renew their keys",
+            Duration::from_secs(150),
+            renewed,
+        )?;
+        stream.flows(100)?;
+        let losses = stream.end()?;
+        assert!(losses.lost.is_empty(), "{losses:?}");
+    }
+    lab.passed();
+    Ok(())
+}
+
+/// ```text
+///  hub   a   b   c
+///   │    │   │   │
+///  ─┴────┴───┴───┴── internet
+/// ```
+#[test]
+fn stopping_the_service_changes_nothing_in_the_kernel() -> anyhow::Result<()> {
+    let lab = Lab::new("service_stop", &Topology::star(&["a", "b", "c"]))?;
+    let mesh = Mesh::start(&lab, POLICY, TRIO)?;
+    mesh.settled(&[("a", 2), ("b", 2)])?;
+    let b = mesh.node("b");
+    let stream = Numbered::start(&mesh.node("a").host, &b.host, b.v4()?, 80)?;
+    let before = Snapshot::of(&b.host)?;
+    assert_eq!(b.process().stop()?, 0, "{}", b.process().said());
+    assert_eq!(
+        before.changes(&Snapshot::of(&b.host)?),
+        Vec::<String>::new()
+    );
+    stream.flows(40)?;
+    let losses = stream.end()?;
+    assert!(losses.lost.is_empty(), "{losses:?}");
+    lab.passed();
+    Ok(())
+}
+
+/// ```text
+///  hub   a   b   c
+///   │    │   │   │
+///  ─┴────┴───┴───┴── internet
+/// ```
+#[test]
+fn down_leaves_the_host_as_before_and_up_returns_without_a_token() -> anyhow::Result<()> {
+    let lab = Lab::new("leaving", &Topology::star(&["a", "b", "c"]))?;
+    let host = lab.host("c");
+    let mut mesh = Mesh::start(&lab, POLICY, &TRIO[..2])?;
+    mesh.settled(&[("a", 1), ("b", 1)])?;
+    let before = Snapshot::of(&host)?;
+    mesh.join(&lab, &TRIO[2..])?;
+    mesh.settled(&[("a", 2), ("b", 2), ("c", 2)])?;
+    let c = mesh.node("c");
+    let address = c.v4()?;
+    let permitted = expect(
+        &mesh,
+        "b",
+        "c",
+        &[(Talk::Udp(53), true), (Talk::Tcp(53), false)],
+    )?;
+    assert_answers(&permitted);
+
+    c.weir("down")?;
+    assert_eq!(
+        before.changes(&Snapshot::of(&host)?),
+        Vec::<String>::new(),
+        "after down"
+    );
+    let status = c.status()?;
+    assert_eq!(status["phase"], "down", "{status:#}");
+    // A restart does not bring back what was told to stay down.
+    c.kill();
+    c.restart()?;
+    assert_eq!(c.status()?["phase"], "down");
+    assert_eq!(
+        before.changes(&Snapshot::of(&host)?),
+        Vec::<String>::new(),
+        "after a restart"
+    );
+
+    c.weir("up")?;
+    assert_eq!(c.v4()?, address, "the same node, the same address");
+    mesh.settled(&[("c", 2)])?;
+    assert_answers(&permitted);
+
+    c.weir("down --purge")?;
+    assert_eq!(
+        before.changes(&Snapshot::of(&host)?),
+        Vec::<String>::new(),
+        "after purge"
+    );
+    assert_eq!(c.status()?["phase"], "not_joined");
+    mesh.settled(&[("a", 1), ("b", 1)])?;
+    let nodes = mesh.coordinator.admin("node list --json")?.json()?;
+    assert!(!nodes.to_string().contains("\"c\""), "{nodes:#}");
+    let refused = c.weir_with("up")?;
+    assert_eq!(
+        refused.code, 1,
+        "without a token there is no way back: {refused:?}"
+    );
+    let state = std::fs::read_dir(host.folder.join("state/agent"))?;
+    let left: Vec<_> = state.flatten().map(|entry| entry.file_name()).collect();
+    let key = left
+        .iter()
+        .any(|name| name.to_string_lossy().contains("identity"));
+    assert!(!key, "{left:?}");
+    wait_until("c's device is gone", SPREAD_BOUND, || {
+        host.output("ip link show weir0")
+            .is_ok_and(|output| output.code != 0)
+    })?;
+    lab.passed();
+    Ok(())
+}
