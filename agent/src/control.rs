@@ -55,8 +55,8 @@ pub struct ControlConfig {
 /// What the daemon wants said.
 pub enum Command {
     /// Become a node, or change name and routes as the node this machine already is. Leads to
-    /// [`Event::Registered`] or [`Event::Refused`]; when refused, a poll that had not begun is
-    /// forgotten too.
+    /// [`Event::Registered`] or [`Event::Refused`]. A machine that is no node yet has nothing to
+    /// poll for: poll when it has been registered.
     Register(Box<Register>),
     /// Tell where this node can be reached and what it offers.
     Report(Report),
@@ -262,9 +262,6 @@ impl Session {
                 Ok(registered) => Event::Registered(registered),
                 Err(error) => Event::Refused(error.final_refusal()?),
             };
-            if matches!(event, Event::Refused(_)) {
-                self.polling &= !self.stream.is_empty();
-            }
             self.register = None;
             self.report = None;
             self.announce(event).await?;
