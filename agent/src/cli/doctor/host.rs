@@ -132,7 +132,7 @@ fn bpf_devices(mountinfo: &str) -> Vec<&str> {
 }
 
 pub(super) fn clock(state_dir: &Path) -> Check {
-    let written = fs::metadata(state_dir.join("netmap.json")).and_then(|file| file.modified());
+    let written = fs::metadata(state_dir.join("netmap")).and_then(|file| file.modified());
     clock_check(SystemTime::now(), written.ok())
 }
 
