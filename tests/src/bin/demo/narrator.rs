@@ -59,12 +59,13 @@ impl Narrator {
     }
 
     /// Plays one scene. What it returns is its row in the table; an error is a scene that failed.
+    /// Returns whether every check held.
     pub fn scene(
         &mut self,
         title: &str,
         sentence: &str,
         play: impl FnOnce(&mut Stage) -> anyhow::Result<String>,
-    ) {
+    ) -> bool {
         let number = self.scenes.len() + 1;
         println!("\n{}", self.bold(&format!("{number:2}  {title}")));
         for line in wrapped(sentence, 84) {
@@ -83,14 +84,16 @@ impl Narrator {
             );
             "broke off".to_owned()
         });
+        let passed = stage.checks.iter().all(|check| check.passed);
         self.scenes.push(Scene {
             number,
             title: title.to_owned(),
-            passed: stage.checks.iter().all(|check| check.passed),
+            passed,
             result,
             seconds: rounded(begun.elapsed()),
             checks: stage.checks,
         });
+        passed
     }
 
     /// Prints the table. Returns whether everything held.

@@ -91,11 +91,12 @@ impl Office {
         self.lab.host(name)
     }
 
-    /// The IPv4 address of a node in the network, or of a machine on a LAN.
+    /// The IPv4 address of a node in the network, or of a machine that is none on its LAN.
     pub fn v4(&self, name: &str) -> anyhow::Result<IpAddr> {
-        match self.mesh()?.nodes().get(name) {
-            Some(node) => node.v4(),
-            None => Ok(self.host(name).v4()),
+        if JOINS.iter().any(|join| join.host == name) {
+            self.node(name)?.v4()
+        } else {
+            Ok(self.host(name).v4())
         }
     }
 

@@ -17,71 +17,85 @@ const FILE_BYTES: usize = 100_000_000;
 /// How long the throughput is measured.
 const MEASURE_SECONDS: u32 = 3;
 
-/// Plays all scenes.
+/// A scene with its title and its sentence.
+type Scene = (
+    &'static str,
+    &'static str,
+    fn(&mut Stage, &Office) -> anyhow::Result<String>,
+);
+
+/// The scenes after the first.
+const SCENES: &[Scene] = &[
+    (
+        "What a node knows of itself",
+        "The agent answers on a socket of its own machine. It knows only the peers that policy \
+         lets it talk with.",
+        status,
+    ),
+    (
+        "Permitted and denied connections",
+        "Policy names who may start what. Answers pass by themselves, the reverse direction does \
+         not; what no rule names is dropped. TCP, UDP and ICMP, IPv4 and IPv6.",
+        connections,
+    ),
+    (
+        "100 MB over HTTP",
+        "A permitted transfer through the tunnel arrives bit for bit.",
+        transfer,
+    ),
+    (
+        "A scan finds nothing",
+        "The build server is a peer of the web server, but may start nothing towards it.",
+        scan,
+    ),
+    (
+        "Two sites",
+        "Machines on the two LANs run nothing of ours. Their routers carry them through the \
+         tunnel, with the policy applied and their own addresses kept.",
+        sites,
+    ),
+    (
+        "The agent dies",
+        "The programs and their tables belong to the kernel. An agent killed under traffic \
+         changes no verdict, and neither does its return.",
+        agent_dies,
+    ),
+    (
+        "A rule is taken back",
+        "Policy holds for what is already open: a connection that carries data is cut.",
+        revocation,
+    ),
+    (
+        "The coordinator dies",
+        "Nodes keep their keys, peers and policy. With the coordinator gone, two machines that \
+         never spoke before still open a connection; only changes have to wait.",
+        coordinator_dies,
+    ),
+    (
+        "Throughput",
+        "Data never meets our user space: in-kernel WireGuard with the programs on its device. \
+         (A figure from this kernel and this machine, not a claim.)",
+        throughput,
+    ),
+    (
+        "Leaving",
+        "`weir down --purge` takes away all that the agent made.",
+        leaving,
+    ),
+];
+
+/// Plays all scenes; if nobody can join, there is nothing to see.
 pub fn play(narrator: &mut Narrator, office: &mut Office) {
-    narrator.scene(
+    let joined = narrator.scene(
         "Six machines join",
         "The coordinator holds public keys and the policy, and is never on the path of data. Each \
          machine joins with a token that works once, read from stdin.",
         |stage| join(stage, office),
     );
     let office = &*office;
-    narrator.scene(
-        "What a node knows of itself",
-        "The agent answers on a socket of its own machine. It knows only the peers that policy \
-         lets it talk with.",
-        |stage| status(stage, office),
-    );
-    narrator.scene(
-        "Permitted and denied connections",
-        "Policy names who may start what. Answers pass by themselves, the reverse direction does \
-         not; what no rule names is dropped. TCP, UDP and ICMP, IPv4 and IPv6.",
-        |stage| connections(stage, office),
-    );
-    narrator.scene(
-        "100 MB over HTTP",
-        "A permitted transfer through the tunnel arrives bit for bit.",
-        |stage| transfer(stage, office),
-    );
-    narrator.scene(
-        "A scan finds nothing",
-        "The build server is a peer of the web server, but may start nothing towards it.",
-        |stage| scan(stage, office),
-    );
-    narrator.scene(
-        "Two sites",
-        "Machines on the two LANs run nothing of ours. Their routers carry them through the \
-         tunnel, with the policy applied and their own addresses kept.",
-        |stage| sites(stage, office),
-    );
-    narrator.scene(
-        "The agent dies",
-        "The programs and their tables belong to the kernel. An agent killed under traffic \
-         changes no verdict, and neither does its return.",
-        |stage| agent_dies(stage, office),
-    );
-    narrator.scene(
-        "A rule is taken back",
-        "Policy holds for what is already open: a connection that carries data is cut.",
-        |stage| revocation(stage, office),
-    );
-    narrator.scene(
-        "The coordinator dies",
-        "Nodes keep their keys, peers and policy. With the coordinator gone, two machines that \
-         never spoke before still open a connection; only changes have to wait.",
-        |stage| coordinator_dies(stage, office),
-    );
-    narrator.scene(
-        "Throughput",
-        "Data never meets our user space: in-kernel WireGuard with the programs on its device. \
-         (A figure from this kernel and this machine, not a claim.)",
-        |stage| throughput(stage, office),
-    );
-    narrator.scene(
-        "Leaving",
-        "`weir down --purge` takes away all that the agent made.",
-        |stage| leaving(stage, office),
-    );
+    for (title, sentence, scene) in SCENES.iter().filter(|_| joined) {
+        narrator.scene(title, sentence, |stage| scene(stage, office));
+    }
 }
 
 fn join(stage: &mut Stage, office: &mut Office) -> anyhow::Result<String> {
