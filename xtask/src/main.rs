@@ -8,8 +8,11 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod build;
+mod demo;
 mod ebpf;
 mod house;
+mod lab;
 mod setup;
 mod vm;
 
@@ -36,6 +39,10 @@ enum Verb {
     Setup,
     /// Run a command as root in a throw-away kernel that has WireGuard
     Vm(vm::Args),
+    /// Build a topology of namespaces and give a shell in it
+    Lab(lab::Args),
+    /// Build everything and show the main job done on real kernel WireGuard
+    Demo(demo::Args),
     /// (internal) the process that starts a guest, watches it and cleans up after it
     #[command(name = "__guard", hide = true)]
     Guard,
@@ -51,6 +58,8 @@ fn main() -> ExitCode {
         Verb::Ebpf { check } => ebpf::run(check).map(|()| 0),
         Verb::Setup => setup::run_verb(),
         Verb::Vm(args) => vm::run_verb(args),
+        Verb::Lab(args) => lab::run_verb(args),
+        Verb::Demo(args) => demo::run_verb(args),
         Verb::Guard => vm::guard::guard(),
         Verb::Launch(args) => vm::guard::launch(&args),
     };
