@@ -21,7 +21,7 @@ fn power_cut(node: &Node) -> anyhow::Result<()> {
 }
 
 fn cache(node: &Node) -> PathBuf {
-    node.host.folder.join("state/agent/netmap.json")
+    node.host.folder.join("state/agent/netmap")
 }
 
 /// ```text
@@ -88,7 +88,7 @@ fn a_corrupt_cache_is_told_and_the_last_good_one_serves() -> anyhow::Result<()> 
     b.restart()?;
     let status = b.until("it is up", |status| status["phase"] == "up")?;
     let problems = status["problems"].to_string();
-    assert!(problems.contains("netmap.json"), "{status:#}");
+    assert!(problems.contains("netmap_damaged"), "{status:#}");
     assert_answers(&answers);
 
     // With the coordinator back the cache is written anew, and the complaint goes.
@@ -96,7 +96,6 @@ fn a_corrupt_cache_is_told_and_the_last_good_one_serves() -> anyhow::Result<()> 
     b.until("all is well", |status| {
         status["problems"] == serde_json::json!([])
     })?;
-    serde_json::from_slice::<serde_json::Value>(&std::fs::read(cache(&b))?)?;
     lab.passed();
     Ok(())
 }
