@@ -3,5 +3,8 @@
 pub mod cli;
 pub mod config;
 pub mod control;
+pub mod daemon;
 pub mod identity;
+pub mod kernel;
 pub mod local;
+pub mod state;

@@ -14,7 +14,7 @@
 use crate::acl::{self, Change};
 use crate::path::{Path, Surroundings, rank};
 use crate::plan::{
-    Desired, Device, Observed, Overlap, Policy, Routing, Step, Wanted, WantedPeer, diff,
+    Desired, Device, Observed, Overlap, Policy, Routing, Stats, Step, Wanted, WantedPeer, diff,
 };
 use crate::status::{Failure, Problem, Status};
 use crate::trust::{Distrust, VerifiedNetmap, allowed_ips, verify};
@@ -191,6 +191,13 @@ impl Engine {
             converged: converged && self.in_flight.is_none(),
             problems: self.problems(),
         }
+    }
+
+    /// What the kernel counts of one peer, as last read.
+    #[must_use]
+    pub fn status_of(&self, peer: &NodeKey) -> Option<&Stats> {
+        let present = self.observed.as_ref()?.present()?;
+        present.peers.get(peer).map(|peer| &peer.stats)
     }
 
     fn problems(&self) -> Vec<Problem> {

@@ -1,0 +1,534 @@
+//! The agent's loop: the only owner of the engine, and the only place where modules meet.
+//!
+//! ```text
+//! control ──events──►┌────────┐──Input──►┌────────┐
+//! local ────calls───►│ daemon │          │ engine │      (no lock: one task, one owner)
+//! watch ────links───►│        │◄─Output──└────────┘
+//! kernel ──answers──►└────────┘──jobs──► kernel's thread, ──commands──► control, ──► state folder
+//! ```
+//!
+//! Each turn: ask the engine what to do until it has nothing more, answer whoever waits for a state
+//! that has come about, then wait for the next event or the engine's deadline. Nothing in a turn
+//! blocks: the kernel's jobs, the coordinator and the disk answer as events of their own.
+//!
+//! The end of the service (SIGTERM) ends the loop and touches nothing: programs, peers and routes
+//! go on without us, and the next start adopts them. Only `weir down` takes anything away.
+
+mod answer;
+mod join;
+
+use crate::config::Config;
+use crate::control;
+use crate::identity::{Identity, IdentityError};
+use crate::kernel::{self, Job, OpenError};
+use crate::local::{BindError, Call, Refused, RefusedCode, Request, Response, Server};
+use crate::state::{Settings, StateDir, StateError};
+use engine::status::Failure;
+use engine::{DEFAULT_MTU, Engine, Input, Output};
+use join::Link;
+use proto::netmap::Netmap;
+use sd_notify::NotifyState;
+use std::collections::VecDeque;
+use std::error::Error;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// Events that may wait for the loop, from each side.
+const QUEUE: usize = 64;
+/// How long `up` waits for the device before it answers with what there is. Less than the client's
+/// patience, so that the client has something to explain.
+const UP_PATIENCE: Duration = Duration::from_secs(25);
+/// How long `down` tries before it answers with what is in the way.
+const DOWN_PATIENCE: Duration = Duration::from_secs(20);
+/// How long `down --purge` waits for the coordinator to hear of it.
+const LOGOUT_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the service manager waits for a node with a cached netmap to be up, at most.
+const READY_PATIENCE: Duration = Duration::from_secs(15);
+/// The pause before a watch of the host that failed is started again.
+const WATCH_PAUSE: Duration = Duration::from_secs(5);
+
+/// Why the agent does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// The state folder.
+    #[error("the state folder cannot be used")]
+    State(#[from] StateError),
+    /// The node's secrets.
+    #[error("the node's identity cannot be used")]
+    Identity(#[from] IdentityError),
+    /// The unix socket.
+    #[error("the local API cannot be offered")]
+    Local(#[from] BindError),
+    /// The kernel.
+    #[error("this kernel cannot be used")]
+    Kernel(#[from] OpenError),
+    /// Signals or random numbers.
+    #[error("the system gives no {what}")]
+    System {
+        /// What it does not give.
+        what: &'static str,
+    },
+}
+
+/// Something that woke the loop.
+enum Event {
+    Input(Input),
+    Control(control::Event),
+    Call(Call),
+    /// The netmap could, or could not, be kept on disk.
+    Kept(Result<(), StateError>),
+    Tick,
+    Stop,
+}
+
+/// A client that waits for a state to come about.
+struct Waiter {
+    reply: oneshot::Sender<Response>,
+    deadline: Instant,
+}
+
+/// `weir down` under way.
+struct Leaving {
+    waiter: Waiter,
+    /// For `--purge`: what became of telling the coordinator, and until when to wait for it.
+    logout: Option<(Instant, Logout)>,
+}
+
+/// What the coordinator said to our leaving.
+enum Logout {
+    Waiting,
+    Told,
+    Failed(String),
+}
+
+struct Daemon {
+    config: Config,
+    state: StateDir,
+    settings: Settings,
+    /// What is wrong with the state folder, until it is right again.
+    trouble: Vec<(&'static str, String)>,
+    identity: watch::Sender<Arc<Identity>>,
+    engine: Engine,
+    jobs: mpsc::Sender<Job>,
+    inputs: mpsc::Sender<Input>,
+    link: Link,
+    going_up: VecDeque<Waiter>,
+    leaving: Option<Leaving>,
+    /// The newest netmap on its way to the disk.
+    netmaps: watch::Sender<Option<Arc<Netmap>>>,
+    /// Not ready before this, as long as the node is not up.
+    ready_by: Option<Instant>,
+}
+
+/// Runs the agent until it is told to stop.
+///
+/// # Errors
+/// [`DaemonError`] if it cannot start.
+pub async fn run(config: Config) -> Result<(), DaemonError> {
+    let state = StateDir::open(&config.state_dir)?;
+    let identity = Arc::new(Identity::load_or_create(&config.state_dir)?);
+    let (calls_in, mut calls) = mpsc::channel(QUEUE);
+    tokio::spawn(Server::bind(&config.socket)?.serve(calls_in));
+    let (identity, lent) = watch::channel(identity);
+    let jobs = kernel::spawn(kernel::Config {
+        interface: config.interface.to_string(),
+        bpf_dir: config.bpf_dir.clone(),
+        switches: state.switches(),
+        lend_secret: Box::new(move |tell| lent.borrow().with_node_secret(tell)),
+    })
+    .await?;
+    let (inputs, mut answers) = mpsc::channel(QUEUE);
+    spawn_watch(&config, inputs.clone());
+    let (events_in, mut events) = mpsc::channel(QUEUE);
+    let (kept_in, mut kept) = mpsc::channel(QUEUE);
+    let netmaps = spawn_keeper(state.clone(), kept_in);
+    let stop = |_| DaemonError::System { what: "signals" };
+    let mut terminate = signal(SignalKind::terminate()).map_err(stop)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(stop)?;
+    let mut watchdog =
+        sd_notify::watchdog_enabled().map(|period| tokio::time::interval(period / 2));
+
+    let engine = new_engine(&config, &identity.borrow());
+    let mut daemon = Daemon {
+        engine,
+        state,
+        settings: Settings::default(),
+        trouble: Vec::new(),
+        identity,
+        jobs,
+        inputs,
+        link: Link::new(events_in)?,
+        going_up: VecDeque::new(),
+        leaving: None,
+        netmaps,
+        ready_by: Some(Instant::now() + READY_PATIENCE),
+        config,
+    };
+    daemon.start();
+    loop {
+        let deadline = daemon.settle();
+        let event = tokio::select! {
+            () = tokio::time::sleep_until(deadline.into()) => Event::Input(Input::Timeout),
+            Some(input) = answers.recv() => Event::Input(input),
+            Some(event) = events.recv() => Event::Control(event),
+            Some(call) = calls.recv() => Event::Call(call),
+            Some(result) = kept.recv() => Event::Kept(result),
+            () = tick(&mut watchdog) => Event::Tick,
+            _ = terminate.recv() => Event::Stop,
+            _ = interrupt.recv() => Event::Stop,
+        };
+        match event {
+            Event::Input(input) => daemon.engine.handle(Instant::now(), input),
+            Event::Control(event) => daemon.handle_control(event),
+            Event::Call(call) => daemon.handle_call(call),
+            Event::Kept(result) => daemon.note("netmap_not_kept", result.err()),
+            Event::Tick => notify(&[NotifyState::Watchdog]),
+            Event::Stop => break,
+        }
+    }
+    tracing::info!("stopping; what is in the kernel stays as it is");
+    notify(&[NotifyState::Stopping]);
+    // Whatever is on its way to the disk arrives before the process ends.
+    drop(daemon);
+    while kept.recv().await.is_some() {}
+    Ok(())
+}
+
+impl Daemon {
+    /// What an earlier run left: settings, the netmap, the way to the coordinator.
+    fn start(&mut self) {
+        let now = Instant::now();
+        let settings = self.state.settings();
+        self.note("settings_damaged", settings.problem);
+        let netmap = self.state.netmap();
+        self.note("netmap_damaged", netmap.problem);
+        let generation = netmap.value.as_ref().map(|netmap| netmap.generation);
+        let Some(settings) = settings.value else {
+            // Nobody ever said what is to be: nothing is touched.
+            return;
+        };
+        self.settings = settings;
+        self.engine
+            .handle(now, Input::Advertise(self.settings.routes.clone()));
+        if let Some(netmap) = netmap.value {
+            self.engine.handle(now, Input::Cached(Box::new(netmap)));
+        }
+        self.engine.handle(now, Input::Up(self.settings.up));
+        if let Some(coordinator) = self
+            .settings
+            .coordinator
+            .clone()
+            .filter(|_| self.settings.up)
+        {
+            self.connect(&coordinator);
+            self.link.send(control::Command::Poll { base: generation });
+        }
+    }
+
+    /// Lets the engine do all that it wants now; returns when to wake it.
+    fn settle(&mut self) -> Instant {
+        let deadline = loop {
+            match self.engine.poll(Instant::now()) {
+                Output::Apply(steps) => self.ask_kernel(
+                    |reply| Job::Apply(steps, reply),
+                    |done| match done {
+                        Ok(Ok(())) => Input::Applied,
+                        Ok(Err(error)) => Input::Failed(Failure {
+                            done: error.done,
+                            kind: error.kind(),
+                            detail: chain(&error.source),
+                        }),
+                        Err(gone) => Input::Failed(gone),
+                    },
+                ),
+                Output::Observe => self.ask_kernel(Job::Observe, |seen| match seen {
+                    Ok(Ok(observed)) => Input::Observed(observed),
+                    Ok(Err(error)) => Input::Unreadable(chain(&error)),
+                    Err(gone) => Input::Unreadable(gone.detail),
+                }),
+                Output::NeedFull => self.link.send(control::Command::Poll { base: None }),
+                Output::Report(about) => self.link.send(control::Command::Report(about)),
+                Output::Persist(netmap) => {
+                    self.netmaps.send_replace(Some(Arc::from(netmap)));
+                }
+                Output::Timeout(at) => break at,
+            }
+        };
+        let waiting = self.answer_waiters(Instant::now());
+        waiting.map_or(deadline, |waiting| waiting.min(deadline))
+    }
+
+    /// Gives the kernel's thread a job; the answer comes back as an input.
+    fn ask_kernel<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(oneshot::Sender<T>) -> Job,
+        input: impl FnOnce(Result<T, Failure>) -> Input + Send + 'static,
+    ) {
+        let (reply, answer) = oneshot::channel();
+        let (job, jobs, inputs) = (job(reply), self.jobs.clone(), self.inputs.clone());
+        tokio::spawn(async move {
+            let sent = jobs.send(job).await.is_ok();
+            let answer = if sent { answer.await.ok() } else { None };
+            let answer = answer.ok_or_else(|| Failure {
+                done: 0,
+                kind: engine::status::FailureKind::Kernel,
+                detail: "the kernel's thread has ended: restart the agent".to_owned(),
+            });
+            // The loop may have ended; then nobody waits.
+            let _ = inputs.send(input(answer)).await;
+        });
+    }
+
+    fn handle_call(&mut self, Call { request, reply }: Call) {
+        match request {
+            Request::Up(up) => self.up(up, reply),
+            Request::Down { purge } => self.down(purge, reply),
+            Request::Status => self.answer_status(reply),
+            Request::Peers => send(reply, Response::Peers(self.peers())),
+            Request::Ping { peer } => self.answer_ping(&peer, reply),
+            Request::Explain(explain) => self.answer_explain(&explain, reply),
+            Request::Counters => self.answer_counters(reply),
+        }
+    }
+
+    /// Takes everything out of the kernel, and for `purge` out of the state folder too.
+    fn down(&mut self, purge: bool, reply: oneshot::Sender<Response>) {
+        let now = Instant::now();
+        self.settings.up = false;
+        self.keep_settings();
+        for waiter in self.going_up.drain(..) {
+            send(
+                waiter.reply,
+                refused(RefusedCode::Unavailable, "it was told to go down", ""),
+            );
+        }
+        self.engine.handle(now, Input::Up(false));
+        let logout = purge.then(|| {
+            let asked = self.link.is_open();
+            self.link.send(control::Command::Logout);
+            let state = match (asked, self.settings.coordinator.is_some()) {
+                (true, _) => Logout::Waiting,
+                (false, true) => Logout::Failed("there is no connection to it".to_owned()),
+                (false, false) => Logout::Told,
+            };
+            (now + LOGOUT_PATIENCE, state)
+        });
+        if !purge {
+            self.link.close();
+        }
+        let deadline = now + DOWN_PATIENCE;
+        self.leaving = Some(Leaving {
+            waiter: Waiter { reply, deadline },
+            logout,
+        });
+    }
+
+    /// Answers whoever waits for what is so now; returns when to look again at the latest.
+    fn answer_waiters(&mut self, now: Instant) -> Option<Instant> {
+        if !self.going_up.is_empty() || self.ready_by.is_some() {
+            self.answer_going_up(now);
+        }
+        if self.leaving.is_some() {
+            self.answer_leaving(now);
+        }
+        let leaving = self.leaving.iter().flat_map(|leaving| {
+            let logout = leaving.logout.as_ref().map(|(until, _)| *until);
+            logout.into_iter().chain([leaving.waiter.deadline])
+        });
+        let going_up = self.going_up.iter().map(|waiter| waiter.deadline);
+        let all = leaving.chain(going_up).chain(self.ready_by);
+        all.filter(|at| *at > now).min()
+    }
+
+    fn answer_going_up(&mut self, now: Instant) {
+        let status = self.status();
+        let up = status.is_ready() && self.engine.status().converged;
+        if self
+            .ready_by
+            .is_some_and(|by| up || now >= by || !self.comes_up_alone())
+        {
+            self.ready_by = None;
+            notify(&[NotifyState::Ready]);
+        }
+        let due = |waiter: &Waiter| up || now >= waiter.deadline;
+        for waiter in std::mem::take(&mut self.going_up) {
+            if due(&waiter) {
+                send(waiter.reply, Response::Status(Box::new(status.clone())));
+            } else {
+                self.going_up.push_back(waiter);
+            }
+        }
+    }
+
+    /// Whether this node is on its way up without anybody's help: it has a netmap to serve.
+    fn comes_up_alone(&self) -> bool {
+        self.settings.up && self.state.has_netmap()
+    }
+
+    fn answer_leaving(&mut self, now: Instant) {
+        let Some(mut leaving) = self.leaving.take() else {
+            return;
+        };
+        if let Some((until, state @ Logout::Waiting)) = &mut leaving.logout
+            && now >= *until
+        {
+            *state = Logout::Failed("it did not answer in time".to_owned());
+        }
+        let told = !matches!(leaving.logout, Some((_, Logout::Waiting)));
+        let gone = self.engine.status().converged;
+        if gone && told {
+            let remarks = match leaving.logout {
+                None => Ok(Vec::new()),
+                Some((_, Logout::Failed(why))) => self.purge().map(|()| {
+                    vec![format!(
+                        "The coordinator could not be told ({why}): remove this node there with \
+                         `weir-coordinator node remove`."
+                    )]
+                }),
+                Some((_, Logout::Told | Logout::Waiting)) => self.purge().map(|()| Vec::new()),
+            };
+            let response = remarks.map_or_else(
+                |error| refused(RefusedCode::Failed, &chain(&*error), "Remove it by hand."),
+                Response::Done,
+            );
+            send(leaving.waiter.reply, response);
+        } else if now >= leaving.waiter.deadline {
+            let problem = self.engine.status().problems.into_iter().next();
+            let (message, next) = problem.map_or(("it takes too long".to_owned(), ""), |problem| {
+                (problem.to_string(), problem.next())
+            });
+            send(
+                leaving.waiter.reply,
+                refused(RefusedCode::Failed, &message, next),
+            );
+        } else {
+            self.leaving = Some(leaving);
+        }
+    }
+
+    /// Forgets network, settings and identity; a new identity takes its place.
+    fn purge(&mut self) -> Result<(), Box<dyn Error>> {
+        self.link.close();
+        self.netmaps.send_replace(None);
+        self.state.wipe()?;
+        self.settings = Settings::default();
+        self.trouble.clear();
+        self.identity.borrow().wipe()?;
+        let identity = Arc::new(Identity::load_or_create(&self.config.state_dir)?);
+        self.identity.send_replace(Arc::clone(&identity));
+        self.engine = new_engine(&self.config, &identity);
+        Ok(())
+    }
+
+    fn keep_settings(&mut self) {
+        let kept = self.state.keep_settings(&self.settings);
+        self.note("settings_not_kept", kept.err());
+    }
+
+    /// Remembers what is wrong with the state folder, or that it is right again.
+    fn note(&mut self, code: &'static str, error: Option<StateError>) {
+        self.trouble.retain(|(other, _)| *other != code);
+        if let Some(error) = error {
+            let text = chain(&error);
+            tracing::warn!(code, text, "state folder");
+            self.trouble.push((code, text));
+        }
+    }
+}
+
+fn new_engine(config: &Config, identity: &Identity) -> Engine {
+    let config = engine::Config {
+        interface: config.interface.to_string(),
+        listen_port: config.listen_port,
+        mtu: DEFAULT_MTU,
+    };
+    Engine::new(config, identity.node_key())
+}
+
+/// Watches the host's addresses and routes for as long as the loop lives.
+fn spawn_watch(config: &Config, inputs: mpsc::Sender<Input>) {
+    let interface = config.interface.to_string();
+    let (links_in, mut links) = mpsc::channel(1);
+    tokio::spawn(async move {
+        while !links_in.is_closed() {
+            if let Err(error) = kernel::watch::run(&interface, links_in.clone()).await {
+                tracing::warn!(%error, "the host's addresses and routes cannot be watched");
+                tokio::time::sleep(WATCH_PAUSE).await;
+            }
+        }
+    });
+    tokio::spawn(async move {
+        while let Some(now) = links.recv().await {
+            if inputs.send(Input::Links(now)).await.is_err() {
+                return;
+            }
+        }
+    });
+}
+
+/// Keeps the newest netmap on disk. Writing takes its time; netmaps that come meanwhile are
+/// skipped but for the last.
+fn spawn_keeper(
+    state: StateDir,
+    kept: mpsc::Sender<Result<(), StateError>>,
+) -> watch::Sender<Option<Arc<Netmap>>> {
+    let (newest, mut netmaps) = watch::channel(None::<Arc<Netmap>>);
+    tokio::spawn(async move {
+        while netmaps.changed().await.is_ok() {
+            let Some(netmap) = netmaps.borrow_and_update().clone() else {
+                continue;
+            };
+            let state = state.clone();
+            let written = tokio::task::spawn_blocking(move || state.keep_netmap(&netmap)).await;
+            // A panic in there is a bug, and has been printed.
+            if let Ok(result) = written
+                && kept.send(result).await.is_err()
+            {
+                return;
+            }
+        }
+    });
+    newest
+}
+
+async fn tick(watchdog: &mut Option<tokio::time::Interval>) {
+    match watchdog {
+        Some(interval) => {
+            interval.tick().await;
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// Tells the service manager, if there is one.
+fn notify(state: &[NotifyState]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::debug!(%error, "the service manager could not be told");
+    }
+}
+
+/// Answers a client. One that hung up misses nothing that it still wants.
+fn send(reply: oneshot::Sender<Response>, response: Response) {
+    let _ = reply.send(response);
+}
+
+fn refused(code: RefusedCode, message: &str, next: &str) -> Response {
+    Response::Refused(Refused {
+        code,
+        message: message.to_owned(),
+        next: next.to_owned(),
+    })
+}
+
+/// An error and all its causes in one line.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}

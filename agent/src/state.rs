@@ -1,0 +1,350 @@
+//! The state folder: the last netmap, and what the operator said.
+//!
+//! ```text
+//! STATE-DIR/            0700
+//!   netmap              the netmap in force, for a start without the coordinator
+//!   netmap.old          the one before it, should `netmap` be unreadable
+//!   settings            up or down, name, routes, which coordinator
+//!   settings.old
+//! ```
+//! (The `identity` module keeps its own file here.) A file is a line with its SHA-256, then JSON:
+//! a flipped bit is an unreadable file and not another address. It is replaced whole: the new one
+//! is written and synced under another name, the present one becomes `.old`, the new one takes its
+//! place, the folder is synced. Power can fail anywhere in between; one good file is always left.
+//! A disk that is full fails the writing and leaves what was there.
+
+use data_encoding::HEXLOWER;
+use proto::key::Fingerprint;
+use proto::net::Prefix;
+use proto::netmap::Netmap;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::collections::BTreeSet;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+const NETMAP: &str = "netmap";
+const SETTINGS: &str = "settings";
+/// Where the `kernel` module notes what it has to put back.
+const SWITCHES: &str = "switches";
+/// The largest file that is read, in bytes: the largest netmap, and some.
+const MAX_FILE_BYTES: u64 = 512 << 20;
+
+/// What the operator said, and where the coordinator is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Whether the node is to be up.
+    pub up: bool,
+    /// What the node would like to be called; `None` for the machine's host name.
+    pub hostname: Option<String>,
+    /// Subnets to offer.
+    pub routes: BTreeSet<Prefix>,
+    /// The coordinator of the network that was joined.
+    pub coordinator: Option<Coordinator>,
+}
+
+/// Where the coordinator is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Coordinator {
+    /// `HOST:PORT`.
+    pub address: String,
+    /// SHA-256 of its certificate.
+    pub fingerprint: Fingerprint,
+}
+
+/// Why state cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// The file cannot be read or written.
+    #[error("`{path}`")]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The file is not what was written.
+    #[error("`{path}` is damaged")]
+    Damaged {
+        /// Which file.
+        path: PathBuf,
+    },
+    /// The file has a form that this version does not know.
+    #[error("`{path}` was written by another version of weir")]
+    Form {
+        /// Which file.
+        path: PathBuf,
+        /// What the parser says.
+        source: serde_json::Error,
+    },
+}
+
+/// What a file holds, and what was wrong with it.
+#[derive(Debug)]
+pub struct Loaded<T> {
+    /// The newest good value, if there is one.
+    pub value: Option<T>,
+    /// Why it is not the newest value.
+    pub problem: Option<StateError>,
+}
+
+/// The state folder.
+#[derive(Clone, Debug)]
+pub struct StateDir {
+    folder: PathBuf,
+}
+
+impl StateDir {
+    /// The folder; made, mode 0700, if it is not there.
+    ///
+    /// # Errors
+    /// [`StateError::Io`].
+    pub fn open(folder: &Path) -> Result<Self, StateError> {
+        let mut builder = DirBuilder::new();
+        builder.recursive(true).mode(0o700);
+        builder.create(folder).map_err(at(folder))?;
+        let private = fs::Permissions::from_mode(0o700);
+        fs::set_permissions(folder, private).map_err(at(folder))?;
+        Ok(Self {
+            folder: folder.to_owned(),
+        })
+    }
+
+    /// The netmap of an earlier run.
+    #[must_use]
+    pub fn netmap(&self) -> Loaded<Netmap> {
+        self.load(NETMAP)
+    }
+
+    /// Keeps a netmap.
+    ///
+    /// # Errors
+    /// [`StateError`]; what was kept before still is.
+    pub fn keep_netmap(&self, netmap: &Netmap) -> Result<(), StateError> {
+        self.keep(NETMAP, netmap)
+    }
+
+    /// What the operator said; the default if nobody ever said anything.
+    #[must_use]
+    pub fn settings(&self) -> Loaded<Settings> {
+        self.load(SETTINGS)
+    }
+
+    /// Keeps what the operator said.
+    ///
+    /// # Errors
+    /// [`StateError`]; what was kept before still is.
+    pub fn keep_settings(&self, settings: &Settings) -> Result<(), StateError> {
+        self.keep(SETTINGS, settings)
+    }
+
+    /// The file for what the `kernel` module has to put back.
+    #[must_use]
+    pub fn switches(&self) -> PathBuf {
+        self.folder.join(SWITCHES)
+    }
+
+    /// Whether a netmap is kept, good or not.
+    #[must_use]
+    pub fn has_netmap(&self) -> bool {
+        let path = self.folder.join(NETMAP);
+        path.exists() || old(&path).exists()
+    }
+
+    /// Forgets the netmap: it is of a network that this node left.
+    ///
+    /// # Errors
+    /// [`StateError::Io`].
+    pub fn forget_netmap(&self) -> Result<(), StateError> {
+        self.remove(NETMAP)
+    }
+
+    /// Forgets everything kept here.
+    ///
+    /// # Errors
+    /// [`StateError::Io`].
+    pub fn wipe(&self) -> Result<(), StateError> {
+        self.remove(NETMAP)?;
+        self.remove(SETTINGS)
+    }
+
+    fn load<T: DeserializeOwned>(&self, name: &str) -> Loaded<T> {
+        let path = self.folder.join(name);
+        let problem = match read(&path) {
+            Ok(Some(value)) => {
+                return Loaded {
+                    value: Some(value),
+                    problem: None,
+                };
+            }
+            Ok(None) => None,
+            Err(error) => Some(error),
+        };
+        let value = read(&old(&path)).unwrap_or_default();
+        Loaded { value, problem }
+    }
+
+    fn keep<T: Serialize>(&self, name: &str, value: &T) -> Result<(), StateError> {
+        let path = self.folder.join(name);
+        let json = serde_json::to_vec(value).map_err(|source| StateError::Form {
+            path: path.clone(),
+            source,
+        })?;
+        let new = path.with_extension("new");
+        let written = write(&new, &json).and_then(|()| {
+            match fs::rename(&path, old(&path)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            fs::rename(&new, &path)?;
+            File::open(&self.folder)?.sync_all()
+        });
+        if written.is_err() {
+            // What is half written would only take room.
+            let _ = fs::remove_file(&new);
+        }
+        written.map_err(at(&path))
+    }
+
+    fn remove(&self, name: &str) -> Result<(), StateError> {
+        let path = self.folder.join(name);
+        for path in [path.with_extension("new"), old(&path), path] {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(at(&path)(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+fn old(path: &Path) -> PathBuf {
+    path.with_extension("old")
+}
+
+fn write(path: &Path, json: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all(HEXLOWER.encode(&Sha256::digest(json)).as_bytes())?;
+    file.write_all(b"\n")?;
+    file.write_all(json)?;
+    file.sync_all()
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StateError> {
+    let bytes = match fs::metadata(path) {
+        Ok(metadata) if metadata.len() > MAX_FILE_BYTES => {
+            return Err(StateError::Damaged {
+                path: path.to_owned(),
+            });
+        }
+        Ok(_) => fs::read(path).map_err(at(path))?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(at(path)(error)),
+    };
+    let json = intact(&bytes).ok_or_else(|| StateError::Damaged {
+        path: path.to_owned(),
+    })?;
+    let value = serde_json::from_slice(json).map_err(|source| StateError::Form {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok(Some(value))
+}
+
+/// The JSON of a file whose hash is right.
+fn intact(bytes: &[u8]) -> Option<&[u8]> {
+    let end = bytes.iter().position(|byte| *byte == b'\n')?;
+    let (hash, json) = (bytes.get(..end)?, bytes.get(end + 1..)?);
+    let right = HEXLOWER.encode(&Sha256::digest(json));
+    (right.as_bytes() == hash).then_some(json)
+}
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> StateError {
+    let path = path.to_owned();
+    |source| StateError::Io { path, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(hostname: &str) -> Settings {
+        Settings {
+            up: true,
+            hostname: Some(hostname.to_owned()),
+            ..Settings::default()
+        }
+    }
+
+    fn folder() -> (tempfile::TempDir, StateDir) {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDir::open(&folder.path().join("state")).unwrap();
+        (folder, state)
+    }
+
+    #[test]
+    fn what_is_kept_is_found_and_nobody_else_can_read_it() {
+        let (_guard, state) = folder();
+        assert!(state.settings().value.is_none());
+        state.keep_settings(&settings("a")).unwrap();
+        assert_eq!(state.settings().value, Some(settings("a")));
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&state.folder), 0o700);
+        assert_eq!(mode(&state.folder.join(SETTINGS)), 0o600);
+        state.wipe().unwrap();
+        assert_eq!(fs::read_dir(&state.folder).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn any_flipped_bit_is_noticed_and_the_one_before_is_used() {
+        let (_guard, state) = folder();
+        state.keep_settings(&settings("before")).unwrap();
+        state.keep_settings(&settings("after")).unwrap();
+        let path = state.folder.join(SETTINGS);
+        let good = fs::read(&path).unwrap();
+        for position in 0..good.len() {
+            let mut bad = good.clone();
+            bad[position] ^= 1;
+            fs::write(&path, &bad).unwrap();
+            let loaded = state.settings();
+            assert_eq!(loaded.value, Some(settings("before")), "byte {position}");
+            assert!(matches!(loaded.problem, Some(StateError::Damaged { .. })));
+        }
+        fs::write(&path, b"").unwrap();
+        assert_eq!(state.settings().value, Some(settings("before")));
+    }
+
+    #[test]
+    fn a_crash_between_the_renames_loses_nothing() {
+        let (_guard, state) = folder();
+        state.keep_settings(&settings("a")).unwrap();
+        let path = state.folder.join(SETTINGS);
+        fs::rename(&path, old(&path)).unwrap();
+        let loaded = state.settings();
+        assert_eq!(loaded.value, Some(settings("a")));
+        assert!(loaded.problem.is_none());
+    }
+
+    #[test]
+    fn a_write_that_fails_leaves_what_was_there() {
+        let (_guard, state) = folder();
+        state.keep_settings(&settings("a")).unwrap();
+        // A folder in the way of the new file stands for a disk that takes no more.
+        fs::create_dir(state.folder.join("settings.new")).unwrap();
+        let error = state.keep_settings(&settings("b")).unwrap_err();
+        assert!(matches!(error, StateError::Io { .. }));
+        assert_eq!(state.settings().value, Some(settings("a")));
+    }
+}
