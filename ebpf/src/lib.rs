@@ -1,2 +1,23 @@
-//! See ARCHITECTURE.md.
+//! weir's packet filter: one evaluator, for kernel, `weir explain` and tests.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`abi`] | layouts of all maps, their names, [`abi::ABI_VERSION`] |
+//! | [`packet`] | bytes to [`packet::Packet`]; what cannot be read is a reason to drop |
+//! | [`verdict`] | [`verdict::decide`]: flow state and policy to a verdict |
+//! | [`reason`] | why a packet passed or not, with stable names |
+//! | `src/bin/acl.rs` | the two classifiers on the WireGuard device (built for BPF alone) |
+//!
+//! The programs know no default but drop: no active word, no table, no entry, no state, or bytes
+//! that cannot be read, and the packet is gone, with a counter that says why. User space fills the
+//! policy tables of the idle slot and then stores one word; a packet reads that word once and looks
+//! only into the slot that it names, so it meets the old policy or the new one and never a mixture.
+//!
+//! The object that agents embed is `ebpf/acl.bpf.o`, built by `cargo xtask ebpf`, which also proves
+//! (`--check`) that it comes from this source, bit for bit.
 #![no_std]
+
+pub mod abi;
+pub mod packet;
+pub mod reason;
+pub mod verdict;

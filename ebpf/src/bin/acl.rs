@@ -1,0 +1,344 @@
+//! The two classifiers on a node's WireGuard device: `ingress` for what peers send, `egress` for
+//! what goes to them.
+//!
+//! Both read the IP header at offset 0, ask [`ebpf::verdict::judge`], count the outcome, and drop
+//! what is not accepted. An accepted packet goes on to whatever else is attached (`TCX_NEXT`, which
+//! clsact calls `TC_ACT_UNSPEC`): weir adds a refusal to the host's own filters, never a permission.
+//!
+//! Kept within what an interpreter of Linux 6.1 runs: no callbacks, no kfuncs, no tail calls.
+//! Headers in the skb's linear part are read in place; everything else through
+//! `bpf_skb_load_bytes`, which reads fragments too and leaves the skb as it is.
+#![no_std]
+#![no_main]
+#![allow(
+    missing_docs,
+    reason = "the attribute macros of aya make public items of their own"
+)]
+#![allow(
+    unsafe_code,
+    reason = "packets and map values are reached through raw pointers; see each SAFETY"
+)]
+
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::btf_maps::lpm_trie::Key;
+use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, LruHashMap, PerCpuArray};
+use aya_ebpf::helpers::{bpf_ktime_get_coarse_ns, bpf_skb_load_bytes};
+use aya_ebpf::macros::{btf_map, classifier};
+use aya_ebpf::programs::TcContext;
+use core::ptr::NonNull;
+use ebpf::abi::{
+    Active, Addr, Counter, Direction, ESTABLISHED_FLOWS, FRAGMENTED_DATAGRAMS, Flow, FlowKey,
+    Fragment, FragmentKey, Identity, OPENING_FLOWS, Page, PageKey, PairKey, Ports, PortsKey, Quota,
+    SLOTS, SetId,
+};
+use ebpf::packet::{Bytes, Packet, general};
+use ebpf::reason::{OUTCOMES, Reason};
+use ebpf::verdict::{self, Question, Store, Tables, Verdict, judge, take_quota};
+
+const SLOTS_LEN: usize = SLOTS as usize;
+const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
+const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
+/// Inner maps are created by user space with the size that the policy needs.
+const TEMPLATE: usize = 1;
+
+type Slotted<M> = ArrayOfMaps<M, SLOTS_LEN>;
+
+#[btf_map]
+static ACTIVE: Array<u64, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static IDENTITIES: Slotted<HashMap<Addr, Identity, TEMPLATE>> = ArrayOfMaps::new();
+#[btf_map]
+static PREFIXES: Slotted<LpmTrie<Addr, Identity, TEMPLATE, NO_PREALLOC>> = ArrayOfMaps::new();
+#[btf_map]
+static PAIRS: Slotted<HashMap<PairKey, SetId, TEMPLATE>> = ArrayOfMaps::new();
+#[btf_map]
+static PORTS: Slotted<HashMap<PortsKey, Ports, TEMPLATE>> = ArrayOfMaps::new();
+#[btf_map]
+static PAGES: Slotted<HashMap<PageKey, Page, TEMPLATE>> = ArrayOfMaps::new();
+#[btf_map]
+static OPENING: LruHashMap<FlowKey, Flow, { OPENING_FLOWS as usize }> = LruHashMap::new();
+#[btf_map]
+static ESTABLISHED: LruHashMap<FlowKey, Flow, { ESTABLISHED_FLOWS as usize }> = LruHashMap::new();
+#[btf_map]
+static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { FRAGMENTED_DATAGRAMS as usize }> =
+    LruHashMap::new();
+#[btf_map]
+static QUOTA: Array<Quota, 1> = Array::new();
+#[btf_map]
+static COUNTERS: PerCpuArray<Counter, { 2 * OUTCOMES as usize }> = PerCpuArray::new();
+/// The packet at hand. Not on the stack, because it is large and because the verifier would follow
+/// every value that it may have. One a CPU is enough: bottom halves are off while a classifier runs.
+#[btf_map]
+static PACKET: PerCpuArray<Packet, 1> = PerCpuArray::new();
+
+/// The loaded maps.
+struct Maps;
+
+impl Tables for Maps {
+    type Entry = NonNull<Flow>;
+
+    #[inline(always)]
+    fn active(&self) -> Active {
+        let word = match ACTIVE.get_ptr(0) {
+            // SAFETY: a valid, aligned array element; volatile, because user space stores to it
+            // through a mapping and one packet must see one value.
+            Some(word) => unsafe { word.read_volatile() },
+            None => 0,
+        };
+        Active::from_word(word)
+    }
+
+    #[inline(always)]
+    fn complete(&self, slot: u32) -> bool {
+        IDENTITIES.get(slot).is_some()
+            && PREFIXES.get(slot).is_some()
+            && PAIRS.get(slot).is_some()
+            && PORTS.get(slot).is_some()
+            && PAGES.get(slot).is_some()
+    }
+
+    #[inline(always)]
+    fn identity(&self, slot: u32, addr: &Addr) -> Option<Identity> {
+        // SAFETY: entries of an active slot are added and never changed or removed.
+        unsafe { IDENTITIES.get(slot)?.get(addr).copied() }
+    }
+
+    #[inline(always)]
+    fn route(&self, slot: u32, addr: &Addr) -> Option<Identity> {
+        PREFIXES.get(slot)?.get(&Key::new(128, *addr)).copied()
+    }
+
+    #[inline(always)]
+    fn pair(&self, slot: u32, key: &PairKey) -> Option<SetId> {
+        // SAFETY: as for identities.
+        unsafe { PAIRS.get(slot)?.get(key).copied() }
+    }
+
+    #[inline(always)]
+    fn ports(&self, slot: u32, key: &PortsKey) -> Option<Ports> {
+        // SAFETY: as for identities.
+        unsafe { PORTS.get(slot)?.get(key).copied() }
+    }
+
+    #[inline(always)]
+    fn page_word(&self, slot: u32, key: &PageKey, word: u32) -> Option<u64> {
+        // SAFETY: as for identities.
+        let page = unsafe { PAGES.get(slot)?.get(key)? };
+        page.words.get((word & 7) as usize).copied()
+    }
+
+    #[inline(always)]
+    fn find(&self, store: Store, key: &FlowKey) -> Option<Self::Entry> {
+        let flow = match store {
+            Store::Opening => OPENING.get_ptr_mut(key),
+            Store::Established => ESTABLISHED.get_ptr_mut(key),
+        };
+        flow.and_then(NonNull::new)
+    }
+
+    #[inline(always)]
+    fn load(&self, entry: Self::Entry) -> Flow {
+        // SAFETY: a value of a preallocated map: always readable. It may meanwhile belong to
+        // another flow, if this one was evicted between two instructions; then one packet that
+        // policy allowed a moment ago passes on the other's account.
+        unsafe { entry.read() }
+    }
+
+    #[inline(always)]
+    fn save(&self, entry: Self::Entry, flow: Flow) {
+        // SAFETY: as for `load`; whole words are written, so a reader sees old or new fields.
+        unsafe { entry.write(flow) }
+    }
+
+    #[inline(always)]
+    fn insert(&self, store: Store, key: &FlowKey, flow: &Flow) -> bool {
+        match store {
+            Store::Opening => OPENING.insert(key, flow, 0),
+            Store::Established => ESTABLISHED.insert(key, flow, 0),
+        }
+        .is_ok()
+    }
+
+    #[inline(always)]
+    fn remove(&self, store: Store, key: &FlowKey) {
+        // Failure means that it is gone already.
+        let _ = match store {
+            Store::Opening => OPENING.remove(key),
+            Store::Established => ESTABLISHED.remove(key),
+        };
+    }
+
+    #[inline(always)]
+    fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
+        // SAFETY: as for `load`.
+        unsafe { FRAGMENTS.get(key).copied() }
+    }
+
+    #[inline(always)]
+    fn keep_fragment(&self, key: &FragmentKey, fragment: &Fragment) {
+        // Without it the later fragments are dropped, which is the safe side.
+        let _ = FRAGMENTS.insert(key, fragment, 0);
+    }
+
+    #[inline(always)]
+    fn allows(&self, question: &Question) -> Verdict {
+        Verdict::from_code(acl_allows(question))
+    }
+
+    #[inline(always)]
+    fn take_picked_up(&self, now_ns: u64) -> bool {
+        match QUOTA.get_ptr_mut(0) {
+            // SAFETY: a valid array element. Two CPUs may lose a count to each other: the quota
+            // bounds a rate, it does not keep accounts.
+            Some(quota) => take_quota(unsafe { &mut *quota }, now_ns),
+            None => false,
+        }
+    }
+}
+
+/// Policy's answer, as a global function: the verifier looks at it once, not once for every state
+/// of every caller.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn acl_allows(question: *const Question) -> u32 {
+    if question.is_null() {
+        return Verdict::deny(Reason::TableMissing).code();
+    }
+    // SAFETY: callers pass a whole question; the verifier checks that it is readable.
+    verdict::allows(&Maps, unsafe { &*question }).code()
+}
+
+/// The general reader, as a global function for the same reason.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn acl_general(skb: *mut __sk_buff) -> u32 {
+    match PACKET.get_ptr_mut(0) {
+        // SAFETY: this CPU's element, which nobody else touches meanwhile.
+        Some(packet) => general(&ByCall { skb }, unsafe { &mut *packet }).code(),
+        None => Verdict::deny(Reason::TableMissing).code(),
+    }
+}
+
+/// The skb, read by helper call: any offset, linear or not.
+#[derive(Clone, Copy)]
+struct ByCall {
+    skb: *mut __sk_buff,
+}
+
+impl Bytes for ByCall {
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        // SAFETY: the context is valid.
+        unsafe { (*self.skb).len }
+    }
+
+    #[inline(always)]
+    fn words<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
+        let mut words = [0_u32; N];
+        // SAFETY: the context is valid, the buffer has 4 N bytes; the helper checks the offset.
+        let failed = unsafe {
+            bpf_skb_load_bytes(
+                self.skb.cast(),
+                offset,
+                words.as_mut_ptr().cast(),
+                4 * N as u32,
+            )
+        };
+        (failed == 0).then_some(words)
+    }
+
+    #[inline(always)]
+    fn general(&self, packet: &mut Packet) -> Verdict {
+        general(self, packet)
+    }
+}
+
+/// The linear part of the skb, read in place at offsets known when this is built.
+struct InPlace {
+    skb: *mut __sk_buff,
+}
+
+impl Bytes for InPlace {
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        ByCall { skb: self.skb }.len()
+    }
+
+    #[inline(always)]
+    fn words<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
+        // SAFETY: the context is valid. Volatile, so that the two pointers are loaded where they
+        // are compared: kept across branches, the compiler computes with them as the verifier
+        // forbids.
+        let (data, end) = unsafe {
+            (
+                (&raw const (*self.skb).data).read_volatile() as usize,
+                (&raw const (*self.skb).data_end).read_volatile() as usize,
+            )
+        };
+        let start = data + offset as usize;
+        if start + 4 * N > end {
+            return None;
+        }
+        // SAFETY: checked against the end of the linear part, and unaligned reads are fine.
+        Some(unsafe { (start as *const [u32; N]).read_unaligned() })
+    }
+
+    #[inline(always)]
+    fn general(&self, _packet: &mut Packet) -> Verdict {
+        // Which writes into the same place.
+        Verdict::from_code(acl_general(self.skb))
+    }
+}
+
+#[inline(always)]
+fn classify(ctx: &TcContext, direction: Direction) -> i32 {
+    // SAFETY: takes no argument and changes nothing.
+    let now_ns = unsafe { bpf_ktime_get_coarse_ns() };
+    let len = ctx.len();
+    let bytes = InPlace { skb: ctx.skb.skb };
+    let verdict = match PACKET.get_ptr_mut(0) {
+        // SAFETY: this CPU's element, which nobody else touches meanwhile.
+        Some(packet) => judge(&Maps, &bytes, unsafe { &mut *packet }, direction, now_ns),
+        None => Verdict::deny(Reason::NoPolicy),
+    };
+    count(verdict.counter(direction), len);
+    if verdict.passes() {
+        TC_ACT_UNSPEC
+    } else {
+        TC_ACT_SHOT
+    }
+}
+
+#[inline(always)]
+fn count(index: u32, len: u32) {
+    if let Some(counter) = COUNTERS.get_ptr_mut(index) {
+        // SAFETY: this CPU's element; nothing else runs this program on this CPU meanwhile.
+        unsafe {
+            (*counter).packets += 1;
+            (*counter).bytes += u64::from(len);
+        }
+    }
+}
+
+/// What peers send.
+#[classifier]
+pub fn ingress(ctx: TcContext) -> i32 {
+    classify(&ctx, Direction::Ingress)
+}
+
+/// What goes to peers.
+#[classifier]
+pub fn egress(ctx: TcContext) -> i32 {
+    classify(&ctx, Direction::Egress)
+}
+
+/// BPF has no panics: the verifier refuses what could.
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

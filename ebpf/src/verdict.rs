@@ -1,0 +1,424 @@
+//! The one policy evaluator: flow state first, policy for what begins something.
+//!
+//! ```text
+//! packet ── nothing active? ─────────────────────────────────────── drop no_policy
+//!   ├─ later fragment ── its datagram's first one passed? ── then as its flow
+//!   ├─ ICMP error ────── embeds a packet of a live flow? ─── related
+//!   ├─ of a known flow ─ same epoch? ─────────────────────── established
+//!   │                    older: decide its *first* packet again, or drop revoked
+//!   └─ first packet ──── can it open a flow? may it (policy)? new flow, opening
+//! ```
+//!
+//! [`decide`] runs in the kernel on the loaded maps, in `weir explain` on the same maps through
+//! system calls, and in tests on plain maps: [`Tables`] is all it knows of them. It has no clock
+//! and no allocation; `now_ns` is the coarse monotonic clock (`CLOCK_MONOTONIC_COARSE`).
+//!
+//! *Flows* live in two tables. A first packet makes an entry in [`Store::Opening`]; the first reply
+//! moves it to [`Store::Established`], so that a flood of first packets can only evict its like.
+//! One key serves both directions ([`FlowKey`]). Nobody collects garbage: an entry that is older
+//! than its timeout counts as absent, and the tables evict what was unused longest.
+//!
+//! *TCP*: only a SYN opens a flow. A pure ACK (with or without PSH) without flow, which policy
+//! allows in its direction now, may pick one up, as after an eviction or an upgrade, but not more
+//! than [`PICKED_UP_QUOTA`] in [`PICKED_UP_WINDOW_NS`]. A SYN against the direction of a flow, or
+//! on a closed one, is judged as the first packet that it is.
+//!
+//! *Probes and mutants* prove the tests: [`Tables::probe`] records which branches a test took, and
+//! [`Tables::MUTANT`] inverts one condition. Both vanish in the kernel.
+
+mod flow;
+mod policy;
+
+use crate::abi::{
+    Active, Addr, Direction, Flow, FlowKey, Fragment, FragmentKey, Identity, PageKey, PairKey,
+    Ports, PortsKey, Quota, SetId,
+};
+use crate::packet::{Bytes, Packet, Part, What, deciding_bytes, parse};
+use crate::reason::{Accepted, OUTCOMES, Reason};
+
+pub use policy::{Question, allows};
+
+pub use flow::{
+    FRAGMENT_NS, FRESHEN_NS, ICMP_NS, OPENING_NS, OTHER_NS, PICKED_UP_NS, PICKED_UP_QUOTA,
+    PICKED_UP_WINDOW_NS, STREAM_CLOSED_NS, STREAM_NS, STREAM_RESET_NS, UDP_NS,
+};
+
+/// What becomes of a packet: accepted or denied, and how or why. One number inside, the index of
+/// its counter, because BPF functions return one register.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "bpf"), derive(PartialOrd, Ord, Hash))]
+#[repr(transparent)]
+pub struct Verdict(u32);
+
+impl Verdict {
+    const FIRST_DENY: u32 = Accepted::ALL.len() as u32;
+
+    /// It passes.
+    #[inline(always)]
+    #[must_use]
+    pub const fn accept(how: Accepted) -> Self {
+        Self(how as u32)
+    }
+
+    /// It is dropped.
+    #[inline(always)]
+    #[must_use]
+    pub const fn deny(why: Reason) -> Self {
+        Self(Self::FIRST_DENY + why as u32)
+    }
+
+    /// Whether the packet passes.
+    #[inline(always)]
+    #[must_use]
+    pub const fn passes(self) -> bool {
+        self.0 < Self::FIRST_DENY
+    }
+
+    /// Index of its counter.
+    #[inline(always)]
+    #[must_use]
+    pub const fn counter(self, direction: Direction) -> u32 {
+        direction as u32 * OUTCOMES + self.0
+    }
+
+    /// The number inside, for functions that may return no more.
+    #[inline(always)]
+    #[must_use]
+    pub const fn code(self) -> u32 {
+        self.0
+    }
+
+    /// From [`Self::code`]. What no verdict has as its code is none that passes.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_code(code: u32) -> Self {
+        Self(code)
+    }
+
+    /// How it passes, if it does.
+    #[must_use]
+    pub fn accepted(self) -> Option<Accepted> {
+        Accepted::ALL.get(self.0 as usize).copied()
+    }
+
+    /// Why it is dropped, if it is.
+    #[must_use]
+    pub fn reason(self) -> Option<Reason> {
+        let index = self.0.checked_sub(Self::FIRST_DENY)?;
+        Reason::ALL.get(index as usize).copied()
+    }
+
+    /// Its stable name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match (self.accepted(), self.reason()) {
+            (Some(how), _) => how.name(),
+            (None, Some(why)) => why.name(),
+            (None, None) => "?",
+        }
+    }
+
+    /// Every verdict, in the order of the counters of one direction.
+    pub fn all() -> impl Iterator<Item = Self> {
+        (0..OUTCOMES).map(Self)
+    }
+}
+
+#[cfg(not(target_arch = "bpf"))]
+impl core::fmt::Debug for Verdict {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let verb = if self.passes() { "accept" } else { "deny" };
+        write!(f, "{verb} {}", self.name())
+    }
+}
+
+/// Where a flow is kept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "bpf"), derive(Debug, PartialOrd, Ord))]
+#[repr(u8)]
+pub enum Store {
+    /// No reply yet.
+    Opening,
+    /// Both sides have spoken.
+    Established,
+}
+
+/// All that [`decide`] needs of the maps.
+///
+/// Look-ups return `None` for what is absent. Nothing here may allow anything by being absent.
+pub trait Tables: Sized {
+    /// A handle on a flow's entry, good until the next call that changes its table.
+    type Entry: Copy;
+
+    /// Which condition of the evaluator is inverted; 0 for none. Only tests set it.
+    const MUTANT: u32 = 0;
+
+    /// The active word, read once.
+    fn active(&self) -> Active;
+    /// Whether every policy table has this slot.
+    fn complete(&self, slot: u32) -> bool;
+    /// Who has exactly this address.
+    fn identity(&self, slot: u32, addr: &Addr) -> Option<Identity>;
+    /// Who has the longest prefix that contains this address.
+    fn route(&self, slot: u32, addr: &Addr) -> Option<Identity>;
+    /// What one class may initiate to another.
+    fn pair(&self, slot: u32, key: &PairKey) -> Option<SetId>;
+    /// One protocol of a port set.
+    fn ports(&self, slot: u32, key: &PortsKey) -> Option<Ports>;
+    /// One word (of eight) of a page.
+    fn page_word(&self, slot: u32, key: &PageKey, word: u32) -> Option<u64>;
+
+    /// Looks up a flow.
+    fn find(&self, store: Store, key: &FlowKey) -> Option<Self::Entry>;
+    /// Reads its state.
+    fn load(&self, entry: Self::Entry) -> Flow;
+    /// Writes its state.
+    fn save(&self, entry: Self::Entry, flow: Flow);
+    /// Adds or replaces a flow; whether that worked.
+    fn insert(&self, store: Store, key: &FlowKey, flow: &Flow) -> bool;
+    /// Forgets a flow.
+    fn remove(&self, store: Store, key: &FlowKey);
+
+    /// Looks up a fragmented datagram.
+    fn fragment(&self, key: &FragmentKey) -> Option<Fragment>;
+    /// Remembers a fragmented datagram.
+    fn keep_fragment(&self, key: &FragmentKey, fragment: &Fragment);
+    /// Takes one from the quota of picked-up flows, by [`take_quota`].
+    fn take_picked_up(&self, now_ns: u64) -> bool;
+
+    /// [`allows`] on these tables. In the kernel a function that is verified on its own.
+    #[inline(always)]
+    fn allows(&self, question: &Question) -> Verdict {
+        allows(self, question)
+    }
+
+    /// Told of every branch taken. Only tests listen.
+    #[inline(always)]
+    fn probe(&self, _branch: Branch) {}
+}
+
+/// Takes one from the quota, which starts afresh every [`PICKED_UP_WINDOW_NS`].
+#[inline(always)]
+pub fn take_quota(quota: &mut Quota, now_ns: u64) -> bool {
+    if now_ns.wrapping_sub(quota.since_ns) >= PICKED_UP_WINDOW_NS {
+        quota.since_ns = now_ns;
+        quota.used = 0;
+    }
+    quota.used += 1;
+    quota.used <= PICKED_UP_QUOTA
+}
+
+macro_rules! branches {
+    ($($name:ident)*) => {
+        /// The branches of [`decide`], for coverage in tests.
+        #[derive(Clone, Copy, PartialEq, Eq)]
+        #[cfg_attr(not(target_arch = "bpf"), derive(Debug, PartialOrd, Ord))]
+        #[allow(missing_docs, reason = "each name is that of the place that it marks")]
+        #[repr(u8)]
+        pub enum Branch { $($name,)* }
+
+        impl Branch {
+            /// All of them.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)*];
+        }
+    };
+}
+
+branches! {
+    NothingActive FlagsInvalid
+    LaterUnknown LaterExpired LaterOverlap LaterFlowGone LaterDenied LaterPasses
+    ErrorUnreadable ErrorNotToSender ErrorNoFlow ErrorAgainstOpening ErrorRevoked ErrorSpoofed
+    ErrorPasses
+    FlowNone FlowExpired FlowInOpening FlowInEstablished
+    SynReopens SynAgainst EpochOld EpochGood EpochRevoked EpochTableMissing
+    Promoted PromotionFailed Refreshed NotRefreshed
+    FinOfInitiator FinOfResponder ResetSeen
+    TimeoutOpening TimeoutPickedUp TimeoutStream TimeoutClosed TimeoutReset TimeoutUdp TimeoutIcmp
+    TimeoutOther
+    OpensSyn OpensAck OpensNot SctpOpens SctpOpensNot AsksIcmp AnswersNobody IcmpOther OpensDatagram
+    QuotaSpent TableFull FirstPasses PickedUpPasses FragmentKept
+    TablesMissing MartianV4 MulticastV4 LinkLocalV4 MulticastV6 LinkLocalV6 AddressFine
+    OwnerOfRoute OwnerNobody
+    IngressFromNobody IngressFromSelf EgressFromOther IngressElsewhere EgressElsewhere SidesFine
+    ClassZero PairNone PairEverything ProtocolOwnEntry ProtocolAnyEntry ProtocolNone
+    PortsAll PortsInline PortsPaged PortsKindUnknown PortIn PortOut PageMissing
+}
+
+/// `condition`, or its opposite where a test planted the mutant `id`.
+#[inline(always)]
+fn holds<T: Tables>(id: u32, condition: bool) -> bool {
+    if T::MUTANT == id {
+        !condition
+    } else {
+        condition
+    }
+}
+
+/// Which packet is decided: in which direction, when, and under which active word.
+#[derive(Clone, Copy)]
+struct At {
+    now_ns: u64,
+    active: Active,
+    direction: Direction,
+}
+
+/// Reads a packet into `packet` and decides.
+#[inline(always)]
+pub fn judge<T: Tables, B: Bytes>(
+    tables: &T,
+    bytes: &B,
+    packet: &mut Packet,
+    direction: Direction,
+    now_ns: u64,
+) -> Verdict {
+    let read = parse(bytes, packet);
+    if read.passes() {
+        decide(tables, packet, direction, now_ns)
+    } else {
+        read
+    }
+}
+
+/// Decides what becomes of a packet, and keeps the state of its flow.
+#[inline(always)]
+pub fn decide<T: Tables>(
+    tables: &T,
+    packet: &Packet,
+    direction: Direction,
+    now_ns: u64,
+) -> Verdict {
+    let active = tables.active();
+    if holds::<T>(1, active.epoch == 0) {
+        tables.probe(Branch::NothingActive);
+        return Verdict::deny(Reason::NoPolicy);
+    }
+    let at = At {
+        now_ns,
+        active,
+        direction,
+    };
+    match packet.tuple.what {
+        What::LaterFragment => return later_fragment(tables, packet, &at),
+        What::Error => return related(tables, packet, &at),
+        What::Segment if holds::<T>(2, !flow::flags_valid(packet.tcp_flags)) => {
+            tables.probe(Branch::FlagsInvalid);
+            return Verdict::deny(Reason::TcpFlags);
+        }
+        What::Segment
+        | What::Datagram
+        | What::SctpInit
+        | What::SctpOther
+        | What::Request
+        | What::Reply
+        | What::OtherIcmp => {}
+    }
+    let key = flow::key(direction, &packet.tuple);
+    let verdict = match flow::known(tables, &key, packet, &at) {
+        Some(verdict) => verdict,
+        None => flow::first(tables, &key, packet, &at),
+    };
+    if packet.part == Part::First && verdict.passes() {
+        tables.probe(Branch::FragmentKept);
+        keep_fragment(tables, packet, &key, now_ns);
+    }
+    verdict
+}
+
+#[inline(never)]
+fn keep_fragment<T: Tables>(tables: &T, packet: &Packet, key: &FlowKey, now_ns: u64) {
+    let fragment = Fragment {
+        seen_ns: now_ns,
+        local_port: key.local_port,
+        remote_port: key.remote_port,
+        protocol: key.protocol,
+        zero: [0; 3],
+    };
+    tables.keep_fragment(&fragment_key(packet), &fragment);
+}
+
+#[inline(always)]
+fn fragment_key(packet: &Packet) -> FragmentKey {
+    FragmentKey {
+        src: packet.tuple.src,
+        dst: packet.tuple.dst,
+        id: packet.fragment_id,
+        protocol: u32::from(packet.fragment_protocol),
+    }
+}
+
+/// A later fragment goes with the flow of its first one.
+#[inline(never)]
+fn later_fragment<T: Tables>(tables: &T, packet: &Packet, at: &At) -> Verdict {
+    let Some(fragment) = tables.fragment(&fragment_key(packet)) else {
+        tables.probe(Branch::LaterUnknown);
+        return Verdict::deny(Reason::FragmentNoState);
+    };
+    let age_ns = at.now_ns.saturating_sub(fragment.seen_ns);
+    if holds::<T>(3, age_ns > FRAGMENT_NS) {
+        tables.probe(Branch::LaterExpired);
+        return Verdict::deny(Reason::FragmentNoState);
+    }
+    if u32::from(packet.fragment_offset) < deciding_bytes(fragment.protocol) {
+        tables.probe(Branch::LaterOverlap);
+        return Verdict::deny(Reason::FragmentOverlap);
+    }
+    let (local, remote) = flow::sides(at.direction, &packet.tuple);
+    let key = FlowKey {
+        local,
+        remote,
+        local_port: fragment.local_port,
+        remote_port: fragment.remote_port,
+        protocol: fragment.protocol,
+        zero: [0; 3],
+    };
+    match flow::known(tables, &key, packet, at) {
+        None => {
+            tables.probe(Branch::LaterFlowGone);
+            Verdict::deny(Reason::FragmentNoState)
+        }
+        Some(verdict) if verdict.passes() => {
+            tables.probe(Branch::LaterPasses);
+            Verdict::accept(Accepted::Fragment)
+        }
+        Some(verdict) => {
+            tables.probe(Branch::LaterDenied);
+            verdict
+        }
+    }
+}
+
+/// An ICMP error passes if it embeds a packet that a live flow sent the other way.
+#[inline(never)]
+fn related<T: Tables>(tables: &T, packet: &Packet, at: &At) -> Verdict {
+    let inner = &packet.inner;
+    if inner.what == What::Error {
+        tables.probe(Branch::ErrorUnreadable);
+        return Verdict::deny(Reason::IcmpUnrelated);
+    }
+    // An error goes to whoever sent what it embeds.
+    if holds::<T>(4, inner.src != packet.tuple.dst) {
+        tables.probe(Branch::ErrorNotToSender);
+        return Verdict::deny(Reason::IcmpUnrelated);
+    }
+    let key = flow::key(at.direction.flip(), inner);
+    let Some((store, entry, flow)) = flow::live(tables, &key, at.now_ns) else {
+        tables.probe(Branch::ErrorNoFlow);
+        return Verdict::deny(Reason::IcmpUnrelated);
+    };
+    // While nobody has answered, only the initiator's packets can have met an error.
+    let backwards = flow.initiator == at.direction as u8;
+    if holds::<T>(5, store == Store::Opening && backwards) {
+        tables.probe(Branch::ErrorAgainstOpening);
+        return Verdict::deny(Reason::IcmpUnrelated);
+    }
+    if let Err(refused) = flow::renew(tables, &key, store, entry, flow, at) {
+        tables.probe(Branch::ErrorRevoked);
+        return refused;
+    }
+    if let Err(reason) = policy::sender(tables, &packet.tuple.src, at) {
+        tables.probe(Branch::ErrorSpoofed);
+        return Verdict::deny(reason);
+    }
+    tables.probe(Branch::ErrorPasses);
+    Verdict::accept(Accepted::Related)
+}

@@ -1,0 +1,239 @@
+//! Policy: may this source initiate that to this destination?
+//!
+//! At most eight look-ups, whatever the number of rules, ports and peers: two exact ones for the
+//! addresses (each with one longest-prefix match behind it), one for the pair of classes, two for
+//! the protocol of its port set, and one for a page of ports.
+
+use super::{At, Branch, Tables, Verdict, holds};
+use crate::abi::{
+    ANY_PROTOCOL, Addr, Direction, EVERYTHING, INLINE_RANGES, Identity, PAGE_PORTS, PageKey,
+    PairKey, Ports, PortsKey, SetId, ports_kind, side,
+};
+use crate::reason::{Accepted, Reason};
+
+/// May this initiate that? All in whole words without padding, as the verifier wants to see it.
+#[derive(Clone, Copy)]
+#[cfg_attr(not(target_arch = "bpf"), derive(Debug))]
+#[repr(C)]
+pub struct Question {
+    /// Source address.
+    pub src: Addr,
+    /// Destination address.
+    pub dst: Addr,
+    /// Destination port; ignored by protocols without.
+    pub port: u32,
+    /// IP protocol number.
+    pub protocol: u32,
+    /// [`Direction`] of the first packet.
+    pub direction: u32,
+    /// Slot of the policy tables.
+    pub slot: u32,
+}
+
+/// Policy's answer. A verdict that passes means no more than that a rule allows it.
+#[inline(always)]
+pub fn allows<T: Tables>(tables: &T, question: &Question) -> Verdict {
+    match refusal(tables, question) {
+        Ok(()) => Verdict::accept(Accepted::New),
+        Err(reason) => Verdict::deny(reason),
+    }
+}
+
+#[inline(always)]
+fn refusal<T: Tables>(tables: &T, question: &Question) -> Result<(), Reason> {
+    let Question { src, dst, slot, .. } = question;
+    let direction = if question.direction == Direction::Ingress as u32 {
+        Direction::Ingress
+    } else {
+        Direction::Egress
+    };
+    if !tables.complete(*slot) {
+        tables.probe(Branch::TablesMissing);
+        return Err(Reason::TableMissing);
+    }
+    routable(tables, src)?;
+    routable(tables, dst)?;
+    let source = owner(tables, *slot, src);
+    check_source(tables, direction, source.side)?;
+    let destination = owner(tables, *slot, dst);
+    check_destination(tables, direction, destination.side)?;
+    if source.as_source == 0 || destination.as_destination == 0 {
+        tables.probe(Branch::ClassZero);
+        return Err(Reason::Policy);
+    }
+    let pair = PairKey {
+        source: source.as_source,
+        destination: destination.as_destination,
+        direction: direction as u32,
+    };
+    let Some(set) = tables.pair(*slot, &pair) else {
+        tables.probe(Branch::PairNone);
+        return Err(Reason::Policy);
+    };
+    if holds::<T>(17, set == EVERYTHING) {
+        tables.probe(Branch::PairEverything);
+        return Ok(());
+    }
+    if in_set(tables, *slot, set, question.protocol, question.port as u16) {
+        tables.probe(Branch::PortIn);
+        Ok(())
+    } else {
+        tables.probe(Branch::PortOut);
+        Err(Reason::Policy)
+    }
+}
+
+/// Refuses addresses that never belong to a peer, whatever the tables say.
+#[inline(always)]
+fn routable<T: Tables>(tables: &T, addr: &Addr) -> Result<(), Reason> {
+    let [first, second, _, _] = if addr.is_v4() {
+        addr.words[3].to_ne_bytes()
+    } else {
+        addr.words[0].to_ne_bytes()
+    };
+    let (branch, reason) = match (addr.is_v4(), first, second) {
+        (true, 0 | 127, _) => (Branch::MartianV4, Reason::Martian),
+        // Class E with the broadcast address goes with multicast.
+        (true, 224..=255, _) => (Branch::MulticastV4, Reason::Multicast),
+        (true, 169, 254) => (Branch::LinkLocalV4, Reason::LinkLocal),
+        (false, 0xff, _) => (Branch::MulticastV6, Reason::Multicast),
+        (false, 0xfe, 0x80..=0xbf) => (Branch::LinkLocalV6, Reason::LinkLocal),
+        _ => {
+            tables.probe(Branch::AddressFine);
+            return Ok(());
+        }
+    };
+    tables.probe(branch);
+    Err(reason)
+}
+
+/// Who has an address: nobody, too, is an answer.
+#[inline(always)]
+fn owner<T: Tables>(tables: &T, slot: u32, addr: &Addr) -> Identity {
+    if let Some(identity) = tables.identity(slot, addr) {
+        return identity;
+    }
+    match tables.route(slot, addr) {
+        Some(identity) => {
+            tables.probe(Branch::OwnerOfRoute);
+            identity
+        }
+        None => {
+            tables.probe(Branch::OwnerNobody);
+            Identity {
+                as_source: 0,
+                as_destination: 0,
+                side: side::NOBODY,
+            }
+        }
+    }
+}
+
+/// Anti-spoof: a packet from the network comes from a peer, one to the network from this side.
+#[inline(always)]
+fn check_source<T: Tables>(tables: &T, direction: Direction, side: u32) -> Result<(), Reason> {
+    match direction {
+        Direction::Ingress if holds::<T>(18, side == side::PEER) => Ok(()),
+        Direction::Ingress if side == side::NOBODY => {
+            tables.probe(Branch::IngressFromNobody);
+            Err(Reason::SourceUnknown)
+        }
+        Direction::Ingress => {
+            tables.probe(Branch::IngressFromSelf);
+            Err(Reason::SourceForged)
+        }
+        Direction::Egress if holds::<T>(19, side == side::OWN) => Ok(()),
+        Direction::Egress => {
+            tables.probe(Branch::EgressFromOther);
+            Err(Reason::SourceForged)
+        }
+    }
+}
+
+/// A packet from the network goes to this side, one to the network to a peer.
+#[inline(always)]
+fn check_destination<T: Tables>(tables: &T, direction: Direction, side: u32) -> Result<(), Reason> {
+    match direction {
+        Direction::Ingress if holds::<T>(20, side != side::OWN) => {
+            tables.probe(Branch::IngressElsewhere);
+            Err(Reason::DestinationNotOurs)
+        }
+        Direction::Egress if holds::<T>(21, side != side::PEER) => {
+            tables.probe(Branch::EgressElsewhere);
+            Err(Reason::DestinationUnknown)
+        }
+        Direction::Ingress | Direction::Egress => {
+            tables.probe(Branch::SidesFine);
+            Ok(())
+        }
+    }
+}
+
+/// Anti-spoof alone, for packets that policy does not judge.
+#[inline(never)]
+pub(super) fn sender<T: Tables>(tables: &T, src: &Addr, at: &At) -> Result<(), Reason> {
+    let side = owner(tables, at.active.slot, src).side;
+    check_source(tables, at.direction, side)
+}
+
+#[inline(always)]
+fn in_set<T: Tables>(tables: &T, slot: u32, set: SetId, protocol: u32, port: u16) -> bool {
+    let mut key = PortsKey { set, protocol };
+    let ports = match tables.ports(slot, &key) {
+        Some(ports) => {
+            tables.probe(Branch::ProtocolOwnEntry);
+            ports
+        }
+        None => {
+            key.protocol = ANY_PROTOCOL;
+            let Some(ports) = tables.ports(slot, &key) else {
+                tables.probe(Branch::ProtocolNone);
+                return false;
+            };
+            tables.probe(Branch::ProtocolAnyEntry);
+            ports
+        }
+    };
+    match ports.kind {
+        ports_kind::ALL => {
+            tables.probe(Branch::PortsAll);
+            true
+        }
+        ports_kind::INLINE => {
+            tables.probe(Branch::PortsInline);
+            in_ranges::<T>(&ports, port)
+        }
+        ports_kind::PAGED => {
+            tables.probe(Branch::PortsPaged);
+            let page = PageKey {
+                set,
+                protocol: key.protocol as u16,
+                page: port / PAGE_PORTS,
+            };
+            let bit = u32::from(port % PAGE_PORTS);
+            match tables.page_word(slot, &page, bit / 64) {
+                Some(word) => word >> (bit % 64) & 1 == 1,
+                None => {
+                    tables.probe(Branch::PageMissing);
+                    false
+                }
+            }
+        }
+        _ => {
+            tables.probe(Branch::PortsKindUnknown);
+            false
+        }
+    }
+}
+
+#[inline(always)]
+fn in_ranges<T: Tables>(ports: &Ports, port: u16) -> bool {
+    let mut found = false;
+    let mut at = 0;
+    while at < INLINE_RANGES {
+        let [first, last] = ports.ranges[at];
+        found |= holds::<T>(22, first <= port) & holds::<T>(23, port <= last);
+        at += 1;
+    }
+    found
+}
