@@ -27,15 +27,24 @@
 //! | `check` | names exist and stand where they may |
 //! | `directory` | the network's users and nodes, as policy sees them |
 //! | `compile` | document + directory → filters, labels, visibility |
+//! | `explain` | which rule allows a connection, or which came closest |
+//! | `trial` | the policy's own `tests` and `sshTests` |
+//! | `render`, `ssh`, `attrs`, `offline` | the hosted control plane's form of all that |
 
 mod addrset;
+mod attrs;
 mod check;
 mod compile;
 mod diagnostic;
 mod directory;
 mod document;
+mod explain;
+mod offline;
+mod render;
 mod selector;
+mod ssh;
 mod syntax;
+mod trial;
 
 pub use compile::Compiled;
 pub use diagnostic::{Code, Diagnostic, Diagnostics, MAX_DIAGNOSTICS};
@@ -44,8 +53,11 @@ pub use document::{
     Access, AutoApprovers, Destination, IpService, IpsetItem, NodeAttr, Options, Policy, Section,
     Span, Spanned, SshAction, SshRule, SshTest, SshUser, Test,
 };
+pub use explain::{Explanation, Flow, NearMiss, RuleMatch, RulePlace, explain};
+pub use offline::{OfflineError, compile_offline, read_topology};
 pub use selector::{Autogroup, Protocols, Role, Target};
 pub use syntax::{MAX_TEXT_BYTES, parse};
+pub use trial::check as run_tests;
 
 /// Whether a policy may become a network's policy.
 ///

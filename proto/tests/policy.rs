@@ -1,4 +1,5 @@
 //! The policy language as a user meets it: text in, filters or faults out.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use proto::filter::{Direction, Filter, Initiation, Label, Rule, Selector};
 use proto::id::NodeId;
@@ -300,7 +301,7 @@ fn a_slash_eight_or_a_hundred_thousand_hosts_are_not_expanded() {
             )
         })
         .collect();
-    let rules: Vec<String> = (0..1_000)
+    let rules: Vec<String> = (1..=1_000)
         .map(|n| format!(r#"{{"action":"accept","src":["h{n}"],"dst":["10.0.0.0/8:{n}"]}}"#))
         .collect();
     let (hosts, rules) = (hosts.join(","), rules.join(","));

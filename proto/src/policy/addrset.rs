@@ -34,12 +34,33 @@ impl AddrSet {
         }
     }
 
+    /// What is in either.
+    pub(super) fn union(&self, other: &Self) -> Self {
+        Self {
+            v4: merged([&self.v4[..], &other.v4].concat()),
+            v6: merged([&self.v6[..], &other.v6].concat()),
+        }
+    }
+
     /// What is in `self` and not in `other`.
     pub(super) fn without(&self, other: &Self) -> Self {
         Self {
             v4: subtract(&self.v4, &other.v4),
             v6: subtract(&self.v6, &other.v6),
         }
+    }
+
+    /// Whether `addr` is in the set.
+    pub(super) fn contains(&self, addr: IpAddr) -> bool {
+        self.overlaps(&Prefix::host(addr))
+    }
+
+    /// Whether the set and the prefix share an address.
+    pub(super) fn overlaps(&self, prefix: &Prefix) -> bool {
+        let (first, last) = bounds(prefix);
+        let ranges = if prefix.is_v4() { &self.v4 } else { &self.v6 };
+        let at = ranges.partition_point(|(_, end)| *end < first);
+        ranges.get(at).is_some_and(|(start, _)| *start <= last)
     }
 
     /// First and last address of every range, IPv4 first.

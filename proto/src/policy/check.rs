@@ -4,10 +4,11 @@
 //! when the policy is compiled against a directory.
 
 use super::diagnostic::{Code, Diagnostics, nearest};
-use super::document::{Access, IpsetItem, Policy, Section, Span, Spanned};
+use super::directory::Directory;
+use super::document::{Access, IpsetItem, Policy, Section, Span, Spanned, SshRule, SshUser};
 use super::selector::{Autogroup, Target};
 use crate::net::Prefix;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Where a selector stands; decides what it may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,6 +104,18 @@ impl Place {
     }
 }
 
+/// Capabilities of this domain are made by the control plane itself …
+const RESERVED_CAPABILITIES: &str = "tailscale.com/";
+/// … except these, which a policy may grant.
+const GRANTABLE_CAPABILITIES: [&str; 6] = [
+    "tailscale.com/cap/drive",
+    "tailscale.com/cap/kubernetes",
+    "tailscale.com/cap/relay",
+    "tailscale.com/cap/secrets",
+    "tailscale.com/cap/tsidp",
+    "tailscale.com/cap/webui",
+];
+
 /// Adds every fault of `policy` to `faults`.
 pub(super) fn check(policy: &Policy, faults: &mut Diagnostics) {
     let mut checker = Checker { policy, faults };
@@ -145,8 +158,8 @@ impl Checker<'_, '_> {
         message: impl Into<String>,
         hint: impl Into<String>,
     ) {
-        let fault = self.policy.source.fault(span, code, message, hint);
-        self.faults.push(fault);
+        let source = &self.policy.source;
+        self.faults.push(|| source.fault(span, code, message, hint));
     }
 
     fn targets(&mut self, targets: &[Spanned<Target>], place: Place) {
@@ -192,13 +205,16 @@ impl Checker<'_, '_> {
         if known.contains_key(name) {
             return;
         }
-        let near = nearest(name, known.keys().map(String::as_str));
-        let hint = near.map_or_else(
-            || format!("define it in `{section}`"),
-            |near| format!("write `{near}`, or define it in `{section}`"),
-        );
-        let message = format!("{what} not found: `{name}`");
-        self.fault(span, Code::UnknownName, message, hint);
+        let source = &self.policy.source;
+        self.faults.push(|| {
+            let near = nearest(name, known.keys().map(String::as_str));
+            let hint = near.map_or_else(
+                || format!("define it in `{section}`"),
+                |near| format!("write `{near}`, or define it in `{section}`"),
+            );
+            let message = format!("{what} not found: `{name}`");
+            source.fault(span, Code::UnknownName, message, hint)
+        });
     }
 
     fn access(&mut self, access: &Access) {
@@ -210,6 +226,7 @@ impl Checker<'_, '_> {
         self.targets(&access.via, Place::Via);
         self.postures(&access.postures);
         self.self_sources(access);
+        self.capabilities(access);
         for service in &access.services {
             let all = |ports: &[_]| ports.iter().all(|p| *p == crate::net::PortRange::ALL);
             let open = all(&service.ports) && access.dsts.iter().all(|dst| all(&dst.ports));
@@ -222,6 +239,25 @@ impl Checker<'_, '_> {
                     "write `*` for the ports",
                 );
             }
+        }
+    }
+
+    fn capabilities(&mut self, access: &Access) {
+        let internet = Target::Autogroup(Autogroup::Internet);
+        let beyond = access.dsts.iter().find(|dst| dst.target.value == internet);
+        if let Some(dst) = beyond.filter(|_| !access.app.is_empty()) {
+            let message = "cannot use app grants with autogroup:internet";
+            let hint = "a capability is granted at nodes: name them";
+            self.fault(dst.target.span, Code::MisplacedSelector, message, hint);
+        }
+        let reserved = |name: &&String| {
+            name.starts_with(RESERVED_CAPABILITIES)
+                && !GRANTABLE_CAPABILITIES.contains(&name.as_str())
+        };
+        for name in access.app.keys().filter(reserved) {
+            let message = format!("capability `{name}` is reserved: no policy grants it");
+            let hint = format!("these are grantable: {}", GRANTABLE_CAPABILITIES.join(", "));
+            self.fault(access.span, Code::BadValue, message, hint);
         }
     }
 
@@ -286,11 +322,37 @@ impl Checker<'_, '_> {
         }
     }
 
-    fn ssh(&mut self, rule: &super::document::SshRule) {
+    fn ssh(&mut self, rule: &SshRule) {
         self.targets(&rule.srcs, Place::SshSrc);
         self.targets(&rule.dsts, Place::SshDst);
         self.targets(&rule.recorder, Place::Recorder);
         self.postures(&rule.postures);
+        let tagged = |target: &Target| {
+            matches!(
+                target,
+                Target::Tag(_) | Target::Autogroup(Autogroup::Tagged)
+            )
+        };
+        let tagged = rule.srcs.iter().any(|src| tagged(&src.value));
+        for dst in &rule.dsts {
+            let (message, hint) = match &dst.value {
+                Target::User(_) | Target::Autogroup(Autogroup::SelfNodes | Autogroup::Member)
+                    if tagged =>
+                {
+                    let message = "tagged sources may not log in to users' nodes";
+                    (message, "name tags or autogroup:tagged as the destination")
+                }
+                Target::User(_)
+                    if rule.srcs.is_empty()
+                        || rule.srcs.iter().any(|src| src.value != dst.value) =>
+                {
+                    let message = "a user as the destination needs the same user as only source";
+                    (message, "write autogroup:self for everyone's own nodes")
+                }
+                _ => continue,
+            };
+            self.fault(dst.span, Code::MisplacedSelector, message, hint);
+        }
     }
 
     fn postures(&mut self, names: &[Spanned<String>]) {
@@ -304,5 +366,63 @@ impl Checker<'_, '_> {
                 &policy.postures,
             );
         }
+    }
+}
+
+/// Adds every fault that shows only against the network: domains without users, address pools
+/// outside its prefix.
+pub(super) fn check_network(policy: &Policy, directory: &Directory, faults: &mut Diagnostics) {
+    let domains: BTreeSet<&str> = directory
+        .users
+        .iter()
+        .filter_map(|user| Some(user.login.rsplit_once('@')?.1))
+        .collect();
+    let mut checker = Checker { policy, faults };
+    let access = policy.access();
+    let access = access.flat_map(|access| {
+        access
+            .srcs
+            .iter()
+            .chain(access.dsts.iter().map(|dst| &dst.target))
+    });
+    let ssh = policy
+        .ssh
+        .iter()
+        .flat_map(|rule| rule.srcs.iter().chain(&rule.dsts));
+    for target in access.chain(ssh) {
+        if let Target::Domain(domain) = &target.value {
+            checker.domain(domain, &domains, target.span);
+        }
+    }
+    for user in policy.ssh.iter().flat_map(|rule| &rule.users) {
+        if let SshUser::LocalPart(domain) = &user.value {
+            checker.domain(domain, &domains, user.span);
+        }
+    }
+    for pool in policy.node_attrs.iter().flat_map(|entry| &entry.ip_pool) {
+        if !directory.v4.covers(&pool.value) {
+            let message = format!("the pool {} lies outside {}", pool.value, directory.v4);
+            let hint = "addresses of nodes come from the network's own prefix";
+            checker.fault(pool.span, Code::BadValue, message, hint);
+        }
+    }
+}
+
+impl Checker<'_, '_> {
+    fn domain(&mut self, domain: &str, known: &BTreeSet<&str>, span: Span) {
+        let lower = domain.to_ascii_lowercase();
+        if known
+            .iter()
+            .any(|known| known.to_ascii_lowercase() == lower)
+        {
+            return;
+        }
+        let near = nearest(domain, known.iter().copied());
+        let hint = near.map_or_else(
+            || "no user of this network has a login in it".to_owned(),
+            |near| format!("write `{near}`"),
+        );
+        let message = format!("domain `{domain}` is not associated with this network");
+        self.fault(span, Code::UnknownName, message, hint);
     }
 }

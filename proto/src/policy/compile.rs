@@ -27,6 +27,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 mod lookup;
 
+pub(super) use lookup::internet;
 use lookup::{PrefixIndex, Roster};
 
 /// Most selectors that all rules together may list, after `*` was spelled out. Bounds memory at
@@ -315,7 +316,7 @@ impl<'p> Builder<'p> {
             rules: Vec::new(),
             self_rules: Vec::new(),
             routes: routes.into_iter().collect(),
-            internet: lookup::internet(directory),
+            internet: internet(directory),
             listed: 0,
         }
     }

@@ -10,7 +10,7 @@ use std::fmt;
 /// Most diagnostics that are kept for one file; the rest are only counted.
 pub const MAX_DIAGNOSTICS: usize = 100;
 /// A source line longer than this is shown in part.
-const MAX_SHOWN_COLUMNS: usize = 160;
+const MAX_SHOWN_BYTES: usize = 160;
 
 /// What kind of fault it is. Stable: part of the command line's JSON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -88,12 +88,12 @@ pub struct Diagnostic {
     pub column: u32,
     /// What to write instead; empty if there is nothing better to say.
     pub hint: String,
-    /// The line of the text, for the caret.
+    /// The line of the text; of a long line the part around the fault.
     #[serde(skip)]
-    pub source_line: String,
-    /// How many characters the caret underlines.
+    pub shown: String,
+    /// Where in `shown` the caret starts, and how many characters it underlines.
     #[serde(skip)]
-    pub width: u32,
+    pub caret: (u32, u32),
 }
 
 impl Diagnostic {
@@ -103,11 +103,11 @@ impl Diagnostic {
         let mut out = format!("error[{}]: {}\n", self.code.as_str(), self.message);
         if self.line > 0 {
             let margin = " ".repeat(self.line.to_string().len());
-            let (shown, offset) = window(&self.source_line, self.column as usize);
-            let caret = "^".repeat((self.width.max(1) as usize).min(MAX_SHOWN_COLUMNS));
+            let (offset, width) = self.caret;
+            let caret = " ".repeat(offset as usize) + &"^".repeat(width.max(1) as usize);
             out += &format!("{margin}--> {file}:{}:{}\n", self.line, self.column);
-            out += &format!("{margin} |\n{} | {shown}\n", self.line);
-            out += &format!("{margin} | {}{caret}\n", " ".repeat(offset));
+            out += &format!("{margin} |\n{} | {}\n", self.line, self.shown);
+            out += &format!("{margin} | {caret}\n");
         }
         if !self.hint.is_empty() {
             out += &format!("  help: {}\n", self.hint);
@@ -116,21 +116,32 @@ impl Diagnostic {
     }
 }
 
-/// The part of `line` around `column` that is worth showing, and the caret's offset in it.
-fn window(line: &str, column: usize) -> (String, usize) {
-    let at = column.saturating_sub(1);
-    let start = if at > MAX_SHOWN_COLUMNS / 2 && line.chars().count() > MAX_SHOWN_COLUMNS {
-        at - MAX_SHOWN_COLUMNS / 2
-    } else {
+/// The part of `line` around the bytes `from..to` that is worth showing, and the caret under it.
+pub(super) fn window(line: &str, from: usize, to: usize) -> (String, (u32, u32)) {
+    let start = floor_char(line, from.saturating_sub(MAX_SHOWN_BYTES / 2));
+    let start = if line.len() <= MAX_SHOWN_BYTES {
         0
+    } else {
+        start
     };
-    let shown: String = line
-        .chars()
-        .skip(start)
-        .take(MAX_SHOWN_COLUMNS)
+    let end = floor_char(line, (start + MAX_SHOWN_BYTES).min(line.len()));
+    let chars = |from: usize, to: usize| {
+        let part = line.get(floor_char(line, from)..floor_char(line, to));
+        part.unwrap_or_default().chars().count() as u32
+    };
+    let shown = line.get(start..end).unwrap_or_default().chars();
+    let shown = shown
         .map(|c| if c.is_control() { ' ' } else { c })
         .collect();
-    (shown, at - start)
+    (shown, (chars(start, from), chars(from, to.min(end)).max(1)))
+}
+
+/// The last boundary between characters at or before `at`.
+fn floor_char(text: &str, at: usize) -> usize {
+    (0..=at.min(text.len()))
+        .rev()
+        .find(|at| text.is_char_boundary(*at))
+        .unwrap_or(0)
 }
 
 impl fmt::Display for Diagnostic {
@@ -156,10 +167,11 @@ pub struct Diagnostics {
 }
 
 impl Diagnostics {
-    /// Adds a fault.
-    pub(super) fn push(&mut self, item: Diagnostic) {
+    /// Adds a fault. It is made only if there is room for it: making one costs the length of its
+    /// line, and a hostile text can have as many faults as bytes.
+    pub(super) fn push(&mut self, make: impl FnOnce() -> Diagnostic) {
         if self.items.len() < MAX_DIAGNOSTICS {
-            self.items.push(item);
+            self.items.push(make());
         } else {
             self.more += 1;
         }
@@ -260,8 +272,8 @@ mod tests {
             line: 12,
             column: 4,
             hint: "write `tag:web`".to_owned(),
-            source_line: "  [\"tag:wbe\"]".to_owned(),
-            width: 9,
+            shown: "  [\"tag:wbe\"]".to_owned(),
+            caret: (3, 9),
         };
         assert_eq!(
             fault.render("p.hujson"),

@@ -3,11 +3,11 @@
 //! Every name that may be wrong carries its [`Span`], so that any later stage can point at it.
 //! The document holds what was written; what it means is decided by `compile` and its siblings.
 
-use super::diagnostic::{Code, Diagnostic};
+use super::diagnostic::{Code, Diagnostic, window};
 use super::selector::{Protocols, Target};
 use crate::net::{PortRange, Prefix};
 use serde_json::Value;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 /// A stretch of the policy's text, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -68,21 +68,21 @@ impl Source {
         let line = self.line(span);
         let start = self.line_starts[(line - 1) as usize] as usize;
         let rest = self.text.get(start..).unwrap_or_default();
-        let source_line = rest.split('\n').next().unwrap_or_default();
-        let chars = |from: usize, to: usize| {
-            let part = self.text.as_bytes().get(from..to).unwrap_or_default();
-            String::from_utf8_lossy(part).chars().count() as u32
-        };
-        let line_end = start + source_line.len();
-        let from = (span.start as usize).clamp(start, line_end);
+        let text = rest.split(['\n', '\r']).next().unwrap_or_default();
+        let from = (span.start as usize - start).min(text.len());
+        let to = (span.end as usize)
+            .saturating_sub(start)
+            .clamp(from, text.len());
+        let (shown, caret) = window(text, from, to);
+        let before = text.as_bytes().get(..from).unwrap_or_default();
         Diagnostic {
             code,
             message: message.into(),
             line,
-            column: chars(start, from) + 1,
+            column: String::from_utf8_lossy(before).chars().count() as u32 + 1,
             hint: hint.into(),
-            source_line: source_line.trim_end_matches('\r').to_owned(),
-            width: chars(from, (span.end as usize).clamp(from, line_end)).max(1),
+            shown,
+            caret,
         }
     }
 }
@@ -316,15 +316,9 @@ impl Policy {
         self.acls.is_some() || self.grants.is_some()
     }
 
-    /// The logins of a group's members.
-    pub(super) fn group_logins(&self, group: &str) -> BTreeSet<&str> {
+    /// What a group's members are written as.
+    pub(super) fn members(&self, group: &str) -> impl Iterator<Item = &Target> {
         let members = self.groups.get(group).map(|members| &members.value);
-        let mut out = BTreeSet::new();
-        for member in members.into_iter().flatten() {
-            if let Target::User(login) = &member.value {
-                out.insert(login.as_str());
-            }
-        }
-        out
+        members.into_iter().flatten().map(|member| &member.value)
     }
 }

@@ -42,6 +42,27 @@ pub enum Role {
     Auditor,
 }
 
+impl Role {
+    /// Every role.
+    pub const ALL: [Self; 6] = [
+        Self::Owner,
+        Self::Admin,
+        Self::ItAdmin,
+        Self::NetworkAdmin,
+        Self::BillingAdmin,
+        Self::Auditor,
+    ];
+
+    /// Its name, as in `autogroup:it-admin`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        let known = AUTOGROUPS
+            .iter()
+            .find(|(_, group)| *group == Autogroup::Role(self));
+        known.map_or("", |(name, _)| name)
+    }
+}
+
 const AUTOGROUPS: [(&str, Autogroup); 13] = [
     ("member", Autogroup::Member),
     ("members", Autogroup::Member),
@@ -107,6 +128,9 @@ pub enum Target {
     Addrs(Vec<Prefix>),
 }
 
+/// Makes a selector of its full name.
+type MakeNamed = fn(String) -> Target;
+
 /// Why a text is no selector: what is wrong, and what to write.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SelectorError {
@@ -154,7 +178,7 @@ impl Target {
                 Ok(Self::Domain(domain.to_owned()))
             };
         }
-        let prefixed: [(&str, fn(String) -> Self); 4] = [
+        let prefixed: [(&str, MakeNamed); 4] = [
             ("group:", Self::Group),
             ("tag:", Self::Tag),
             ("ipset:", Self::Ipset),
@@ -298,8 +322,10 @@ fn parse_port_range(text: &str) -> Result<PortRange, String> {
         plain.then(|| digits.parse::<u16>().ok()).flatten()
     };
     let (first, last) = text.split_once('-').unwrap_or((text, text));
-    let bad = |digits: &str| format!("port range `{text}`: `{digits}` is no port from 0 to 65535");
-    let low = number(first).ok_or_else(|| bad(first))?;
+    let bad = |digits: &str| format!("port range `{text}`: `{digits}` is no port from 1 to 65535");
+    let low = number(first)
+        .filter(|low| *low > 0)
+        .ok_or_else(|| bad(first))?;
     let high = number(last).ok_or_else(|| bad(last))?;
     PortRange::new(low, high).map_err(|error| format!("port range `{text}`: {error}"))
 }
@@ -313,7 +339,7 @@ pub enum Protocols {
     These(BTreeSet<Protocol>),
 }
 
-const PROTOCOLS: [(&str, &[u8]); 14] = [
+const PROTOCOLS: [(&str, &[u8]); 15] = [
     ("icmp", &[1, 58]),
     ("igmp", &[2]),
     ("ipv4", &[4]),
@@ -328,19 +354,21 @@ const PROTOCOLS: [(&str, &[u8]); 14] = [
     ("ipv6-icmp", &[58]),
     ("icmpv6", &[58]),
     ("sctp", &[132]),
+    ("fc", &[133]),
 ];
 
 impl Protocols {
     /// Reads a protocol name or number. `icmp` means the one of both families.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let lower = text.to_ascii_lowercase();
-        if lower.is_empty() || lower == "*" {
+        if lower.is_empty() {
             return Some(Self::Usual);
         }
         if let Some((_, numbers)) = PROTOCOLS.iter().find(|(name, _)| *name == lower) {
             return Some(Self::These(numbers.iter().copied().map(Protocol).collect()));
         }
-        let plain = lower.bytes().all(|b| b.is_ascii_digit());
+        let plain =
+            lower.bytes().all(|b| b.is_ascii_digit()) && (lower == "0" || !lower.starts_with('0'));
         let number = plain.then(|| lower.parse::<u8>().ok()).flatten()?;
         Some(Self::These(BTreeSet::from([Protocol(number)])))
     }
@@ -424,11 +452,13 @@ mod tests {
     #[test]
     fn ports_and_protocols() {
         assert_eq!(parse_ports("22,80-90").unwrap().len(), 2);
-        for wrong in ["", "ssh", "70000", "9-1", "1-", "-1", "80,", "+80"] {
+        for wrong in ["", "0", "ssh", "70000", "9-1", "1-", "-1", "80,", "+80"] {
             assert!(parse_ports(wrong).is_err(), "{wrong}");
         }
         assert_eq!(Protocols::parse("ICMP").unwrap().list().len(), 2);
-        assert_eq!(Protocols::parse("256"), None);
+        for wrong in ["256", "*", "06", "tcpp"] {
+            assert_eq!(Protocols::parse(wrong), None, "{wrong}");
+        }
         assert!(!Protocols::parse("gre").unwrap().has_ports());
     }
 }

@@ -16,6 +16,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 mod sections;
 
+pub(super) use sections::split_ports;
+
 /// Longest policy text, in bytes. 100,000 rules of a hundred characters fit several times.
 pub const MAX_TEXT_BYTES: usize = 32 << 20;
 
@@ -114,8 +116,8 @@ impl Reader<'_> {
         message: impl Into<String>,
         hint: impl Into<String>,
     ) {
-        self.faults
-            .push(self.source.fault(span, code, message, hint));
+        let source = self.source;
+        self.faults.push(|| source.fault(span, code, message, hint));
     }
 
     fn wrong_type(&mut self, value: &ast::Value<'_>, what: &str, wanted: &str) {

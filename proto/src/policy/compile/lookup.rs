@@ -3,6 +3,7 @@
 use super::super::addrset::AddrSet;
 use super::super::directory::{Directory, DirectoryNode};
 use super::super::document::Policy;
+use super::super::render::in_domain;
 use super::super::selector::{Autogroup, Target};
 use super::SelectorId;
 use crate::filter::{Label, Selector};
@@ -19,7 +20,7 @@ pub(super) struct Roster {
     /// Labels of every node that has a user, or tags.
     member: Option<Label>,
     tagged: Option<Label>,
-    /// Labels of whole domains.
+    /// Labels that every user of a domain has.
     domains: Vec<(String, Label)>,
 }
 
@@ -51,15 +52,11 @@ impl Roster {
         let numbers: BTreeMap<String, Label> = numbered
             .map(|(number, name)| (name.clone(), Label(number as u32)))
             .collect();
-        let domains = numbers.iter().filter_map(|(name, label)| {
-            name.strip_prefix("user:*")
-                .map(|domain| (domain.to_owned(), *label))
-        });
         Self {
             by_login: logins(policy, directory, &numbers),
             member: numbers.get("autogroup:member").copied(),
             tagged: numbers.get("autogroup:tagged").copied(),
-            domains: domains.collect(),
+            domains: domains(policy, &numbers),
             names,
             numbers,
         }
@@ -95,7 +92,7 @@ impl Roster {
         let domains = self
             .domains
             .iter()
-            .filter(|(domain, _)| login.ends_with(domain));
+            .filter(|(domain, _)| in_domain(login, domain));
         out.extend(domains.map(|(_, label)| *label));
         out
     }
@@ -109,8 +106,10 @@ impl Roster {
         match target {
             Target::User(login) => Some(self.label(login).into_iter().collect()),
             Target::Group(name) => {
-                let logins = policy.group_logins(name).into_iter();
-                Some(logins.filter_map(|login| self.label(login)).collect())
+                let members = policy
+                    .members(name)
+                    .map(|member| self.users_named_by(policy, member));
+                Some(members.flatten().flatten().collect())
             }
             Target::Domain(_) | Target::Autogroup(Autogroup::Role(_)) => {
                 let named = self.label_of(target);
@@ -166,8 +165,10 @@ fn logins(
         let Some(label) = numbers.get(group) else {
             continue;
         };
-        for login in policy.group_logins(group) {
-            out.entry(login.to_owned()).or_default().insert(*label);
+        for member in policy.members(group) {
+            if let Target::User(login) = member {
+                out.entry(login.to_owned()).or_default().insert(*label);
+            }
         }
     }
     for user in &directory.users {
@@ -176,6 +177,24 @@ fn logins(
             let label = numbers.get(&name);
             out.entry(user.login.clone()).or_default().extend(label);
         }
+    }
+    out
+}
+
+/// Group labels that a whole domain carries, because `user:*@domain` is a member.
+fn domains(policy: &Policy, numbers: &BTreeMap<String, Label>) -> Vec<(String, Label)> {
+    let mut out = Vec::new();
+    for (name, label) in numbers {
+        let own = name.strip_prefix("user:*@").map(str::to_owned);
+        let members = policy.members(name).filter_map(|member| match member {
+            Target::Domain(domain) => Some(domain.clone()),
+            _ => None,
+        });
+        out.extend(
+            own.into_iter()
+                .chain(members)
+                .map(|domain| (domain, *label)),
+        );
     }
     out
 }
@@ -238,7 +257,7 @@ impl PrefixIndex {
 }
 
 /// What lies beyond exit nodes: every public address that is not the network's own.
-pub(super) fn internet(directory: &Directory) -> Vec<Prefix> {
+pub(in super::super) fn internet(directory: &Directory) -> Vec<Prefix> {
     /// Not the internet: RFC 6890 special-purpose blocks, and multicast.
     const PRIVATE: [([u8; 4], u8); 9] = [
         ([0, 0, 0, 0], 8),

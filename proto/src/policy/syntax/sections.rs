@@ -32,6 +32,8 @@ const SECTIONS: &[&str] = &[
     "OneCGNATRoute",
     "randomizeClientPort",
 ];
+/// A week, as the language has it.
+const MAX_CHECK_PERIOD_SECONDS: f64 = 168.0 * 3600.0;
 const OPTIONS: [&str; 4] = [
     "derpMap",
     "disableIPv4",
@@ -245,6 +247,11 @@ fn grant(reader: &mut Reader<'_>, value: &ast::Value<'_>, index: u32) -> Option<
 
 /// An item of a grant's `ip`: `*`, `443`, `tcp:443`, `udp:53-60`.
 fn service(reader: &mut Reader<'_>, text: &Spanned<String>) -> Option<IpService> {
+    if text.value.matches(':').count() > 1 {
+        let message = format!("`{}` has more than one colon", text.value);
+        reader.fault(text.span, Code::BadPort, message, "write `tcp:443`");
+        return None;
+    }
     let (protocols, ports) = match text.value.split_once(':') {
         Some((protocol, ports)) => (protocols(reader, text, protocol)?, ports),
         None => match Protocols::parse(&text.value) {
@@ -287,13 +294,13 @@ fn app(reader: &mut Reader<'_>, fields: &Fields<'_>) -> BTreeMap<String, Vec<Val
     out
 }
 
-/// `domain/path`: a domain with a dot, no scheme, and something after the slash.
+/// `domain/path`: a domain, no scheme, and something after the slash.
 fn is_capability(name: &str) -> bool {
     let Some((domain, path)) = name.split_once('/') else {
         return false;
     };
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-    domain.contains('.') && domain.chars().all(plain) && !path.is_empty() && !path.starts_with('/')
+    !domain.is_empty() && domain.chars().all(plain) && !path.is_empty() && !path.starts_with('/')
 }
 
 type Named<T> = BTreeMap<String, Spanned<T>>;
@@ -357,7 +364,19 @@ fn check_prefix(reader: &mut Reader<'_>, name: &Spanned<String>, prefix: &str, s
             if bare.is_empty() { "name" } else { bare }
         );
         reader.fault(name.span, Code::BadValue, message, hint);
+    } else if prefix == "tag:" && !rest.is_some_and(|rest| rest.starts_with(is_letter)) {
+        let message = format!("`{}`: tag names must start with a letter", name.value);
+        reader.fault(
+            name.span,
+            Code::BadValue,
+            message,
+            "write for example `tag:web`",
+        );
     }
+}
+
+fn is_letter(c: char) -> bool {
+    c.is_ascii_alphabetic()
 }
 
 fn hosts(reader: &mut Reader<'_>, fields: &Fields<'_>) -> Named<Prefix> {
@@ -488,7 +507,6 @@ fn ssh_rule(reader: &mut Reader<'_>, value: &ast::Value<'_>, index: u32) -> Opti
         .iter()
         .filter_map(|text| ssh_user(reader, text))
         .collect();
-    let period = fields.get("checkPeriod");
     let accept_env = reader.optional_strings(&fields, "acceptEnv").into_iter();
     let enforce = fields.get("enforceRecorder");
     Some(SshRule {
@@ -499,12 +517,67 @@ fn ssh_rule(reader: &mut Reader<'_>, value: &ast::Value<'_>, index: u32) -> Opti
         srcs: reader.targets(&fields, "src"),
         dsts: reader.targets(&fields, "dst"),
         users,
-        check_period: period.and_then(|value| reader.string(value, "`checkPeriod`")),
-        accept_env: accept_env.map(|text| text.value).collect(),
+        check_period: check_period(reader, &fields),
+        accept_env: accept_env.into_iter().map(|text| text.value).collect(),
         recorder: reader.targets(&fields, "recorder"),
         enforce_recorder: enforce.is_some_and(|value| reader.boolean(value, "`enforceRecorder`")),
         postures: reader.optional_strings(&fields, "srcPosture"),
     })
+}
+
+/// `always`, or a duration of at most a week. Only rules that check have one.
+fn check_period(reader: &mut Reader<'_>, fields: &Fields<'_>) -> Option<Spanned<String>> {
+    let value = fields.get("checkPeriod")?;
+    let text = reader.string(value, "`checkPeriod`")?;
+    let action = fields.get("action").and_then(ast::Value::as_string_lit);
+    if action.is_none_or(|action| action.value != "check") {
+        let message = "only a rule with action `check` has a `checkPeriod`";
+        reader.fault(text.span, Code::BadValue, message, "");
+    }
+    let fits = |seconds: f64| (0.0..=MAX_CHECK_PERIOD_SECONDS).contains(&seconds);
+    if text.value != "always" && !duration_seconds(&text.value).is_some_and(fits) {
+        let message = format!("`{}` is no period from 0s to 168h", text.value);
+        let hint = "write for example `30m`, `12h`, or `always`";
+        reader.fault(text.span, Code::BadValue, message, hint);
+    }
+    Some(text)
+}
+
+/// A duration as Go writes it (`1h30m`, `90s`, `1.5h`), in seconds.
+fn duration_seconds(text: &str) -> Option<f64> {
+    const UNITS: [(&str, f64); 7] = [
+        ("ns", 1e-9),
+        ("us", 1e-6),
+        ("µs", 1e-6),
+        ("ms", 1e-3),
+        ("s", 1.0),
+        ("m", 60.0),
+        ("h", 3600.0),
+    ];
+    let (sign, mut rest) = match text.strip_prefix('-') {
+        Some(rest) => (-1.0, rest),
+        None => (1.0, text.strip_prefix('+').unwrap_or(text)),
+    };
+    if rest == "0" {
+        return Some(0.0);
+    }
+    let mut total = 0.0;
+    while !rest.is_empty() || total == 0.0 {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let (number, tail) = rest.split_at(digits);
+        let number: f64 = number.parse().ok()?;
+        let end = tail
+            .find(|c: char| c.is_ascii_digit() || c == '.')
+            .unwrap_or(tail.len());
+        let (unit, tail) = tail.split_at(end);
+        let (_, seconds) = UNITS.iter().find(|(name, _)| *name == unit)?;
+        total += number * seconds;
+        rest = tail;
+        if rest.is_empty() {
+            break;
+        }
+    }
+    Some(sign * total)
 }
 
 fn ssh_action(reader: &mut Reader<'_>, fields: &Fields<'_>) -> SshAction {
@@ -525,23 +598,22 @@ fn ssh_action(reader: &mut Reader<'_>, fields: &Fields<'_>) -> SshAction {
     }
 }
 
+/// An account; anything that is no pattern is a name, whatever it looks like.
 fn ssh_user(reader: &mut Reader<'_>, text: &Spanned<String>) -> Option<Spanned<SshUser>> {
-    let written = text.value.as_str();
-    let value = if written == "autogroup:nonroot" {
-        SshUser::NonRoot
-    } else if let Some(pattern) = written.strip_prefix("localpart:") {
-        let domain = pattern
-            .strip_prefix("*@")
-            .filter(|domain| !domain.is_empty());
-        let Some(domain) = domain else {
+    let written = text.value.trim();
+    let pattern = written.strip_prefix("localpart:*@");
+    let value = match pattern {
+        Some(domain) if !domain.is_empty() && !domain.contains('@') => {
+            SshUser::LocalPart(domain.to_owned())
+        }
+        _ if written == "autogroup:nonroot" => SshUser::NonRoot,
+        _ if written.is_empty() || written == "*" => {
             let message = format!("user `{written}` is not valid");
-            let hint = "write `localpart:*@example.com`";
+            let hint = "name an account (`root`), or `autogroup:nonroot` for every other";
             reader.fault(text.span, Code::BadValue, message, hint);
             return None;
-        };
-        SshUser::LocalPart(domain.to_owned())
-    } else {
-        SshUser::Name(written.to_owned())
+        }
+        _ => SshUser::Name(written.to_owned()),
     };
     Some(Spanned {
         value,
