@@ -10,10 +10,13 @@ use clap::{Parser, Subcommand};
 
 mod build;
 mod demo;
+mod deps;
 mod ebpf;
 mod house;
 mod lab;
 mod setup;
+mod test;
+mod tidy;
 mod vm;
 
 #[derive(Parser)]
@@ -43,6 +46,12 @@ enum Verb {
     Lab(lab::Args),
     /// Build everything and show the main job done on real kernel WireGuard
     Demo(demo::Args),
+    /// Run all tests, as CI does
+    Test(test::Args),
+    /// Check the house rules that a program can check
+    Tidy(tidy::Args),
+    /// Check who depends on whom, and licences and sources of everything else
+    Deps,
     /// (internal) the process that starts a guest, watches it and cleans up after it
     #[command(name = "__guard", hide = true)]
     Guard,
@@ -60,6 +69,9 @@ fn main() -> ExitCode {
         Verb::Vm(args) => vm::run_verb(args),
         Verb::Lab(args) => lab::run_verb(args),
         Verb::Demo(args) => demo::run_verb(args),
+        Verb::Test(args) => test::run_verb(args),
+        Verb::Tidy(args) => tidy::run_verb(&args),
+        Verb::Deps => deps::run_verb(),
         Verb::Guard => vm::guard::guard(),
         Verb::Launch(args) => vm::guard::launch(&args),
     };

@@ -215,14 +215,6 @@ pub fn ensure(purposes: &[Purpose]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether the purposes' needs are met, or else the first one that is not.
-pub fn first_missing(purpose: Purpose) -> Option<&'static str> {
-    needs(purpose)
-        .iter()
-        .map(|need| need.wanted)
-        .find(|wanted| !is_there(wanted))
-}
-
 fn is_there(wanted: &str) -> bool {
     if wanted.starts_with('/') {
         return Path::new(wanted).exists();

@@ -301,6 +301,27 @@ fn first_possible() -> anyhow::Result<Machine> {
     anyhow::bail!("no kernel with WireGuard can be had here: {why}")
 }
 
+/// The lines of stock kernels that programs must load on.
+pub const STOCK_KERNELS: [&str; 2] = kernels::VERSIONS;
+
+/// An emulated machine with a stock kernel, or why there is none.
+pub fn stock(line: &str) -> Result<Machine, String> {
+    qemu::machine(Accel::Tcg, Some(line), false).map_err(|error| format!("{error:#}"))
+}
+
+/// The host's own kernel for eBPF programs alone, which need no WireGuard, or why not.
+pub fn host_for_bpf() -> Result<Machine, String> {
+    host::probe_bpf()
+}
+
+/// A UML machine, unless a kernel would have to be built that nobody else needs.
+pub fn uml_if_ready(wish: &Wish) -> Result<Machine, String> {
+    if wish.backend == Some(Backend::Uml) || uml::is_ready() {
+        return uml::machine().map_err(|error| format!("{error:#}"));
+    }
+    Err("no UML kernel is at hand, and the lab needs none here".into())
+}
+
 /// The terminal on our stdin, by a path that another process can open.
 pub fn terminal() -> anyhow::Result<PathBuf> {
     anyhow::ensure!(

@@ -18,6 +18,27 @@ pub fn probe() -> Result<Machine, String> {
     Ok(Machine::Host)
 }
 
+/// Whether the host's kernel can run eBPF programs at tcx hooks for us.
+pub fn probe_bpf() -> Result<Machine, String> {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(str::parse::<u32>);
+    let version = (numbers.next(), numbers.next());
+    let (Some(Ok(major)), Some(Ok(minor))) = version else {
+        return Err(format!("cannot read the kernel's version from {release:?}"));
+    };
+    if (major, minor) < (6, 6) {
+        return Err(format!(
+            "tcx came with Linux 6.6, and this is {major}.{minor}"
+        ));
+    }
+    if !rustix::process::geteuid().is_root() && !may_sudo() {
+        return Err("loading programs needs root, and sudo would ask for a password".into());
+    }
+    Ok(Machine::Host)
+}
+
 /// Root asks the kernel itself; others look whether a module could be loaded.
 fn has_wireguard(root: bool) -> bool {
     if root {
