@@ -1,7 +1,7 @@
 //! The command line: what may be asked, and what is printed.
 //!
 //! Every verb but `agent` is a client of the running agent's socket (`doctor` also looks around by
-//! itself, and works without an agent). A verb ends in one of three ways, told by the exit code:
+//! itself, and works without an agent; `policy` needs only files). A verb ends in one of three ways, told by the exit code:
 //!
 //! | code | means |
 //! |---|---|
@@ -17,6 +17,7 @@
 mod arguments;
 mod doctor;
 mod ping;
+mod policy;
 mod show;
 mod target;
 mod up;
@@ -56,6 +57,12 @@ pub struct Complaint {
     pub message: String,
     /// What to do next; empty where there is nothing.
     pub next: String,
+    /// Line of a policy file, from 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub line: Option<u32>,
+    /// Column in it, from 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub column: Option<u32>,
 }
 
 impl Failure {
@@ -64,6 +71,8 @@ impl Failure {
             code: code.to_owned(),
             message: message.into(),
             next: next.into(),
+            line: None,
+            column: None,
         })
     }
 }
@@ -222,9 +231,11 @@ pub fn run(arguments: Arguments) -> ExitCode {
         Verb::Status => show::status(&agent, &console),
         Verb::Peers => show::peers(&agent, &console),
         Verb::Ping { peer, count } => ping::ping(&agent, &console, &peer, count),
+        Verb::Explain(explain) if explain.policy.is_some() => policy::offline(&console, &explain),
         Verb::Explain(explain) => show::explain(&agent, &console, &explain),
         Verb::Counters => show::counters(&agent, &console),
         Verb::Doctor => doctor::doctor(&agent, &console, &state_dir),
+        Verb::Policy(verb) => policy::policy(&console, &verb),
     };
     conclude(outcome, console.json)
 }

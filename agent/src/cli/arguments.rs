@@ -68,6 +68,45 @@ pub enum Verb {
     Counters,
     /// Check what weir needs of this machine
     Doctor,
+    /// Policy files, without an agent
+    #[command(subcommand)]
+    Policy(Policy),
+}
+
+/// `weir policy`.
+#[derive(Subcommand)]
+pub enum Policy {
+    /// Whether a file may become a network's policy
+    Check {
+        /// The policy
+        file: PathBuf,
+        /// Also compile it for this network and run its tests
+        #[arg(long, value_name = "TOPOLOGY.json")]
+        network: Option<PathBuf>,
+    },
+    /// Whether a policy's own tests hold in a network
+    Test {
+        /// The policy
+        #[arg(long, value_name = "FILE")]
+        policy: PathBuf,
+        /// Users and nodes
+        #[arg(long, value_name = "TOPOLOGY.json")]
+        network: PathBuf,
+    },
+    /// What every node of a network gets, as JSON
+    Compile {
+        /// The policy
+        #[arg(long, value_name = "FILE")]
+        policy: PathBuf,
+        /// Users and nodes
+        #[arg(long, value_name = "TOPOLOGY.json")]
+        network: PathBuf,
+        /// The network's settings
+        #[arg(long, value_name = "FILE")]
+        settings: Option<PathBuf>,
+    },
+    /// Which rule allows a connection, or which come closest
+    Explain(Explain),
 }
 
 /// `weir agent`.
@@ -120,6 +159,12 @@ pub struct Explain {
     /// Protocol by name or number [default: tcp with a port, icmp without]
     #[arg(long, value_name = "P", value_parser = parse_protocol)]
     pub proto: Option<Protocol>,
+    /// Ask this policy instead of the agent
+    #[arg(long, value_name = "FILE", requires = "network")]
+    pub policy: Option<PathBuf>,
+    /// Users and nodes, with --policy
+    #[arg(long, value_name = "TOPOLOGY.json", requires = "policy")]
+    pub network: Option<PathBuf>,
 }
 
 /// What the command line says; or how it should end already (help was asked for, or it says

@@ -3,13 +3,13 @@
 mod table;
 
 use super::arguments::Explain as Arguments;
+use super::target::{choose, first_packet};
 use super::{Agent, Console, Failure, PATIENCE, astray};
 use crate::local::report::{
     Coordinator, Counter, End, Explanation, Node, PeerStatus, Phase, Problem, Status, Verdict,
 };
 use crate::local::{Explain, Request, Response};
 use proto::filter::Direction;
-use proto::net::Protocol;
 use proto::netmap::Owner;
 use serde::Serialize;
 use std::fmt::Display;
@@ -46,28 +46,15 @@ pub(super) fn explain(
     console: &Console,
     arguments: &Arguments,
 ) -> Result<(), Failure> {
-    let port = arguments.dst.port;
-    let protocol = match (arguments.proto, port) {
-        (Some(protocol), None) if protocol.has_ports() => {
-            return Err(Failure::Use(format!(
-                "{protocol} needs a port: write `weir explain {} {}:PORT`",
-                arguments.src, arguments.dst.host
-            )));
-        }
-        (Some(protocol), Some(_)) if !protocol.has_ports() => {
-            return Err(Failure::Use(format!(
-                "protocol {protocol} has no ports: leave out the port, or name another protocol \
-                 with --proto"
-            )));
-        }
-        (Some(protocol), _) => protocol,
-        (None, Some(_)) => Protocol::TCP,
-        (None, None) => Protocol::ICMP,
-    };
+    let protocol = choose(arguments)?;
+    let dst = &arguments.dst.host;
+    let protocol = dst
+        .parse()
+        .map_or(protocol, |addr| first_packet(protocol, addr));
     let request = Request::Explain(Explain {
         src: arguments.src.clone(),
-        dst: arguments.dst.host.clone(),
-        port,
+        dst: dst.clone(),
+        port: arguments.dst.port,
         protocol,
     });
     let Response::Explanation(explanation) = agent.ask(request, PATIENCE)? else {
@@ -266,7 +253,7 @@ pub(super) fn explanation_text(explanation: &Explanation) -> String {
         direction,
         verdict,
         reason,
-        rule,
+        rule: _,
         sentences,
     } = explanation;
     let verdict = match verdict {
@@ -290,13 +277,6 @@ pub(super) fn explanation_text(explanation: &Explanation) -> String {
         or_nothing(named(src)),
         or_nothing(named(dst)),
     );
-    if let Some(rule) = rule {
-        text.push_str(&format!(
-            "  rule {} at line {} of the policy allows it\n",
-            rule.index + 1,
-            rule.line
-        ));
-    }
     for sentence in sentences {
         text.push_str(&format!("  {sentence}\n"));
     }

@@ -1,7 +1,9 @@
 //! `DST[:PORT]` and protocol names.
 
+use super::Failure;
+use super::arguments::Explain;
 use proto::net::Protocol;
-use std::net::Ipv6Addr;
+use std::net::{IpAddr, Ipv6Addr};
 
 /// A destination and perhaps a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,6 +58,32 @@ pub(super) fn parse(text: &str) -> Result<Port, String> {
             port: Some(port),
         }),
         _ => Err(format!("`{port}` is not a port: 0 to 65535")),
+    }
+}
+
+/// The protocol that is meant: the one that is named, else TCP to a port and ICMP to none.
+pub(super) fn choose(explain: &Explain) -> Result<Protocol, Failure> {
+    match (explain.proto, explain.dst.port) {
+        (Some(protocol), None) if protocol.has_ports() => Err(Failure::Use(format!(
+            "{protocol} needs a port: write `weir explain {} {}:PORT`",
+            explain.src, explain.dst.host
+        ))),
+        (Some(protocol), Some(_)) if !protocol.has_ports() => Err(Failure::Use(format!(
+            "protocol {protocol} has no ports: leave out the port, or name another protocol \
+             with --proto"
+        ))),
+        (Some(protocol), _) => Ok(protocol),
+        (None, Some(_)) => Ok(Protocol::TCP),
+        (None, None) => Ok(Protocol::ICMP),
+    }
+}
+
+/// ICMP is another protocol in IPv6: people say `icmp` and mean the one of that destination.
+pub(super) fn first_packet(protocol: Protocol, dst: IpAddr) -> Protocol {
+    if protocol == Protocol::ICMP && dst.is_ipv6() {
+        Protocol::ICMPV6
+    } else {
+        protocol
     }
 }
 

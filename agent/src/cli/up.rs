@@ -36,13 +36,7 @@ pub(super) fn up(agent: &Agent, console: &Console, arguments: Arguments) -> Resu
     let mut answer = agent.ask(request, deadline.saturating_duration_since(Instant::now()));
     loop {
         match answer {
-            Ok(Response::Status(status)) if status.is_ready() => {
-                return if console.json {
-                    console.document(&*status)
-                } else {
-                    console.say(&show::up_line(&status))
-                };
-            }
+            Ok(Response::Status(status)) if status.is_ready() => break,
             Ok(Response::Status(status)) if Instant::now() >= deadline => {
                 return Err(not_up(&status));
             }
@@ -53,6 +47,14 @@ pub(super) fn up(agent: &Agent, console: &Console, arguments: Arguments) -> Resu
             Err(failure) => return Err(failure),
         }
         answer = agent.ask(Request::Status, super::PATIENCE);
+    }
+    let Response::Status(status) = agent.ask(Request::Status, super::PATIENCE)? else {
+        return Err(astray());
+    };
+    if console.json {
+        console.document(&*status)
+    } else {
+        console.say(&show::up_line(&status))
     }
 }
 

@@ -42,6 +42,11 @@ fn every_verb_of_the_surface_is_understood() {
         "weir explain web-1 [fd00::1]:80",
         "weir counters --json",
         "weir doctor",
+        "weir explain a b:80 --policy /p --network /n",
+        "weir policy check /p",
+        "weir policy test --policy /p --network /n",
+        "weir policy compile --policy /p --network /n --settings /s --json",
+        "weir policy explain a b:80 --policy /p --network /n",
     ] {
         assert!(parsed(line).is_ok(), "{line}");
     }
@@ -73,6 +78,8 @@ fn wrong_use_explains_itself() {
         ("weir explain a fd00::zz:1", "[ADDRESS]:PORT"),
         ("weir explain a b --proto tpc", "tcp, udp"),
         ("weir ping a --count 0", "1..=65535"),
+        ("weir explain a b --policy /p", "--network"),
+        ("weir policy compile --policy /p", "--network"),
     ] {
         let error = parsed(line).err().unwrap();
         assert_eq!(error.exit_code(), 2, "{line}");

@@ -2,6 +2,7 @@ use super::*;
 use crate::local::report::{Acl, Interface, RuleRef};
 use proto::id::{Generation, NodeId};
 use proto::key::NodeKey;
+use proto::net::Protocol;
 use std::collections::BTreeSet;
 
 fn up() -> Status {
@@ -158,12 +159,11 @@ fn an_explanation_reads_like_this() {
         verdict: Verdict::Accept,
         reason: "new".to_owned(),
         rule: Some(RuleRef { index: 2, line: 17 }),
-        sentences: vec!["tag:web may reach *:443.".to_owned()],
+        sentences: vec!["Entry 2 of the policy, at line 17, allows it.".to_owned()],
     };
     let want = "\
 ACCEPT tcp fd7a::3 (web-1) -> [fd7a::4]:443, going out: new
-  rule 3 at line 17 of the policy allows it
-  tag:web may reach *:443.
+  Entry 2 of the policy, at line 17, allows it.
 ";
     assert_eq!(explanation_text(&explanation), want);
 }
