@@ -156,7 +156,7 @@ fn a_router_changes_only_its_own_and_leaves_the_host_as_it_was() -> anyhow::Resu
     let host = lab.host("paris");
     host.run_with(
         "nft -f -",
-        "table inet mine { chain input { type filter hook input priority 0; counter; }; }\n",
+        "table inet mine { chain input { type filter hook input priority 0; tcp dport 9 drop; }; }\n",
     )?;
     host.ip(
         "route add 198.51.100.0/24 via 192.0.2.22\nrule add from 203.0.113.7 lookup 77\n\

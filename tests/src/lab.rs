@@ -199,8 +199,9 @@ impl Lab {
         batch(Some(&fabric), &switches)?;
         for plan in &topology.hosts {
             let netns = self.netns(&plan.name);
-            batch(Some(&netns), &configuration(plan)?)?;
             let host = Host::new(plan, &netns, self.folder.join(&plan.name))?;
+            host.enter(|| no_duplicate_detection(plan.links.len()))?;
+            batch(Some(&netns), &configuration(plan)?)?;
             self.hosts.insert(plan.name.clone(), Arc::new(host));
         }
         Ok(())
@@ -240,14 +241,24 @@ fn port(host: &str, number: usize) -> String {
     format!("{host}.{number}")
 }
 
-/// What a host's namespace needs: addresses and routes. No duplicate address detection: it would
-/// hold every IPv6 address back for a second.
+/// Switches duplicate address detection off on the interfaces of the namespace that we are in: it
+/// would hold every IPv6 address back for seconds, and nobody here has the same one.
+fn no_duplicate_detection(interfaces: usize) -> anyhow::Result<()> {
+    for number in 0..interfaces {
+        std::fs::write(
+            format!("/proc/sys/net/ipv6/conf/eth{number}/accept_dad"),
+            "0",
+        )?;
+    }
+    Ok(())
+}
+
+/// What a host's namespace needs: addresses and routes.
 fn configuration(plan: &HostPlan) -> anyhow::Result<String> {
     let mut lines = String::from("link set lo up\n");
     for (number, (_, addrs)) in plan.links.iter().enumerate() {
         for addr in addrs {
-            let nodad = if addr.contains(':') { " nodad" } else { "" };
-            writeln!(lines, "addr add {addr} dev eth{number}{nodad}")?;
+            writeln!(lines, "addr add {addr} dev eth{number}")?;
         }
         writeln!(lines, "link set eth{number} up")?;
     }
