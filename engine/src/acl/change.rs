@@ -1,7 +1,7 @@
 //! What leads from one lowered policy to the next.
 
 use super::{Acl, PrefixKey, Tables};
-use ebpf::abi::{Addr, Identity, Page, PageKey, PairKey, Ports, PortsKey, SetId, side};
+use ebpf::abi::{Addr, Identity, Page, PageKey, PairKey, Ports, PortsKey, SetId};
 use proto::filter::{Direction, Filter, Label, Rule, Selector};
 use proto::net::Prefix;
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,8 +14,8 @@ const MAX_IN_PLACE: usize = 1_024;
 pub enum Change {
     /// They are.
     None,
-    /// Entry by entry in the active slot. Each step is the old policy or the new one, for each
-    /// address by itself.
+    /// By adding entries to the active slot, one by one. Nothing that is there changes, so a packet
+    /// meets the old policy or the new one for each address, and nothing is narrowed.
     InPlace(Box<Patch>),
     /// Fill the idle slot and switch.
     Swap {
@@ -24,58 +24,40 @@ pub enum Change {
     },
 }
 
-/// Single entries to write and to remove, to be applied from the first field to the last: what is
-/// named comes before what names it, longer prefixes before the shorter ones around them, and what
-/// nothing names any more goes last.
+/// Entries to add, from the first field to the last: what is named comes before what names it, and
+/// longer prefixes before the shorter ones around them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Patch {
-    /// Pages to write.
+    /// Bitmaps of large port sets.
     pub pages: Vec<(PageKey, Page)>,
-    /// Port sets to write.
+    /// Port sets.
     pub ports: Vec<(PortsKey, Ports)>,
-    /// Pairs to write.
+    /// Pairs of classes.
     pub pairs: Vec<(PairKey, SetId)>,
-    /// Addresses to forget.
-    pub identities_removed: Vec<Addr>,
-    /// Prefixes to forget, shortest first.
-    pub prefixes_removed: Vec<PrefixKey>,
-    /// Prefixes to write, longest first.
+    /// Prefixes.
     pub prefixes: Vec<(PrefixKey, Identity)>,
-    /// Addresses to write.
+    /// Addresses.
     pub identities: Vec<(Addr, Identity)>,
-    /// Pairs to forget.
-    pub pairs_removed: Vec<PairKey>,
-    /// Port sets to forget.
-    pub ports_removed: Vec<PortsKey>,
-    /// Pages to forget.
-    pub pages_removed: Vec<PageKey>,
-    /// Whether something may be allowed no more: raise the epoch when done.
-    pub narrows: bool,
 }
 
 impl Patch {
-    /// Entries that it writes or removes.
+    /// Entries that it adds.
     #[must_use]
     pub fn entries(&self) -> usize {
         self.pages.len()
             + self.ports.len()
             + self.pairs.len()
-            + self.identities_removed.len()
-            + self.prefixes_removed.len()
             + self.prefixes.len()
             + self.identities.len()
-            + self.pairs_removed.len()
-            + self.ports_removed.len()
-            + self.pages_removed.len()
     }
 }
 
 /// The change from `old` to `new`. With the `same_filter`, numbers mean the same in both.
 pub(super) fn between(old: &Acl, new: &Acl, same_filter: bool) -> Change {
-    if old.me.is_some() && old.tables == new.tables && same_filter {
+    if same_filter && old.tables == new.tables {
         return Change::None;
     }
-    if same_filter && let Some(patch) = patch(old, new) {
+    if same_filter && let Some(patch) = additions(&old.tables, &new.tables) {
         return Change::InPlace(Box::new(patch));
     }
     Change::Swap {
@@ -83,95 +65,33 @@ pub(super) fn between(old: &Acl, new: &Acl, same_filter: bool) -> Change {
     }
 }
 
-fn patch(old: &Acl, new: &Acl) -> Option<Patch> {
-    let (before, after) = (&old.tables, &new.tables);
-    let replaced = |(key, identity): (&PrefixKey, &Identity)| {
-        after.prefixes.get(key).is_some_and(|now| now != identity)
-    };
-    if before.prefixes.iter().any(replaced) {
-        return None;
-    }
+/// What `after` has more than `before`, if it has no less and takes no address from anyone.
+fn additions(before: &Tables, after: &Tables) -> Option<Patch> {
     let mut patch = Patch {
-        pages: written(&before.pages, &after.pages),
-        ports: written(&before.ports, &after.ports),
-        pairs: written(&before.pairs, &after.pairs),
-        identities_removed: removed(&before.identities, &after.identities),
-        prefixes_removed: removed(&before.prefixes, &after.prefixes),
-        prefixes: written(&before.prefixes, &after.prefixes),
-        identities: written(&before.identities, &after.identities),
-        pairs_removed: removed(&before.pairs, &after.pairs),
-        ports_removed: removed(&before.ports, &after.ports),
-        pages_removed: removed(&before.pages, &after.pages),
-        narrows: false,
+        pages: added(&before.pages, &after.pages)?,
+        ports: added(&before.ports, &after.ports)?,
+        pairs: added(&before.pairs, &after.pairs)?,
+        prefixes: added(&before.prefixes, &after.prefixes)?,
+        identities: added(&before.identities, &after.identities)?,
     };
     // Keys order by length first.
     patch.prefixes.reverse();
-    if patch.entries() > MAX_IN_PLACE {
-        return None;
-    }
-    patch.narrows = !patch.identities_removed.is_empty()
-        || !patch.prefixes_removed.is_empty()
-        || !patch.prefixes.is_empty() && shadows(before, &patch)
-        || patch
-            .identities
-            .iter()
-            .any(|(addr, identity)| loses(old, new, addr, identity));
-    Some(patch)
+    let inside = |addr: &Addr| before.route((*addr).into()).is_some();
+    let taken = patch.prefixes.iter().any(|(key, _)| inside(&key.addr))
+        || patch.identities.iter().any(|(addr, _)| inside(addr));
+    (!taken && patch.entries() <= MAX_IN_PLACE).then_some(patch)
 }
 
-/// Whether a prefix or address to be written lies inside a prefix that already was there.
-fn shadows(before: &Tables, patch: &Patch) -> bool {
-    patch
-        .prefixes
-        .iter()
-        .any(|(key, _)| before.route(key.addr.into()).is_some())
-}
-
-/// Whether an address gets another identity that is selected by fewer rules.
-fn loses(old: &Acl, new: &Acl, addr: &Addr, identity: &Identity) -> bool {
-    let Some(before) = old.identity((*addr).into()) else {
-        return false;
-    };
-    if before.side != identity.side {
-        return true;
-    }
-    let (as_source, as_destination) = if identity.side == side::OWN {
-        (Direction::Egress, Direction::Ingress)
-    } else {
-        (Direction::Ingress, Direction::Egress)
-    };
-    let fewer = |old: &[u32], new: &[u32]| old.iter().any(|r| new.binary_search(r).is_err());
-    fewer(
-        old.roles(as_source).source.rules(before.as_source),
-        new.roles(as_source).source.rules(identity.as_source),
-    ) || fewer(
-        old.roles(as_destination)
-            .destination
-            .rules(before.as_destination),
-        new.roles(as_destination)
-            .destination
-            .rules(identity.as_destination),
-    )
-}
-
-fn written<K: Ord + Copy, V: PartialEq + Copy>(
+/// The entries of `after` that `before` lacks; `None` if one of `before` changed or is gone.
+fn added<K: Ord + Copy, V: PartialEq + Copy>(
     before: &BTreeMap<K, V>,
     after: &BTreeMap<K, V>,
-) -> Vec<(K, V)> {
-    let differs = |(key, value): &(&K, &V)| before.get(key) != Some(value);
-    after
+) -> Option<Vec<(K, V)>> {
+    let kept = before
         .iter()
-        .filter(differs)
-        .map(|(key, value)| (*key, *value))
-        .collect()
-}
-
-fn removed<K: Ord + Copy, V>(before: &BTreeMap<K, V>, after: &BTreeMap<K, V>) -> Vec<K> {
-    before
-        .keys()
-        .filter(|key| !after.contains_key(key))
-        .copied()
-        .collect()
+        .all(|(key, value)| after.get(key) == Some(value));
+    let new = after.iter().filter(|(key, _)| !before.contains_key(key));
+    kept.then(|| new.map(|(key, value)| (*key, *value)).collect())
 }
 
 /// Whether all that `old` allows, `new` allows too, as far as that can be seen without a proof:
