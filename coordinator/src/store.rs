@@ -32,7 +32,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::broadcast;
 
 /// Longest wait for a connection of the pool or for SQLite's write lock.
-const WAIT: Duration = Duration::from_secs(10);
+const WAIT: Duration = Duration::from_secs(5);
 /// Change messages kept for a slow listener; one that falls behind looks at every network.
 const MAX_QUEUED_CHANGES: usize = 1_024;
 

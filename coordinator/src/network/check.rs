@@ -311,26 +311,27 @@ pub(super) fn nearest<'a>(given: &str, known: impl IntoIterator<Item = &'a str>)
         .map(|(_, name)| name.to_owned())
 }
 
-/// Insertions, deletions and replacements between two names (Levenshtein).
+/// Insertions, deletions, replacements and swaps of neighbours between two names (optimal string
+/// alignment).
 fn edits(a: &str, b: &str) -> usize {
     let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
     if a.len().abs_diff(b.len()) > MAX_EDITS || a.len() > MAX_LOGIN_BYTES {
         return usize::MAX;
     }
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.iter().enumerate() {
-        let mut corner = i;
-        let mut left = i + 1;
-        let mut next = vec![left];
-        for (to, above) in b.iter().zip(row.iter().skip(1)) {
-            let replaced = corner + usize::from(from != to);
-            left = replaced.min(left + 1).min(above + 1);
-            corner = *above;
-            next.push(left);
+    let mut rows: Vec<Vec<usize>> = vec![(0..=b.len()).collect()];
+    for i in 1..=a.len() {
+        let mut row = vec![i];
+        for j in 1..=b.len() {
+            let replaced = rows[i - 1][j - 1] + usize::from(a[i - 1] != b[j - 1]);
+            let mut fewest = replaced.min(row[j - 1] + 1).min(rows[i - 1][j] + 1);
+            if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
+                fewest = fewest.min(rows[i - 2][j - 2] + 1);
+            }
+            row.push(fewest);
         }
-        row = next;
+        rows.push(row);
     }
-    row.last().copied().unwrap_or(usize::MAX)
+    rows[a.len()][b.len()]
 }
 
 #[cfg(test)]
@@ -411,7 +412,7 @@ mod tests {
                 "{bad}"
             );
         }
-        assert_eq!(nearest("hoem", ["home", "work"]), None);
+        assert_eq!(nearest("hoem", ["home", "work"]).as_deref(), Some("home"));
         assert_eq!(nearest("hom", ["home", "work"]).as_deref(), Some("home"));
         assert_eq!(nearest("xyz", ["home"]), None);
     }
