@@ -5,7 +5,10 @@ use proto::filter::{Direction, Filter, Initiation, Label, Rule, Selector};
 use proto::id::NodeId;
 use proto::net::{Prefix, Protocol};
 use proto::netmap::Owner;
-use proto::policy::{Compiled, Directory, DirectoryNode, DirectoryUser, check_write, parse};
+use proto::policy::{
+    Compiled, Directory, DirectoryNode, DirectoryUser, check_offline, check_write, explain_offline,
+    parse,
+};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -362,4 +365,216 @@ fn all_faults_are_found_in_one_pass_with_their_places() {
     ] {
         assert!(rendered.contains(expected), "{expected} in\n{rendered}");
     }
+}
+
+const TOPOLOGY: &str = r#"{
+  "users": [{"id": 1, "name": "ana", "email": "ana@example.com"},
+            {"id": 2, "name": "bob", "email": "bob@example.com"}],
+  "nodes": {
+    "laptop": {"user": "ana", "ipv4": "100.64.0.1", "ipv6": "fd7a:115c:a1e0::1"},
+    "web": {"tags": ["tag:web"], "ipv4": "100.64.0.2", "ipv6": "fd7a:115c:a1e0::2"},
+    "router": {"tags": ["tag:router"], "ipv4": "100.64.0.3",
+               "routable_ips": ["10.0.0.0/8"], "approved_routes": ["10.0.0.0/8"]}}}"#;
+
+/// Runs the policy's own cases; the first failure's message, or nothing.
+fn own_tests(rules: &str, cases: &str) -> Option<String> {
+    let text = format!(
+        r#"{{"groups": {{"group:dev": ["ana@example.com", "bob@example.com"], "group:none": []}},
+            "hosts": {{"lan": "10.0.0.0/8", "printer": "10.1.2.3"}},
+            "tagOwners": {{"tag:web": [], "tag:db": [], "tag:router": []}},
+            "acls": [{rules}], "ssh": [
+              {{"action": "check", "src": ["group:dev"], "dst": ["tag:web"], "users": ["root"]}},
+              {{"action": "accept", "src": ["ana@example.com"], "dst": ["autogroup:self"],
+               "users": ["autogroup:nonroot"]}}],
+            {cases}}}"#
+    );
+    let error = check_offline(&text, Some(TOPOLOGY)).err()?;
+    Some(error.message)
+}
+
+const RULES: &str = r#"{"action": "accept", "src": ["group:dev"], "dst": ["tag:web:80", "printer:631"]},
+    {"action": "accept", "proto": "udp", "src": ["tag:web"], "dst": ["tag:db:53"]}"#;
+
+#[test]
+fn tests_hold_for_users_and_tags_without_a_node_yet() {
+    let passing = r#""tests": [
+        {"src": "bob@example.com", "accept": ["tag:web:80", "printer:631"], "deny": ["tag:db:53"]},
+        {"src": "tag:web", "accept": ["tag:db:53"], "deny": ["group:dev:80"]},
+        {"src": "tag:web", "proto": "tcp", "deny": ["tag:db:53"]},
+        {"src": "group:dev", "accept": ["100.64.0.2:80"], "deny": ["100.64.0.2:81"]}]"#;
+    assert_eq!(own_tests(RULES, passing), None);
+}
+
+#[test]
+fn failing_tests_name_the_rule_that_decided() {
+    let case = |case: &str| own_tests(RULES, &format!("\"tests\": [{case}]"));
+    let allowed = case(r#"{"src": "ana@example.com", "deny": ["tag:web:80"]}"#).unwrap();
+    assert!(
+        allowed.contains("allowed by acls[0]") && allowed.contains("group:dev"),
+        "{allowed}"
+    );
+    let denied = case(r#"{"src": "ana@example.com", "accept": ["tag:web:81"]}"#).unwrap();
+    assert!(denied.contains("it allows ports 80, not 81"), "{denied}");
+    for shape in [
+        r#"{"src": "ana@example.com"}"#,
+        r#"{"accept": ["tag:web:80"]}"#,
+        r#"{"src": "zoe@example.com", "deny": ["tag:web:80"]}"#,
+        r#"{"src": "group:none", "deny": ["tag:web:80"]}"#,
+        r#"{"src": "ana@example.com", "deny": ["lan:80"]}"#,
+        r#"{"src": "ana@example.com", "deny": ["10.0.0.0/8:80"]}"#,
+        r#"{"src": "ana@example.com", "deny": ["tag:web:*"]}"#,
+        r#"{"src": "ana@example.com", "deny": ["tag:web:1-9"]}"#,
+        r#"{"src": "ana@example.com", "deny": ["tag:wep:80"]}"#,
+        r#"{"src": "ana@example.com", "proto": "icmp", "deny": ["tag:web:80"]}"#,
+        r#"{"src": "ana@example.com", "deny": ["autogroup:internet:80"]}"#,
+    ] {
+        assert!(case(shape).is_some(), "{shape}");
+    }
+}
+
+#[test]
+fn ssh_tests_tell_accept_check_and_deny_apart() {
+    let case = |case: &str| own_tests(RULES, &format!("\"sshTests\": [{case}]"));
+    for passing in [
+        r#"{"src": "bob@example.com", "dst": ["tag:web"], "check": ["root"], "deny": ["www"]}"#,
+        r#"{"src": "ana@example.com", "dst": ["autogroup:self"], "accept": ["ana"]}"#,
+        r#"{"src": "bob@example.com", "dst": ["autogroup:self"], "deny": ["bob"]}"#,
+    ] {
+        assert_eq!(case(passing), None, "{passing}");
+    }
+    for failing in [
+        r#"{"src": "bob@example.com", "dst": ["tag:web"], "accept": ["www"]}"#,
+        r#"{"src": "ana@example.com", "dst": ["autogroup:self"], "check": ["ana"]}"#,
+        r#"{"src": "ana@example.com", "dst": ["autogroup:self"], "accept": ["root"]}"#,
+        r#"{"src": "ana@example.com", "dst": ["tag:web"], "deny": ["root"]}"#,
+        r#"{"src": "ana@example.com", "dst": ["tag:web:22"], "deny": ["www"]}"#,
+        r#"{"src": "ana@example.com", "dst": ["tag:web"]}"#,
+        r#"{"src": "ana@example.com", "dst": [], "deny": ["www"]}"#,
+    ] {
+        assert!(case(failing).is_some(), "{failing}");
+    }
+}
+
+#[test]
+fn explain_names_the_rule_or_the_nearest_ones() {
+    let policy = r#"{"tagOwners": {"tag:web": []}, "acls": [
+        {"action": "accept", "src": ["ana@example.com"], "dst": ["tag:web:80"]}]}"#;
+    let ask = |src, dst| explain_offline(policy, TOPOLOGY, src, dst, None).unwrap();
+    let allowed = ask("laptop", "web:80");
+    assert_eq!(
+        allowed.sentences(),
+        "allowed by acls[0] at line 2: source ana@example.com, destination tag:web:80"
+    );
+    let denied = ask("ana@example.com", "100.64.0.2:22");
+    assert!(
+        !denied.allowed && denied.near[0].why.contains("ports 80"),
+        "{denied:?}"
+    );
+    assert!(!ask("web", "[fd7a:115c:a1e0::1]:80").allowed);
+    assert!(explain_offline(policy, TOPOLOGY, "nobody", "web:80", None).is_err());
+}
+
+#[test]
+fn refusals_of_the_language() {
+    let section = |name: &str, entry: &str| {
+        format!(
+            r#"{{"groups": {{"group:dev": ["ana@example.com"]}}, "hosts": {{"lan": "10.0.0.0/8"}},
+                "tagOwners": {{"tag:web": []}}, "{name}": [{entry}]}}"#
+        )
+    };
+    for (name, entry) in [
+        (
+            "acls",
+            r#"{"action": "accept", "src": ["*"], "dst": ["*:0"]}"#,
+        ),
+        (
+            "acls",
+            r#"{"action": "accept", "proto": "gre", "src": ["*"], "dst": ["*:80"]}"#,
+        ),
+        (
+            "acls",
+            r#"{"action": "accept", "proto": "*", "src": ["*"], "dst": ["*:*"]}"#,
+        ),
+        (
+            "acls",
+            r#"{"action": "accept", "src": ["autogroup:internet"], "dst": ["*:*"]}"#,
+        ),
+        (
+            "acls",
+            r#"{"action": "accept", "src": ["*"], "dst": ["autogroup:danger-all:*"]}"#,
+        ),
+        (
+            "acls",
+            r#"{"action": "accept", "src": ["tag:web"], "dst": ["autogroup:self:*"]}"#,
+        ),
+        (
+            "grants",
+            r#"{"src": ["*"], "dst": ["autogroup:self"], "ip": ["*"]}"#,
+        ),
+        (
+            "grants",
+            r#"{"src": ["*"], "dst": ["0.0.0.0/0"], "ip": ["*"]}"#,
+        ),
+        (
+            "grants",
+            r#"{"src": ["*"], "dst": ["*"], "ip": ["tcp:80:81"]}"#,
+        ),
+        (
+            "grants",
+            r#"{"src": ["*"], "dst": ["*"], "ip": ["*"], "via": ["group:dev"]}"#,
+        ),
+        (
+            "grants",
+            r#"{"src": ["*"], "dst": ["*"], "app": {"tailscale.com/cap/funnel": []}}"#,
+        ),
+        (
+            "grants",
+            r#"{"src": ["*"], "dst": ["autogroup:internet"], "app": {"a.b/c": [{}]}}"#,
+        ),
+        (
+            "ssh",
+            r#"{"action": "accept", "src": ["*"], "dst": ["tag:web"], "users": ["root"]}"#,
+        ),
+        (
+            "ssh",
+            r#"{"action": "accept", "src": ["group:dev"], "dst": ["*"], "users": ["root"]}"#,
+        ),
+        (
+            "ssh",
+            r#"{"action": "accept", "src": ["group:dev"], "dst": ["lan"], "users": ["a"]}"#,
+        ),
+        (
+            "ssh",
+            r#"{"action": "accept", "src": ["group:dev"], "dst": ["tag:web"], "users": []}"#,
+        ),
+        (
+            "ssh",
+            r#"{"action": "accept", "src": ["tag:web"], "dst": ["autogroup:self"],
+                    "users": ["a"]}"#,
+        ),
+        (
+            "ssh",
+            r#"{"action": "accept", "src": ["group:dev"], "dst": ["ana@example.com"],
+                    "users": ["a"]}"#,
+        ),
+        (
+            "ssh",
+            r#"{"action": "check", "checkPeriod": "169h", "src": ["group:dev"],
+                    "dst": ["tag:web"], "users": ["a"]}"#,
+        ),
+        (
+            "ssh",
+            r#"{"action": "accept", "checkPeriod": "1h", "src": ["group:dev"],
+                    "dst": ["tag:web"], "users": ["a"]}"#,
+        ),
+        (
+            "nodeAttrs",
+            r#"{"target": ["autogroup:self"], "attr": ["x"]}"#,
+        ),
+    ] {
+        assert!(parse(&section(name, entry)).is_err(), "{name}: {entry}");
+    }
+    let whole = r#"{"action": "check", "checkPeriod": "168h", "src": ["group:dev"],
+        "dst": ["tag:web"], "users": [" root", "localpart:*@example.com"]}"#;
+    parse(&section("ssh", whole)).unwrap();
 }

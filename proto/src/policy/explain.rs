@@ -1,17 +1,19 @@
 //! Why a connection is allowed or denied, straight from the document.
 //!
-//! [`explain`] asks every rule of the policy about one first packet and says which one allows it,
+//! An [`Explainer`] asks every rule of the policy about one first packet and says which one allows it,
 //! with the selectors that matched; or, if none does, the rules that came closest and what each
 //! was missing. It shares no code with the compiler beyond the meaning of names, and a property
 //! test holds the two together.
 
+use super::addrset::AddrSet;
 use super::compile::internet;
 use super::directory::{Directory, DirectoryNode};
-use super::document::{Access, Policy, Section};
+use super::document::{Access, Destination, Policy, Section, Span, Spanned};
 use super::render::Resolver;
 use super::selector::{Autogroup, Target};
-use crate::net::{PortRange, Prefix, Protocol};
+use crate::net::{PortRange, Protocol};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 /// Most rules that are named as near misses.
@@ -78,36 +80,138 @@ pub struct NearMiss {
     pub why: String,
 }
 
-/// Why a flow is allowed or denied.
-#[must_use]
-pub fn explain(policy: &Policy, directory: &Directory, flow: &Flow) -> Explanation {
-    let judge = Judge::new(policy, directory, flow);
-    let mut near: Vec<(u8, NearMiss)> = Vec::new();
-    let mut rule = None;
-    for access in policy.access() {
-        match judge.rule(access) {
-            Ok(matched) => {
-                rule = Some(matched);
-                break;
-            }
-            Err((missing, why)) => {
-                let place = place(access);
-                near.push((missing, NearMiss { place, why }));
-            }
+/// Answers many flows about one policy in one network.
+pub struct Explainer<'p> {
+    resolver: Resolver<'p>,
+    rules: Vec<Prepared<'p>>,
+    owners: BTreeMap<IpAddr, &'p DirectoryNode>,
+    everyone: AddrSet,
+    internet: AddrSet,
+}
+
+/// A rule whose selectors were resolved once.
+struct Prepared<'p> {
+    access: &'p Access,
+    srcs: Vec<(Span, Matcher<'p>)>,
+    dsts: Vec<(Span, Matcher<'p>, &'p [PortRange])>,
+}
+
+/// What a selector asks of an address.
+enum Matcher<'p> {
+    Everything,
+    Everyone,
+    Internet,
+    SameUser,
+    Addrs(AddrSet),
+    Owner(&'p Target),
+}
+
+impl<'p> Explainer<'p> {
+    /// Prepares the rules of `policy` for the network in `directory`.
+    #[must_use]
+    pub fn new(policy: &'p Policy, directory: &'p Directory) -> Self {
+        let resolver = Resolver { policy, directory };
+        let nodes = directory.nodes.values();
+        let owners = nodes
+            .clone()
+            .flat_map(|node| node.addrs.iter().map(move |addr| (*addr, node)));
+        let routes = nodes.clone().flat_map(DirectoryNode::subnet_routes);
+        let network = [directory.v4, directory.v6];
+        Self {
+            resolver,
+            rules: policy
+                .access()
+                .map(|access| prepare(resolver, access))
+                .collect(),
+            everyone: AddrSet::of(network.iter().chain(routes)),
+            internet: AddrSet::of(&internet(directory)),
+            owners: owners.collect(),
         }
     }
-    near.sort_by_key(|(missing, _)| *missing);
-    let near = near.into_iter().map(|(_, miss)| miss).take(MAX_NEAR_MISSES);
-    Explanation {
-        allowed: rule.is_some(),
-        src_node: judge.src.map(|node| node.name.clone()),
-        dst_node: judge.dst.map(|node| node.name.clone()),
-        near: if rule.is_some() {
-            Vec::new()
-        } else {
-            near.collect()
-        },
-        rule,
+
+    /// Why a flow is allowed or denied.
+    #[must_use]
+    pub fn explain(&self, flow: &Flow) -> Explanation {
+        let judge = Judge {
+            explainer: self,
+            flow,
+            src: self.owners.get(&flow.src).copied(),
+            dst: self.owners.get(&flow.dst).copied(),
+        };
+        let mut near: Vec<(u8, NearMiss)> = Vec::new();
+        let mut rule = None;
+        for prepared in &self.rules {
+            match judge.rule(prepared) {
+                Ok(matched) => {
+                    rule = Some(matched);
+                    near.clear();
+                    break;
+                }
+                Err((missing, why)) => {
+                    let place = place(prepared.access);
+                    near.push((missing, NearMiss { place, why }));
+                }
+            }
+        }
+        near.sort_by_key(|(missing, _)| *missing);
+        Explanation {
+            allowed: rule.is_some(),
+            src_node: judge.src.map(|node| node.name.clone()),
+            dst_node: judge.dst.map(|node| node.name.clone()),
+            near: near
+                .into_iter()
+                .map(|(_, miss)| miss)
+                .take(MAX_NEAR_MISSES)
+                .collect(),
+            rule,
+        }
+    }
+}
+
+/// Why one flow is allowed or denied; for many of them prepare an [`Explainer`].
+#[must_use]
+pub fn explain(policy: &Policy, directory: &Directory, flow: &Flow) -> Explanation {
+    Explainer::new(policy, directory).explain(flow)
+}
+
+fn prepare<'p>(resolver: Resolver<'p>, access: &'p Access) -> Prepared<'p> {
+    let src = |src: &'p Spanned<Target>| {
+        let matcher = match &src.value {
+            Target::Any => Matcher::Everyone,
+            Target::Autogroup(Autogroup::DangerAll) => Matcher::Everything,
+            other => named(resolver, other),
+        };
+        (src.span, matcher)
+    };
+    let dst = |dst: &'p Destination| {
+        let matcher = match &dst.target.value {
+            Target::Any => Matcher::Everything,
+            Target::Autogroup(Autogroup::Internet) => Matcher::Internet,
+            Target::Autogroup(Autogroup::SelfNodes) => Matcher::SameUser,
+            other => named(resolver, other),
+        };
+        (dst.target.span, matcher, &dst.ports[..])
+    };
+    Prepared {
+        access,
+        srcs: access.srcs.iter().map(src).collect(),
+        dsts: access.dsts.iter().map(dst).collect(),
+    }
+}
+
+/// A selector that means the same as a source and as a destination.
+fn named<'p>(resolver: Resolver<'p>, target: &'p Target) -> Matcher<'p> {
+    match target {
+        Target::Host(_) | Target::Ipset(_) | Target::Addrs(_) => {
+            Matcher::Addrs(resolver.set(target))
+        }
+        Target::Any
+        | Target::Autogroup(_)
+        | Target::User(_)
+        | Target::Domain(_)
+        | Target::Group(_)
+        | Target::Tag(_)
+        | Target::Service(_) => Matcher::Owner(target),
     }
 }
 
@@ -151,38 +255,24 @@ impl Explanation {
 }
 
 /// One flow before the rules.
-struct Judge<'p> {
-    resolver: Resolver<'p>,
-    flow: &'p Flow,
+struct Judge<'e, 'p> {
+    explainer: &'e Explainer<'p>,
+    flow: &'e Flow,
     src: Option<&'p DirectoryNode>,
     dst: Option<&'p DirectoryNode>,
 }
 
-impl<'p> Judge<'p> {
-    fn new(policy: &'p Policy, directory: &'p Directory, flow: &'p Flow) -> Self {
-        let owner = |addr: IpAddr| {
-            directory
-                .nodes
-                .values()
-                .find(|node| node.addrs.contains(&addr))
-        };
-        Self {
-            resolver: Resolver { policy, directory },
-            flow,
-            src: owner(flow.src),
-            dst: owner(flow.dst),
-        }
-    }
-
+impl Judge<'_, '_> {
     /// The match, or how far the rule was from one (less is nearer) and why.
-    fn rule(&self, access: &Access) -> Result<RuleMatch, (u8, String)> {
-        let src = access.srcs.iter().find(|src| self.is_source(&src.value));
-        let mut dsts = access
-            .dsts
+    fn rule(&self, rule: &Prepared<'_>) -> Result<RuleMatch, (u8, String)> {
+        let Flow { src, dst, .. } = *self.flow;
+        let source = rule
+            .srcs
             .iter()
-            .filter(|dst| self.is_destination(&dst.target.value))
-            .peekable();
-        let Some(src) = src else {
+            .find(|(_, matcher)| self.fits(matcher, src, self.src));
+        let fits = |(_, matcher, _): &&(_, Matcher<'_>, _)| self.fits(matcher, dst, self.dst);
+        let mut dsts = rule.dsts.iter().filter(fits).peekable();
+        let Some((src_span, _)) = source else {
             let missing = if dsts.peek().is_some() { 2 } else { 4 };
             return Err((missing, "the source is none of its `src`".to_owned()));
         };
@@ -190,14 +280,14 @@ impl<'p> Judge<'p> {
             return Err((3, "the destination is none of its `dst`".to_owned()));
         }
         let mut why = "it allows other protocols".to_owned();
-        for dst in dsts {
-            match self.service(access, &dst.ports) {
+        for (dst_span, _, ports) in dsts {
+            match self.service(rule.access, ports) {
                 Ok(()) => {
-                    self.conditions(access)?;
+                    self.conditions(rule.access)?;
                     return Ok(RuleMatch {
-                        place: place(access),
-                        src: self.written(src.span),
-                        dst: self.written(dst.target.span),
+                        place: place(rule.access),
+                        src: self.written(*src_span),
+                        dst: self.written(*dst_span),
                     });
                 }
                 Err(reason) => why = reason,
@@ -206,9 +296,26 @@ impl<'p> Judge<'p> {
         Err((1, why))
     }
 
+    fn fits(&self, matcher: &Matcher<'_>, addr: IpAddr, node: Option<&DirectoryNode>) -> bool {
+        let explainer = self.explainer;
+        match matcher {
+            Matcher::Everything => true,
+            Matcher::Everyone => explainer.everyone.contains(addr),
+            Matcher::Internet => explainer.internet.contains(addr),
+            Matcher::Addrs(set) => set.contains(addr),
+            Matcher::Owner(target) => {
+                node.is_some_and(|node| explainer.resolver.names(target, node))
+            }
+            Matcher::SameUser => {
+                let src = self.src.and_then(DirectoryNode::login);
+                src.is_some() && src == node.and_then(DirectoryNode::login)
+            }
+        }
+    }
+
     /// The text of a selector, without its quotes.
-    fn written(&self, span: super::document::Span) -> String {
-        let text = self.resolver.policy.text();
+    fn written(&self, span: Span) -> String {
+        let text = self.explainer.resolver.policy.text();
         let part = text
             .get(span.start as usize..span.end as usize)
             .unwrap_or_default();
@@ -247,7 +354,8 @@ impl<'p> Judge<'p> {
 
     /// `via` and `srcPosture`.
     fn conditions(&self, access: &Access) -> Result<(), (u8, String)> {
-        if !access.postures.is_empty() || !self.resolver.policy.default_src_posture.is_empty() {
+        let policy = self.explainer.resolver.policy;
+        if !access.postures.is_empty() || !policy.default_src_posture.is_empty() {
             return Err((0, "the source's posture is not known".to_owned()));
         }
         if access.via.is_empty() || self.through(access) {
@@ -261,75 +369,18 @@ impl<'p> Judge<'p> {
 
     /// Whether a router that `via` names serves the destination.
     fn through(&self, access: &Access) -> bool {
+        let Resolver { directory, .. } = self.explainer.resolver;
         let tagged = |node: &DirectoryNode| {
-            access
-                .via
-                .iter()
-                .any(|via| self.resolver.names(&via.value, node))
+            let mut via = access.via.iter();
+            via.any(|via| self.explainer.resolver.names(&via.value, node))
         };
-        let internet = access
-            .dsts
-            .iter()
-            .any(|dst| dst.target.value == Target::Autogroup(Autogroup::Internet));
+        let beyond = self.explainer.internet.contains(self.flow.dst);
         let serves = |node: &DirectoryNode| {
             node.subnet_routes()
                 .any(|route| route.contains(self.flow.dst))
-                || (internet && node.is_exit())
+                || (beyond && node.is_exit())
         };
-        let mut nodes = self.resolver.directory.nodes.values();
+        let mut nodes = directory.nodes.values();
         self.dst.is_none() && nodes.any(|node| tagged(node) && serves(node))
-    }
-
-    fn is_source(&self, target: &Target) -> bool {
-        match target {
-            Target::Any => {
-                let directory = self.resolver.directory;
-                let mut routes = directory
-                    .nodes
-                    .values()
-                    .flat_map(DirectoryNode::subnet_routes);
-                [directory.v4, directory.v6]
-                    .iter()
-                    .any(|prefix| prefix.contains(self.flow.src))
-                    || routes.any(|route| route.contains(self.flow.src))
-            }
-            Target::Autogroup(Autogroup::DangerAll) => true,
-            other => self.is_named(other, self.flow.src, self.src),
-        }
-    }
-
-    fn is_destination(&self, target: &Target) -> bool {
-        match target {
-            Target::Any => true,
-            Target::Autogroup(Autogroup::Internet) => {
-                let internet = internet(self.resolver.directory);
-                internet
-                    .iter()
-                    .any(|prefix: &Prefix| prefix.contains(self.flow.dst))
-            }
-            Target::Autogroup(Autogroup::SelfNodes) => {
-                let (src, dst) = (
-                    self.src.and_then(DirectoryNode::login),
-                    self.dst.and_then(DirectoryNode::login),
-                );
-                src.is_some() && src == dst
-            }
-            other => self.is_named(other, self.flow.dst, self.dst),
-        }
-    }
-
-    fn is_named(&self, target: &Target, addr: IpAddr, node: Option<&DirectoryNode>) -> bool {
-        match target {
-            Target::Host(_) | Target::Ipset(_) | Target::Addrs(_) => {
-                self.resolver.set(target).contains(addr)
-            }
-            Target::Any
-            | Target::Autogroup(_)
-            | Target::User(_)
-            | Target::Domain(_)
-            | Target::Group(_)
-            | Target::Tag(_)
-            | Target::Service(_) => node.is_some_and(|node| self.resolver.names(target, node)),
-        }
     }
 }

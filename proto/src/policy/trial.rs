@@ -8,54 +8,135 @@
 //! A case of `sshTests` asks, of every node of its destinations, whether the source gets in as an
 //! account: `accept` by any rule, `check` by a rule that checks, `deny` by none.
 
+use super::addrset::AddrSet;
 use super::check::check_network;
 use super::diagnostic::{Code, Diagnostic, Diagnostics};
 use super::directory::{Directory, DirectoryNode};
-use super::document::{Policy, Spanned, SshTest, Test};
-use super::explain::{Explanation, Flow, explain};
+use super::document::{Policy, Span, Spanned, SshTest, Test};
+use super::explain::{Explainer, Explanation, Flow};
 use super::render::{Resolver, is_self};
 use super::selector::{Autogroup, Protocols, Target, parse_ports};
 use super::ssh;
 use super::syntax::split_ports;
+use crate::id::NodeId;
 use crate::net::{Prefix, Protocol};
+use crate::netmap::Owner;
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-/// Runs every case of the policy.
+/// Most connections that one case may ask about: sources times destinations.
+const MAX_ASKED: usize = 200_000;
+
+/// Checks what must hold before `policy` may govern the network in `directory`: names that only
+/// the network knows, and every case of the policy. How many cases there were.
 ///
 /// # Errors
-/// The cases that failed, each at its place, naming the rule that decided.
-pub fn check(policy: &Policy, directory: &Directory) -> Result<(), Diagnostics> {
-    let trial = Trial {
-        resolver: Resolver { policy, directory },
-    };
+/// Unknown domains and pools, and the cases that failed, each at its place; a failed case names
+/// the rule that decided.
+pub fn check(policy: &Policy, directory: &Directory) -> Result<usize, Diagnostics> {
     let mut faults = Diagnostics::default();
     check_network(policy, directory, &mut faults);
+    let directory = populated(policy, directory);
+    let trial = Trial {
+        resolver: Resolver {
+            policy,
+            directory: &directory,
+        },
+        explainer: Explainer::new(policy, &directory),
+    };
     for test in &policy.tests {
         trial.test(test, &mut faults);
     }
     for test in &policy.ssh_tests {
         trial.ssh_test(test, &mut faults);
     }
-    faults.into_result(())
+    faults.into_result(policy.tests.len() + policy.ssh_tests.len())
+}
+
+/// The network with a node for every user, and every tag, that has none. A case speaks of the
+/// policy, not of who has joined so far: it must hold on the day the first such node joins.
+fn populated(policy: &Policy, directory: &Directory) -> Directory {
+    let mut out = directory.clone();
+    if policy.tests.is_empty() && policy.ssh_tests.is_empty() {
+        return out;
+    }
+    let users: BTreeSet<&str> = directory
+        .nodes
+        .values()
+        .filter_map(DirectoryNode::login)
+        .collect();
+    let tags: BTreeSet<&String> = directory
+        .nodes
+        .values()
+        .flat_map(DirectoryNode::tags)
+        .collect();
+    let users = directory
+        .users
+        .iter()
+        .filter(|user| !users.contains(user.login.as_str()));
+    let users = users.map(|user| Owner::User(user.login.clone()));
+    let tags = policy.tag_owners.keys().filter(|tag| !tags.contains(tag));
+    let tags = tags.map(|tag| Owner::Tags(BTreeSet::from([tag.clone()])));
+    let mut id = u64::MAX;
+    let taken = directory
+        .nodes
+        .values()
+        .flat_map(|node| node.addrs.iter().copied());
+    let mut taken: BTreeSet<IpAddr> = taken.collect();
+    for owner in users.chain(tags) {
+        let addrs = [
+            free(directory.v4, &mut taken),
+            free(directory.v6, &mut taken),
+        ];
+        let node = DirectoryNode {
+            name: format!("a node of {}", owner_name(&owner)),
+            owner,
+            addrs: addrs.into_iter().flatten().collect(),
+            routes: BTreeSet::new(),
+            advertised: BTreeSet::new(),
+        };
+        out.nodes.insert(NodeId(id), node);
+        id -= 1;
+    }
+    out
+}
+
+fn owner_name(owner: &Owner) -> String {
+    match owner {
+        Owner::User(login) => login.clone(),
+        Owner::Tags(tags) => tags.iter().cloned().collect::<Vec<_>>().join(","),
+    }
+}
+
+/// The highest address of the prefix that nobody has; it is taken from then on.
+fn free(prefix: Prefix, taken: &mut BTreeSet<IpAddr>) -> Option<IpAddr> {
+    let last = AddrSet::of([&prefix]).ranges().last()?.1;
+    let down = |addr: IpAddr| match addr {
+        IpAddr::V4(v4) => Some(IpAddr::from(v4.to_bits().checked_sub(1)?.to_be_bytes())),
+        IpAddr::V6(v6) => Some(IpAddr::from(v6.to_bits().checked_sub(1)?.to_be_bytes())),
+    };
+    let mut candidates = std::iter::successors(Some(last), |addr| down(*addr));
+    let free = candidates.find(|addr| !taken.contains(addr) || !prefix.contains(*addr))?;
+    (prefix.contains(free) && taken.insert(free)).then_some(free)
 }
 
 struct Trial<'p> {
     resolver: Resolver<'p>,
+    explainer: Explainer<'p>,
 }
 
 impl Trial<'_> {
     fn failed(&self, at: &Spanned<String>, code: Code, message: String) -> Diagnostic {
         let hint = "change the rules, or the test if it asks for the wrong thing";
         let message = format!("test failed: {message}");
-        self.resolver
-            .policy
-            .source
-            .fault(at.span, code, message, hint)
+        let source = &self.resolver.policy.source;
+        source.fault(at.span, code, message, hint)
     }
 
     fn test(&self, test: &Test, faults: &mut Diagnostics) {
         if let Err(message) = self.shape(test) {
-            faults.push(|| self.failed(&at(test.span, &test.src), Code::TestFailed, message));
+            let at = opening(test.span);
+            faults.push(|| self.failed(&at, Code::TestFailed, message));
             return;
         }
         let src = match self.source(&test.src.value) {
@@ -161,32 +242,41 @@ impl Trial<'_> {
             _ => return Err(format!("`{text}` must name one port")),
         };
         let target = self.single_host(host)?;
-        let mut decided = None;
+        let dsts = if is_self(&target) {
+            Vec::new()
+        } else {
+            self.addrs(&target, None)
+        };
+        if src.len().saturating_mul(dsts.len()) > MAX_ASKED {
+            return Err(format!(
+                "`{text}` asks about more than {MAX_ASKED} connections"
+            ));
+        }
+        let mut asked = false;
         for src in src {
-            let asking = self
-                .resolver
-                .directory
-                .nodes
-                .values()
-                .find(|node| node.addrs.contains(src));
-            for dst in self.addrs(&target, asking) {
+            let own = is_self(&target).then(|| self.addrs(&target, self.owner(src)));
+            for dst in own.as_ref().unwrap_or(&dsts) {
                 if src.is_ipv4() != dst.is_ipv4() {
                     continue;
                 }
-                let answer = self.ask(test, *src, dst, port);
+                let answer = self.ask(test, *src, *dst, port);
                 if answer.allowed != wanted {
                     return Err(disagreement(*src, text, wanted, &answer));
                 }
-                decided = Some(answer);
+                asked = true;
             }
         }
-        // Nothing to ask: nobody is reached, so `deny` holds and `accept` does not.
-        if decided.is_none() && wanted {
+        if !asked {
             return Err(format!(
-                "`{text}` stands for no address that the source could reach"
+                "`{text}` stands for no address that the source could ask for"
             ));
         }
         Ok(())
+    }
+
+    fn owner(&self, addr: &IpAddr) -> Option<&DirectoryNode> {
+        let mut nodes = self.resolver.directory.nodes.values();
+        nodes.find(|node| node.addrs.contains(addr))
     }
 
     /// A destination of a test is one host: no network, and nothing beyond exit nodes.
@@ -221,35 +311,33 @@ impl Trial<'_> {
 
     /// Allowed if any of the protocols of the case is.
     fn ask(&self, test: &Test, src: IpAddr, dst: IpAddr, port: u16) -> Explanation {
-        let Resolver { policy, directory } = self.resolver;
-        let protocols = match &test.protocols {
-            Protocols::Usual => vec![Protocol::UDP, Protocol::TCP],
-            Protocols::These(set) => set.iter().copied().collect(),
-        };
-        let answers = protocols.into_iter().map(|protocol| {
-            let flow = Flow {
+        let ask = |protocol| {
+            self.explainer.explain(&Flow {
                 src,
                 dst,
                 protocol,
                 port,
-            };
-            explain(policy, directory, &flow)
-        });
-        let by_verdict = answers.max_by_key(|answer| answer.allowed);
-        by_verdict.unwrap_or_else(|| {
-            let flow = Flow {
-                src,
-                dst,
-                protocol: Protocol::TCP,
-                port,
-            };
-            explain(policy, directory, &flow)
-        })
+            })
+        };
+        let others = match &test.protocols {
+            Protocols::Usual => vec![Protocol::TCP],
+            Protocols::These(set) => set.iter().copied().collect(),
+        };
+        let first = match &test.protocols {
+            Protocols::Usual => Protocol::UDP,
+            Protocols::These(set) => set.first().copied().unwrap_or(Protocol::TCP),
+        };
+        let answers = others.into_iter().map(ask);
+        answers.fold(
+            ask(first),
+            |best, answer| if answer.allowed { answer } else { best },
+        )
     }
 
     fn ssh_test(&self, test: &SshTest, faults: &mut Diagnostics) {
         if let Err(message) = self.ssh_shape(test) {
-            faults.push(|| self.failed(&at(test.span, &test.src), Code::SshTestFailed, message));
+            let at = opening(test.span);
+            faults.push(|| self.failed(&at, Code::SshTestFailed, message));
             return;
         }
         let src = match self.source(&test.src.value) {
@@ -289,13 +377,7 @@ impl Trial<'_> {
     fn ssh_nodes(&self, src: &[IpAddr], text: &str) -> Result<Vec<&DirectoryNode>, String> {
         let target = self.single_host(text)?;
         let directory = self.resolver.directory;
-        let owner = |addr: &IpAddr| {
-            directory
-                .nodes
-                .values()
-                .find(|node| node.addrs.contains(addr))
-        };
-        let asking = src.first().and_then(owner);
+        let asking = src.first().and_then(|addr| self.owner(addr));
         let addrs = self.addrs(&target, asking);
         let nodes = directory.nodes.values();
         let named = nodes.filter(|node| node.addrs.iter().any(|addr| addrs.contains(addr)));
@@ -350,10 +432,11 @@ impl Trial<'_> {
     }
 }
 
-fn at(span: super::document::Span, text: &Spanned<String>) -> Spanned<String> {
+/// The opening brace of a case, for faults of the whole of it.
+fn opening(span: Span) -> Spanned<String> {
     Spanned {
-        value: text.value.clone(),
-        span: super::document::Span {
+        value: String::new(),
+        span: Span {
             start: span.start,
             end: span.start + 1,
         },

@@ -503,11 +503,24 @@ fn ssh_rule(reader: &mut Reader<'_>, value: &ast::Value<'_>, index: u32) -> Opti
     let fields = reader.fields(value, "an ssh rule", FIELDS)?;
     let action = ssh_action(reader, &fields);
     let users = reader.optional_strings(&fields, "users");
+    if users.is_empty() {
+        let example = "\"users\": [\"autogroup:nonroot\"]";
+        reader.missing(&fields, "the ssh rule", "users", example);
+    }
     let users = users
         .iter()
         .filter_map(|text| ssh_user(reader, text))
         .collect();
-    let accept_env = reader.optional_strings(&fields, "acceptEnv").into_iter();
+    let accept_env = reader.optional_strings(&fields, "acceptEnv");
+    for empty in accept_env.iter().filter(|name| name.value.is_empty()) {
+        let message = "an empty name in `acceptEnv`";
+        reader.fault(
+            empty.span,
+            Code::BadValue,
+            message,
+            "name a variable, or `*`",
+        );
+    }
     let enforce = fields.get("enforceRecorder");
     Some(SshRule {
         index,
