@@ -55,7 +55,7 @@ fn every_probe_passes_where_nothing_is_in_the_way_and_fails_where_something_is()
     if tests::probe::kernel_has_sctp() {
         talks.push(Talk::Sctp(9));
     } else {
-        tests::skip("lab sctp", "the kernel has no SCTP");
+        tests::skip("sctp", "the kernel has no SCTP");
     }
     let question = |talk, dst| Question {
         from: Arc::clone(&a),

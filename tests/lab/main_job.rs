@@ -119,7 +119,7 @@ fn protocols_are_permitted_by_their_number() -> anyhow::Result<()> {
         )?);
         all.extend(expect(&mesh, "b", "a", &[(Sctp(9), false)])?);
     } else {
-        tests::skip("lab sctp", "the kernel has no SCTP");
+        tests::skip("sctp", "the kernel has no SCTP");
     }
     assert_answers(&all);
     lab.passed();
