@@ -6,6 +6,7 @@ use coordinator::cli::{self, Cli, Command, Serve};
 use coordinator::config::Config;
 use coordinator::http::admin::Request;
 use coordinator::server::Server;
+use sd_notify::NotifyState;
 use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -61,12 +62,25 @@ async fn serve(state_dir: PathBuf, flags: Serve) -> anyhow::Result<()> {
         server.addr, server.fingerprint
     );
     // Not run by systemd, or not listening: nobody to tell.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let _ = sd_notify::notify(&[NotifyState::Ready]);
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        () = feed_watchdog() => {}
     }
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    let _ = sd_notify::notify(&[NotifyState::Stopping]);
     server.stop().await;
     Ok(())
+}
+
+/// Tells systemd's watchdog, if there is one, that this program still runs its tasks.
+async fn feed_watchdog() {
+    let Some(limit) = sd_notify::watchdog_enabled() else {
+        return std::future::pending().await;
+    };
+    let mut beat = tokio::time::interval(limit / 3);
+    loop {
+        beat.tick().await;
+        let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+    }
 }
