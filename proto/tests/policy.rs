@@ -234,6 +234,15 @@ fn via_opens_a_route_only_through_the_tagged_router() {
 }
 
 #[test]
+fn via_opens_nothing_but_routes() {
+    let text = r#"{"tagOwners": {"tag:router": []},
+        "grants": [{"src": ["*"], "dst": ["*"], "ip": ["*"], "via": ["tag:router"]}]}"#;
+    check(text, &[(ANA, EAST_LAN, 22)], &[]);
+    let compiled = compile(text);
+    assert_eq!(verdicts(&compiled, ANA, "100.64.0.6", 22), (false, false));
+}
+
+#[test]
 fn nothing_written_is_nothing_allowed() {
     for text in ["{}", r#"{"acls": []}"#, r#"{"grants": [], "groups": {}}"#] {
         let compiled = compile(text);

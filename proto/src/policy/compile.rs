@@ -297,7 +297,7 @@ struct Builder<'p> {
     /// Subnet routes of all nodes: part of `*` as a source.
     routes: Vec<Prefix>,
     internet: Vec<Prefix>,
-    listed: usize,
+    selectors_listed: usize,
 }
 
 impl<'p> Builder<'p> {
@@ -317,7 +317,7 @@ impl<'p> Builder<'p> {
             self_rules: Vec::new(),
             routes: routes.into_iter().collect(),
             internet: internet(directory),
-            listed: 0,
+            selectors_listed: 0,
         }
     }
 
@@ -345,14 +345,56 @@ impl<'p> Builder<'p> {
             for target in targets {
                 if *target == Target::Autogroup(Autogroup::SelfNodes) {
                     self.lower_self(access, &services);
-                } else {
+                } else if access.via.is_empty() {
                     self.destination(target, &mut dsts);
+                } else {
+                    self.served(target, &via, &mut dsts);
                 }
             }
             unique(&mut dsts);
             self.push(access, &srcs, dsts, services, &via)?;
         }
         Ok(())
+    }
+
+    /// What `target` means behind the nodes that carry a `via` label: their routes, cut down to
+    /// it, and never the nodes themselves.
+    fn served(&mut self, target: &Target, via: &[Label], out: &mut Vec<SelectorId>) {
+        let wanted = match target {
+            Target::Any | Target::Autogroup(Autogroup::Internet) => Vec::new(),
+            Target::Host(_) | Target::Ipset(_) | Target::Addrs(_) => self.listed(target),
+            Target::Autogroup(_)
+            | Target::User(_)
+            | Target::Domain(_)
+            | Target::Group(_)
+            | Target::Tag(_)
+            | Target::Service(_) => return,
+        };
+        let directory = self.directory;
+        let tagged = |node: &&DirectoryNode| {
+            let labels = self.roster.labels(node);
+            via.iter().any(|tag| labels.contains(tag))
+        };
+        let routers: Vec<&DirectoryNode> = directory.nodes.values().filter(tagged).collect();
+        let mut served = BTreeSet::new();
+        for route in routers.iter().flat_map(|node| node.subnet_routes()) {
+            if *target == Target::Any {
+                served.insert(*route);
+            }
+            let shared = wanted.iter().filter(|prefix| prefix.overlaps(route));
+            served.extend(shared.map(|prefix| {
+                if prefix.covers(route) {
+                    *route
+                } else {
+                    *prefix
+                }
+            }));
+        }
+        let beyond = matches!(target, Target::Any | Target::Autogroup(Autogroup::Internet));
+        if beyond && routers.iter().any(|node| node.is_exit()) {
+            served.extend(&self.internet);
+        }
+        self.prefixes(&served, out);
     }
 
     fn push(
@@ -366,13 +408,13 @@ impl<'p> Builder<'p> {
         if srcs.is_empty() || dsts.is_empty() {
             return Ok(());
         }
-        self.listed += srcs.len() + dsts.len();
-        if self.rules.len() >= MAX_RULES || self.listed > MAX_SELECTORS {
+        self.selectors_listed += srcs.len() + dsts.len();
+        if self.rules.len() >= MAX_RULES || self.selectors_listed > MAX_SELECTORS {
             let message = format!(
                 "the policy is too large: up to here it has {} rules that list {} selectors, and \
                  {MAX_RULES} and {MAX_SELECTORS} are the most",
                 self.rules.len() + 1,
-                self.listed,
+                self.selectors_listed,
             );
             let hint = "give groups, tags or wider prefixes instead of many single rules";
             return Err(self
@@ -439,14 +481,8 @@ impl<'p> Builder<'p> {
     /// What means the same as a source and as a destination.
     fn named(&mut self, target: &Target, out: &mut Vec<SelectorId>) {
         match target {
-            Target::Addrs(list) => self.prefixes(list, out),
-            Target::Host(name) => {
-                if let Some(host) = self.policy.hosts.get(name) {
-                    self.prefixes([&host.value], out);
-                }
-            }
-            Target::Ipset(name) => {
-                let list = ipset(self.policy, name).prefixes();
+            Target::Addrs(_) | Target::Host(_) | Target::Ipset(_) => {
+                let list = self.listed(target);
                 self.prefixes(&list, out);
             }
             Target::Any
@@ -460,6 +496,28 @@ impl<'p> Builder<'p> {
                     out.push(self.id(Selector::Label(label)));
                 }
             }
+        }
+    }
+
+    /// The prefixes of a selector that lists addresses.
+    fn listed(&self, target: &Target) -> Vec<Prefix> {
+        match target {
+            Target::Addrs(list) => list.clone(),
+            Target::Host(name) => self
+                .policy
+                .hosts
+                .get(name)
+                .map(|host| host.value)
+                .into_iter()
+                .collect(),
+            Target::Ipset(name) => ipset(self.policy, name).prefixes(),
+            Target::Any
+            | Target::Autogroup(_)
+            | Target::User(_)
+            | Target::Domain(_)
+            | Target::Group(_)
+            | Target::Tag(_)
+            | Target::Service(_) => Vec::new(),
         }
     }
 

@@ -280,10 +280,10 @@ impl Judge<'_, '_> {
             return Err((3, "the destination is none of its `dst`".to_owned()));
         }
         let mut why = "it allows other protocols".to_owned();
-        for (dst_span, _, ports) in dsts {
+        for (dst_span, matcher, ports) in dsts {
             match self.service(rule.access, ports) {
                 Ok(()) => {
-                    self.conditions(rule.access)?;
+                    self.conditions(rule.access, matcher)?;
                     return Ok(RuleMatch {
                         place: place(rule.access),
                         src: self.written(*src_span),
@@ -353,12 +353,12 @@ impl Judge<'_, '_> {
     }
 
     /// `via` and `srcPosture`.
-    fn conditions(&self, access: &Access) -> Result<(), (u8, String)> {
+    fn conditions(&self, access: &Access, dst: &Matcher<'_>) -> Result<(), (u8, String)> {
         let policy = self.explainer.resolver.policy;
         if !access.postures.is_empty() || !policy.default_src_posture.is_empty() {
             return Err((0, "the source's posture is not known".to_owned()));
         }
-        if access.via.is_empty() || self.through(access) {
+        if access.via.is_empty() || self.through(access, dst) {
             return Ok(());
         }
         Err((
@@ -368,13 +368,14 @@ impl Judge<'_, '_> {
     }
 
     /// Whether a router that `via` names serves the destination.
-    fn through(&self, access: &Access) -> bool {
+    fn through(&self, access: &Access, dst: &Matcher<'_>) -> bool {
         let Resolver { directory, .. } = self.explainer.resolver;
         let tagged = |node: &DirectoryNode| {
             let mut via = access.via.iter();
             via.any(|via| self.explainer.resolver.names(&via.value, node))
         };
-        let beyond = self.explainer.internet.contains(self.flow.dst);
+        let beyond = matches!(dst, Matcher::Everything | Matcher::Internet)
+            && self.explainer.internet.contains(self.flow.dst);
         let serves = |node: &DirectoryNode| {
             node.subnet_routes()
                 .any(|route| route.contains(self.flow.dst))
