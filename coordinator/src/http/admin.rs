@@ -249,26 +249,52 @@ impl Admin {
         now: Timestamp,
     ) -> Result<Answer, Refused> {
         let store = &self.store;
-        let wanted = request.network.as_deref();
-        Ok(match request.verb {
+        match request.verb {
             Verb::NetworkCreate { name, v4, v6 } => {
                 let row = network::create(store, now, actor, (&name, v4, v6)).await?;
-                done(format!(
+                Ok(done(format!(
                     "made the network `{}` with {} and {}",
                     row.name, row.v4, row.v6
+                )))
+            }
+            Verb::NetworkList => {
+                let rows = network::list(store).await?;
+                Ok(Answer::Networks(
+                    rows.iter().map(network_document).collect(),
                 ))
             }
-            Verb::NetworkList => Answer::Networks(
-                network::list(store)
-                    .await?
-                    .iter()
-                    .map(network_document)
-                    .collect(),
-            ),
+            Verb::TokenCreate { .. } if self.advertise.is_none() => {
+                let message = "the coordinator listens on every address, so a token cannot say \
+                               where it is; start it with `--advertise HOST:PORT`, as nodes \
+                               reach it";
+                Err(Refused::new(RefusalCode::BadRequest, message))
+            }
+            verb => {
+                let network = network::find(store, request.network.as_deref()).await?;
+                self.answer_in(&network, verb, actor, now).await
+            }
+        }
+    }
+
+    /// Answers what is asked of one network.
+    async fn answer_in(
+        &self,
+        network: &NetworkRow,
+        verb: Verb,
+        actor: &Actor,
+        now: Timestamp,
+    ) -> Result<Answer, Refused> {
+        let (store, id, name) = (&self.store, network.id, &network.name);
+        Ok(match verb {
+            Verb::NetworkCreate { .. } | Verb::NetworkList => {
+                return Err(Refused::new(
+                    RefusalCode::BadRequest,
+                    "this is not about one network",
+                ));
+            }
             Verb::UserCreate { login } => {
-                let network = network::find(store, wanted).await?;
-                let login = network::create_user(store, now, actor, network.id, &login).await?;
-                done(format!("made the user `{login}` in `{}`", network.name))
+                let login = network::create_user(store, now, actor, id, &login).await?;
+                done(format!("made the user `{login}` in `{name}`"))
             }
             Verb::TokenCreate {
                 owner,
@@ -283,42 +309,34 @@ impl Admin {
                     ephemeral,
                     valid,
                 };
-                self.token(wanted, new, actor, now).await?
+                self.token(network, new, actor, now).await?
             }
             Verb::PolicySet { text, file } => {
-                let network = network::find(store, wanted).await?;
-                let set = network::set_policy(store, now, actor, network.id, &text).await;
+                let set = network::set_policy(store, now, actor, id, &text).await;
                 set.map_err(|error| policy_fault(error, &file))?;
-                done(format!("the policy of `{}` is set", network.name))
+                done(format!("the policy of `{name}` is set"))
             }
-            Verb::PolicyGet => {
-                let network = network::find(store, wanted).await?;
-                Answer::Policy {
-                    text: network::policy(store, network.id).await?,
-                }
-            }
+            Verb::PolicyGet => Answer::Policy {
+                text: network::policy(store, id).await?,
+            },
             Verb::NodeList => {
-                let network = network::find(store, wanted).await?;
-                let rows = network::nodes(store, network.id).await?;
+                let rows = network::nodes(store, id).await?;
                 Answer::Nodes(
                     rows.into_iter()
-                        .map(|row| node_document(&network, row))
+                        .map(|row| node_document(network, row))
                         .collect(),
                 )
             }
             Verb::NodeRemove { node } => {
-                let network = network::find(store, wanted).await?;
-                network::remove_node(store, now, actor, network.id, &node).await?;
-                done(format!("removed `{node}` from `{}`", network.name))
+                network::remove_node(store, now, actor, id, &node).await?;
+                done(format!("removed `{node}` from `{name}`"))
             }
             Verb::RouteApprove { node, route } => {
-                let network = network::find(store, wanted).await?;
-                network::approve_route(store, now, actor, network.id, (&node, route)).await?;
+                network::approve_route(store, now, actor, id, (&node, route)).await?;
                 done(format!("`{node}` now serves {route}"))
             }
             Verb::AuditList => {
-                let network = network::find(store, wanted).await?;
-                let (rows, chain) = network::audit(store, network.id).await?;
+                let (rows, chain) = network::audit(store, id).await?;
                 let broken_at = match chain {
                     Chain::Whole => None,
                     Chain::Broken { number } => Some(number),
@@ -333,17 +351,13 @@ impl Admin {
 
     async fn token(
         &self,
-        wanted: Option<&str>,
+        network: &NetworkRow,
         new: NewToken,
         actor: &Actor,
         now: Timestamp,
     ) -> Result<Answer, Refused> {
-        let Some(advertise) = &self.advertise else {
-            let message = "the coordinator listens on every address, so a token cannot say where \
-                           it is; start it with `--advertise HOST:PORT`, as nodes reach it";
-            return Err(Refused::new(RefusalCode::BadRequest, message));
-        };
-        let network = network::find(&self.store, wanted).await?;
+        // Asked before anything was looked up.
+        let advertise = self.advertise.as_ref().ok_or_else(Refused::unavailable)?;
         let made = network::create_token(&self.store, now, actor, network.id, new).await?;
         let (secret, row) = made;
         let token = JoinToken {
