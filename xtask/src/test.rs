@@ -539,6 +539,23 @@ impl Run {
             let clippy = ["clippy", "--quiet", "--workspace", "--all-targets"];
             quiet(build::cargo().args(clippy).args(["--", "-D", "warnings"]))
         });
+        self.single("determinism", |_| {
+            let clippy = [
+                "clippy",
+                "--quiet",
+                "--workspace",
+                "--lib",
+                "--bins",
+                "--",
+                "-D",
+            ];
+            let bans = [
+                "clippy::disallowed_methods",
+                "-D",
+                "clippy::disallowed_types",
+            ];
+            quiet(build::cargo().args(clippy).args(bans))
+        });
         Ok(())
     }
 
