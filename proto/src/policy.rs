@@ -54,7 +54,7 @@ pub use document::{
     Span, Spanned, SshAction, SshRule, SshTest, SshUser, Test,
 };
 pub use explain::{Explainer, Explanation, Flow, NearMiss, RuleMatch, RulePlace, explain};
-pub use offline::{OfflineError, check_offline, compile_offline, explain_offline, read_topology};
+pub use offline::{OfflineError, compile_offline, read_topology};
 pub use selector::{Autogroup, Protocols, Role, Target};
 pub use syntax::{MAX_TEXT_BYTES, parse};
 pub use trial::check as run_tests;

@@ -6,6 +6,10 @@
 //! recording that differs, and fails when a kind falls below its floor. Recordings that cannot
 //! apply are listed with their reasons in `captures-not-applicable.txt`.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
+#![allow(
+    clippy::disallowed_methods,
+    reason = "recordings are files that the environment names"
+)]
 
 use proto::policy::compile_offline;
 use serde_json::{Map, Value};

@@ -8,13 +8,11 @@ use super::attrs::attributes;
 use super::diagnostic::{Code, Diagnostic, Diagnostics};
 use super::directory::{Directory, DirectoryNode, DirectoryUser};
 use super::document::Policy;
-use super::explain::{Explanation, Flow, explain};
 use super::render::{HostedRule, Renderer, Resolver};
-use super::selector::{Protocols, Role, Target};
-use super::syntax::split_ports;
+use super::selector::Role;
 use super::{parse, ssh, trial};
 use crate::id::NodeId;
-use crate::net::{Prefix, Protocol};
+use crate::net::Prefix;
 use crate::netmap::Owner;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value, json};
@@ -131,116 +129,6 @@ pub fn compile_offline(
     Ok(render(&policy, &directory))
 }
 
-/// Checks `policy_text` alone, or against the network of `topology_json`, and runs its tests
-/// there. How many cases of `tests` and `sshTests` passed.
-///
-/// # Errors
-/// A refused policy, a failing test of its own, or a network that cannot be read.
-pub fn check_offline(
-    policy_text: &str,
-    topology_json: Option<&str>,
-) -> Result<usize, OfflineError> {
-    let policy = parse(policy_text)?;
-    let Some(topology) = topology_json else {
-        return Ok(0);
-    };
-    Ok(trial::check(&policy, &read_topology(topology)?)?)
-}
-
-/// Why `src` may or may not reach `dst` (`HOST` or `HOST:PORT`, an IPv6 address with a port in
-/// brackets) over `protocol` (a name or number; TCP if absent). A host is a node's name, an
-/// address, or a selector, of which the first node is taken.
-///
-/// # Errors
-/// A refused policy, a network that cannot be read, or a host, port or protocol that is none.
-pub fn explain_offline(
-    policy_text: &str,
-    topology_json: &str,
-    src: &str,
-    dst: &str,
-    protocol: Option<&str>,
-) -> Result<Explanation, OfflineError> {
-    let policy = parse(policy_text)?;
-    let directory = read_topology(topology_json)?;
-    let resolver = Resolver {
-        policy: &policy,
-        directory: &directory,
-    };
-    let protocol = match protocol {
-        None => Protocol::TCP,
-        Some(text) => {
-            let parsed = Protocols::parse(text).and_then(|set| set.list().first().copied());
-            parsed.ok_or_else(|| asked(format!("unknown protocol `{text}`")))?
-        }
-    };
-    let (host, port) = split_host(resolver, dst)?;
-    let (sources, targets) = (endpoint(resolver, src)?, endpoint(resolver, host)?);
-    let same_family = |src: &IpAddr| {
-        let dst = targets.iter().find(|dst| dst.is_ipv4() == src.is_ipv4())?;
-        Some((*src, *dst))
-    };
-    let pair = sources.iter().find_map(same_family);
-    let (src, dst) = pair.ok_or_else(|| {
-        asked(format!(
-            "`{src}` and `{host}` have no addresses of one family"
-        ))
-    })?;
-    let flow = Flow {
-        src,
-        dst,
-        protocol,
-        port,
-    };
-    Ok(explain(&policy, &directory, &flow))
-}
-
-/// Splits `HOST[:PORT]`. A text that is a host as it stands has no port.
-fn split_host<'t>(resolver: Resolver<'_>, text: &'t str) -> Result<(&'t str, u16), OfflineError> {
-    if text.parse::<IpAddr>().is_ok() || endpoint(resolver, text).is_ok() {
-        return Ok((text, 0));
-    }
-    let Some((host, port)) = split_ports(text) else {
-        return Ok((text, 0));
-    };
-    let port = port
-        .parse()
-        .map_err(|_| asked(format!("`{port}` is no port")))?;
-    Ok((host, port))
-}
-
-/// The addresses that a host of a question has.
-fn endpoint(resolver: Resolver<'_>, text: &str) -> Result<Vec<IpAddr>, OfflineError> {
-    let mut nodes = resolver.directory.nodes.values();
-    if let Some(node) = nodes.find(|node| node.name == text) {
-        return Ok(node.addrs.clone());
-    }
-    let target = Target::parse(text).map_err(|error| asked(error.message))?;
-    let first = resolver.nodes(&target).and_then(|mut nodes| nodes.next());
-    let addrs = match first {
-        Some(node) => node.addrs.clone(),
-        None => resolver
-            .set(&target)
-            .ranges()
-            .map(|(first, _)| first)
-            .collect(),
-    };
-    if addrs.is_empty() {
-        return Err(asked(format!(
-            "`{text}` is no node, address or selector of this network"
-        )));
-    }
-    Ok(addrs)
-}
-
-fn asked(message: String) -> OfflineError {
-    OfflineError {
-        code: Code::UnknownName,
-        message,
-        line: 0,
-        column: 0,
-    }
-}
-
 /// Reads the description of a network.
 ///
 /// # Errors
@@ -276,9 +164,9 @@ pub fn read_topology(topology_json: &str) -> Result<Directory, OfflineError> {
 
 fn login(user: &TopologyUser) -> String {
     if user.email.is_empty() {
-        format!("{}@", user.name)
+        format!("{}@", user.name).to_ascii_lowercase()
     } else {
-        user.email.clone()
+        user.email.to_ascii_lowercase()
     }
 }
 

@@ -110,7 +110,7 @@ pub enum Target {
     Any,
     /// A set that the network defines.
     Autogroup(Autogroup),
-    /// A user by login (`ana@example.com`).
+    /// A user by login (`ana@example.com`), in lower case: logins know no other.
     User(String),
     /// Every user whose login ends in `@DOMAIN` (`user:*@example.com`).
     Domain(String),
@@ -175,7 +175,7 @@ impl Target {
                     "write `user:*@example.com`",
                 ))
             } else {
-                Ok(Self::Domain(domain.to_owned()))
+                Ok(Self::Domain(domain.to_ascii_lowercase()))
             };
         }
         let prefixed: [(&str, MakeNamed); 4] = [
@@ -234,7 +234,7 @@ fn parse_user(text: &str) -> Result<Target, SelectorError> {
         Some((name, domain))
             if !name.is_empty() && !domain.contains('@') && !text.contains([' ', ':', '*']) =>
         {
-            Ok(Target::User(text.to_owned()))
+            Ok(Target::User(text.to_ascii_lowercase()))
         }
         _ => Err(SelectorError::new(
             format!("`{text}` is no login"),
