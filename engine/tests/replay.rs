@@ -1,0 +1,540 @@
+//! The engine driven by streams of inputs: it is total, deterministic, and converges on a kernel
+//! that does as it is told.
+
+use engine::path::PATIENCE_TRYING;
+use engine::plan::{Acl, Device, LiveRoute, Observed, Step};
+use engine::status::{Failure, FailureKind, Problem};
+use engine::{Config, DEFAULT_MTU, Engine, Input, LONGEST_PAUSE, LinkAddr, Links, Output, TICK};
+use proptest::prelude::*;
+use proto::filter::Filter;
+use proto::id::{Generation, NetworkId, NodeId};
+use proto::key::NodeKey;
+use proto::net::Prefix;
+use proto::netmap::{Delta, Me, Netmap, Network, Owner, Peer, Update};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+const ME: NodeKey = NodeKey([99; 32]);
+
+fn prefix(text: &str) -> Prefix {
+    text.parse().unwrap()
+}
+
+fn peer(id: u8) -> Peer {
+    Peer {
+        id: NodeId(id.into()),
+        name: format!("n{id}"),
+        key: NodeKey([id; 32]),
+        addrs: vec![[100, 64, 0, id].into()],
+        routes: BTreeSet::new(),
+        endpoints: vec![
+            SocketAddr::from(([192, 0, 2, id], 51820)),
+            SocketAddr::from(([198, 51, 100, id], 51820)),
+        ],
+        owner: Owner::User("ana@example.com".to_owned()),
+        labels: BTreeSet::new(),
+        online: true,
+    }
+}
+
+fn netmap(generation: u64, peers: &[u8]) -> Netmap {
+    Netmap {
+        generation: Generation(generation),
+        network: Network {
+            id: NetworkId(1),
+            name: "home".to_owned(),
+            v4: prefix("100.64.0.0/10"),
+            v6: prefix("fd00::/48"),
+        },
+        me: Me {
+            id: NodeId(99),
+            name: "me".to_owned(),
+            key: ME,
+            addrs: vec![[100, 64, 0, 99].into(), "fd00::99".parse().unwrap()],
+            routes: BTreeSet::new(),
+            owner: Owner::User("ana@example.com".to_owned()),
+            labels: BTreeSet::new(),
+        },
+        peers: peers
+            .iter()
+            .map(|id| (NodeId((*id).into()), peer(*id)))
+            .collect(),
+        filter: Filter::default(),
+        peers_empty_on_purpose: peers.is_empty(),
+    }
+}
+
+fn full(generation: u64, peers: &[u8]) -> Input {
+    Input::Netmap(Update::Full(Box::new(netmap(generation, peers))))
+}
+
+fn links(routes: &[(&str, &str)]) -> Links {
+    Links {
+        addrs: [LinkAddr {
+            interface: "eth0".to_owned(),
+            addr: [192, 0, 2, 99].into(),
+            prefix_len: 24,
+        }]
+        .into(),
+        routes: routes
+            .iter()
+            .map(|(to, interface)| LiveRoute {
+                prefix: prefix(to),
+                interface: (*interface).to_owned(),
+            })
+            .collect(),
+    }
+}
+
+const HOME: &[(&str, &str)] = &[("0.0.0.0/0", "eth0"), ("192.0.2.0/24", "eth0")];
+
+fn engine() -> Engine {
+    let config = Config {
+        interface: "weir0".to_owned(),
+        listen_port: 51820,
+        mtu: DEFAULT_MTU,
+    };
+    Engine::new(config, ME)
+}
+
+/// A kernel that does as it is told, and what was told besides.
+struct Driver {
+    engine: Engine,
+    kernel: Observed,
+    now: Instant,
+    plans: Vec<Vec<Step>>,
+    told: Vec<Output>,
+    observed: usize,
+    /// Fails every plan at this step.
+    failing: Option<FailureKind>,
+}
+
+impl Driver {
+    fn new() -> Self {
+        let mut driver = Self {
+            engine: engine(),
+            kernel: Observed::default(),
+            now: Instant::now(),
+            plans: Vec::new(),
+            told: Vec::new(),
+            observed: 0,
+            failing: None,
+        };
+        driver.input(Input::Links(links(HOME)));
+        driver.input(Input::Up(true));
+        driver
+    }
+
+    fn input(&mut self, input: Input) {
+        self.engine.handle(self.now, input);
+        self.settle();
+    }
+
+    fn settle(&mut self) -> Instant {
+        for _ in 0..100 {
+            match self.engine.poll(self.now) {
+                Output::Timeout(at) => return at,
+                Output::Observe => {
+                    self.observed += 1;
+                    let seen = Input::Observed(self.kernel.clone());
+                    self.engine.handle(self.now, seen);
+                }
+                Output::Apply(steps) => {
+                    let answer = match self.failing {
+                        Some(kind) => Input::Failed(Failure {
+                            done: 0,
+                            kind,
+                            detail: "no".to_owned(),
+                        }),
+                        None => {
+                            steps.iter().for_each(|step| self.kernel.apply(step));
+                            Input::Applied
+                        }
+                    };
+                    self.plans.push(steps);
+                    self.engine.handle(self.now, answer);
+                }
+                other => self.told.push(other),
+            }
+        }
+        panic!("the engine does not come to rest");
+    }
+
+    fn pass(&mut self, time: Duration) {
+        let end = self.now + time;
+        loop {
+            let at = self.settle();
+            if at >= end {
+                break;
+            }
+            assert!(at > self.now, "a deadline in the past");
+            self.now = at;
+            self.engine.handle(self.now, Input::Timeout);
+        }
+        self.now = end;
+    }
+}
+
+#[test]
+fn nothing_is_touched_before_the_operator_and_a_netmap_have_spoken() {
+    let mut engine = engine();
+    let now = Instant::now();
+    engine.handle(now, full(1, &[2]));
+    engine.handle(now, Input::Links(links(HOME)));
+    assert!(matches!(engine.poll(now), Output::Report(_)));
+    assert!(matches!(engine.poll(now), Output::Timeout(_)));
+    let mut driver = Driver::new();
+    driver.pass(Duration::from_secs(60));
+    assert!(driver.plans.is_empty());
+}
+
+#[test]
+fn a_netmap_becomes_a_device_with_peers() {
+    let mut driver = Driver::new();
+    driver.input(full(1, &[2, 3]));
+    let device = driver.kernel.present().unwrap();
+    assert!(device.up && device.peers.len() == 2);
+    assert!(driver.engine.status().converged);
+    let kept = |output: &Output| matches!(output, Output::Persist(map) if map.peers.len() == 2);
+    assert!(driver.told.iter().any(kept));
+    driver.pass(Duration::from_secs(120));
+    assert_eq!(driver.plans.len(), 1, "and then there is nothing to do");
+    let ticks = 120 / TICK.as_secs() as usize;
+    assert!(
+        driver.observed <= ticks + 2,
+        "one dump a tick: {}",
+        driver.observed
+    );
+}
+
+#[test]
+fn a_delta_on_the_wrong_base_asks_for_everything() {
+    let mut driver = Driver::new();
+    driver.input(full(5, &[2]));
+    let delta = |base, next| {
+        let delta = Delta {
+            base: Generation(base),
+            next: Generation(next),
+            network: None,
+            me: None,
+            set: vec![peer(3)],
+            removed: vec![],
+            filter: None,
+            peers_empty_on_purpose: false,
+        };
+        Input::Netmap(Update::Delta(Box::new(delta)))
+    };
+    driver.told.clear();
+    driver.input(delta(4, 6));
+    assert_eq!(driver.told, [Output::NeedFull]);
+    driver.input(delta(5, 6));
+    assert_eq!(driver.kernel.present().unwrap().peers.len(), 2);
+}
+
+#[test]
+fn a_refused_netmap_leaves_the_last_good_one_and_says_why() {
+    let mut driver = Driver::new();
+    driver.input(full(5, &[2, 3]));
+    let before = driver.kernel.clone();
+    let mut bad = netmap(6, &[2, 3]);
+    bad.peers.get_mut(&NodeId(2)).unwrap().key = NodeKey([3; 32]);
+    driver.input(Input::Netmap(Update::Full(Box::new(bad.clone()))));
+    assert_eq!(driver.kernel, before);
+    let status = driver.engine.status();
+    assert_eq!(status.netmap.unwrap().generation, Generation(5));
+    assert!(matches!(status.problems[..], [Problem::Netmap(_)]));
+    // A change of the refused one that mends it is understood.
+    let mended = bad.delta_to(&netmap(7, &[2, 3, 4]));
+    driver.input(Input::Netmap(Update::Delta(Box::new(mended))));
+    assert_eq!(driver.kernel.present().unwrap().peers.len(), 3);
+    assert!(driver.engine.status().problems.is_empty());
+}
+
+#[test]
+fn a_failure_is_told_and_tried_again_ever_more_rarely() {
+    let mut driver = Driver::new();
+    driver.failing = Some(FailureKind::Programs);
+    driver.input(full(1, &[2]));
+    let status = driver.engine.status();
+    assert_eq!(status.problems[0].code(), "acl_not_attached");
+    driver.pass(Duration::from_secs(300));
+    let tries = driver.plans.len();
+    let most = 300 / LONGEST_PAUSE.as_secs() as usize + 6;
+    assert!((8..=most).contains(&tries), "{tries}");
+    driver.failing = None;
+    driver.pass(LONGEST_PAUSE * 2);
+    assert!(driver.kernel.present().unwrap().up);
+    assert!(driver.engine.status().problems.is_empty());
+}
+
+#[test]
+fn an_overlap_of_the_network_keeps_the_device_away() {
+    let mut driver = Driver::new();
+    driver.input(Input::Links(links(&[("100.64.0.0/16", "eth1")])));
+    driver.input(full(1, &[2]));
+    assert_eq!(driver.kernel, Observed::default());
+    assert_eq!(driver.engine.status().problems[0].code(), "network_overlap");
+    driver.input(Input::Links(links(HOME)));
+    assert!(driver.kernel.present().unwrap().up);
+    // What works is not cut when somebody adds such a route later.
+    driver.input(Input::Links(links(&[("100.64.0.0/16", "eth1")])));
+    driver.pass(Duration::from_secs(10));
+    assert!(driver.kernel.present().unwrap().up);
+    assert!(driver.engine.status().problems.is_empty());
+}
+
+#[test]
+fn an_overlap_of_one_route_refuses_that_route_alone() {
+    let mut driver = Driver::new();
+    driver.input(Input::Links(links(&[("10.1.2.0/24", "lan0")])));
+    let mut map = netmap(1, &[2]);
+    let routes = [
+        prefix("10.0.0.0/8"),
+        prefix("172.16.0.0/12"),
+        prefix("0.0.0.0/0"),
+    ];
+    map.peers.get_mut(&NodeId(2)).unwrap().routes = routes.into();
+    driver.input(Input::Netmap(Update::Full(Box::new(map))));
+    let device = driver.kernel.present().unwrap();
+    let expected = ["100.64.0.0/10", "172.16.0.0/12", "fd00::/48"].map(prefix);
+    assert_eq!(
+        device.routes,
+        expected.into(),
+        "a default route covers the LAN too"
+    );
+    let peer = &device.peers[&NodeKey([2; 32])];
+    assert!(!peer.allowed_ips.contains(&prefix("10.0.0.0/8")));
+    assert_eq!(driver.engine.status().problems[0].code(), "route_overlap");
+}
+
+#[test]
+fn dead_endpoints_are_left_and_roaming_is_followed() {
+    let mut driver = Driver::new();
+    driver.input(full(1, &[2]));
+    let key = NodeKey([2; 32]);
+    let endpoint = |driver: &Driver| driver.kernel.present().unwrap().peers[&key].stats.endpoint;
+    let first = endpoint(&driver).unwrap();
+    assert_eq!(first, "192.0.2.2:51820".parse().unwrap(), "on link first");
+    driver.pass(Duration::from_secs(60));
+    assert_eq!(
+        endpoint(&driver),
+        Some(first),
+        "nobody sends: nothing moves"
+    );
+    let sends = |driver: &mut Driver, tx: u64, rx: u64, to: Option<SocketAddr>| {
+        let Device::Present(device) = &mut driver.kernel.device else {
+            panic!("it is there");
+        };
+        let stats = &mut device.peers.get_mut(&key).unwrap().stats;
+        (stats.tx_bytes, stats.rx_bytes) = (tx, rx);
+        if to.is_some() {
+            stats.endpoint = to;
+        }
+    };
+    for n in 1..=(PATIENCE_TRYING.as_secs() + 3 * TICK.as_secs()) {
+        sends(&mut driver, 148 * n, 0, None);
+        driver.pass(Duration::from_secs(1));
+    }
+    let second = endpoint(&driver).unwrap();
+    assert_eq!(second, "198.51.100.2:51820".parse().unwrap());
+    let roamed = "203.0.113.1:1024".parse().unwrap();
+    sends(&mut driver, 10_000, 92, Some(roamed));
+    driver.pass(Duration::from_secs(60));
+    assert_eq!(endpoint(&driver), Some(roamed));
+}
+
+#[test]
+fn foreign_hands_are_undone_at_the_next_tick() {
+    let mut driver = Driver::new();
+    driver.input(full(1, &[2, 3]));
+    let good = driver.kernel.clone();
+    let Device::Present(device) = &mut driver.kernel.device else {
+        panic!("it is there");
+    };
+    device.peers.remove(&NodeKey([2; 32]));
+    device.routes.clear();
+    device.addrs.clear();
+    driver.pass(TICK * 2);
+    assert_eq!(driver.kernel, good);
+    driver.kernel.device = Device::Absent;
+    driver.kernel.acl = Acl::Pinned;
+    driver.pass(TICK * 2);
+    assert!(driver.kernel.present().is_some_and(|device| device.up));
+}
+
+#[test]
+fn going_down_and_forgetting() {
+    let mut driver = Driver::new();
+    driver.input(full(7, &[2]));
+    driver.input(Input::Up(false));
+    assert_eq!(driver.kernel, Observed::default());
+    assert!(driver.engine.status().converged);
+    driver.input(Input::Up(true));
+    assert!(
+        driver.kernel.present().unwrap().up,
+        "without being told again"
+    );
+    driver.input(Input::Up(false));
+    driver.input(Input::Forget);
+    let mut elsewhere = netmap(1, &[3]);
+    elsewhere.network.id = NetworkId(2);
+    driver.input(Input::Netmap(Update::Full(Box::new(elsewhere))));
+    driver.input(Input::Up(true));
+    assert!(
+        driver
+            .kernel
+            .present()
+            .unwrap()
+            .peers
+            .contains_key(&NodeKey([3; 32]))
+    );
+}
+
+#[test]
+fn what_is_told_to_the_coordinator() {
+    let mut driver = Driver::new();
+    let reports = |driver: &Driver| -> Vec<_> {
+        let told = driver.told.iter();
+        told.filter_map(|output| match output {
+            Output::Report(report) => Some(report.clone()),
+            _ => None,
+        })
+        .collect()
+    };
+    assert_eq!(reports(&driver).len(), 1);
+    let mut more = links(HOME);
+    more.addrs.insert(LinkAddr {
+        interface: "lan0".to_owned(),
+        addr: [10, 0, 0, 1].into(),
+        prefix_len: 24,
+    });
+    driver.input(Input::Advertise([prefix("10.0.0.0/24")].into()));
+    driver.input(Input::Links(more.clone()));
+    driver.input(Input::Links(more));
+    let reports = reports(&driver);
+    assert_eq!(reports.len(), 3, "only what changed");
+    let expected = ["192.0.2.99:51820", "10.0.0.1:51820"].map(|text| text.parse().unwrap());
+    assert_eq!(
+        reports[2].endpoints, expected,
+        "what only our LAN reaches comes last"
+    );
+}
+
+/// Any input, legal or not.
+fn input() -> impl Strategy<Value = Input> {
+    let id = 1u8..5;
+    let peers = prop::collection::btree_set(id.clone(), 0..4);
+    prop_oneof![
+        any::<bool>().prop_map(Input::Up),
+        (0u64..9, peers.clone()).prop_map(|(generation, peers)| {
+            full(generation, &peers.into_iter().collect::<Vec<_>>())
+        }),
+        (0u64..9, peers).prop_map(|(generation, peers)| {
+            Input::Cached(Box::new(netmap(
+                generation,
+                &peers.into_iter().collect::<Vec<_>>(),
+            )))
+        }),
+        (0u64..9, 0u64..9, id.clone(), id).prop_map(|(base, next, set, removed)| {
+            let delta = Delta {
+                base: Generation(base),
+                next: Generation(next),
+                network: None,
+                me: None,
+                set: vec![peer(set)],
+                removed: vec![NodeId(removed.into())],
+                filter: None,
+                peers_empty_on_purpose: false,
+            };
+            Input::Netmap(Update::Delta(Box::new(delta)))
+        }),
+        Just(Input::Forget),
+        Just(Input::Links(links(HOME))),
+        Just(Input::Links(links(&[("100.64.0.0/16", "eth1")]))),
+        Just(Input::Observed(Observed::default())),
+        Just(Input::Observed(Observed {
+            device: Device::Foreign,
+            ..Observed::default()
+        })),
+        Just(Input::Unreadable("no".to_owned())),
+        Just(Input::Applied),
+        (0usize..30).prop_map(|done| {
+            Input::Failed(Failure {
+                done,
+                kind: FailureKind::Kernel,
+                detail: String::new(),
+            })
+        }),
+        Just(Input::Timeout),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    #[test]
+    fn any_stream_of_inputs_is_survived_and_replays_the_same(
+        stream in prop::collection::vec((0u64..40, input()), 0..40),
+    ) {
+        let start = Instant::now();
+        let run = || {
+            let (mut engine, mut now, mut outputs) = (engine(), start, Vec::new());
+            let mut in_flight = false;
+            for (seconds, input) in &stream {
+                now += Duration::from_secs(*seconds);
+                in_flight &= !matches!(input, Input::Applied | Input::Failed(_));
+                engine.handle(now, input.clone());
+                for turn in 0.. {
+                    assert!(turn < 50, "the engine does not come to rest");
+                    let output = engine.poll(now);
+                    if matches!(output, Output::Apply(_)) {
+                        assert!(!in_flight, "two plans at once");
+                        in_flight = true;
+                    }
+                    let last = match &output {
+                        Output::Timeout(at) => {
+                            assert!(*at > now);
+                            true
+                        }
+                        _ => false,
+                    };
+                    outputs.push(output);
+                    if last {
+                        break;
+                    }
+                }
+            }
+            outputs
+        };
+        prop_assert_eq!(run(), run());
+    }
+
+    #[test]
+    fn whatever_came_before_a_good_netmap_is_reached(
+        stream in prop::collection::vec(input(), 0..20),
+        peers in prop::collection::btree_set(1u8..5, 0..4),
+    ) {
+        let mut driver = Driver::new();
+        for input in stream {
+            // What the kernel is, this kernel says itself.
+            if !matches!(input, Input::Observed(_) | Input::Applied | Input::Failed(_)) {
+                driver.input(input);
+            }
+        }
+        let peers: Vec<u8> = peers.into_iter().collect();
+        driver.input(Input::Links(links(HOME)));
+        driver.input(full(100, &peers));
+        driver.input(Input::Up(true));
+        driver.pass(LONGEST_PAUSE * 2);
+        let device = driver.kernel.present().unwrap();
+        let keys: BTreeSet<NodeKey> = device.peers.keys().copied().collect();
+        let expected: BTreeSet<NodeKey> = peers.iter().map(|id| NodeKey([*id; 32])).collect();
+        prop_assert_eq!(keys, expected);
+        prop_assert!(driver.engine.status().converged);
+        let owners: BTreeMap<_, _> = device.peers.iter().flat_map(|(key, peer)| {
+            peer.allowed_ips.iter().map(move |prefix| (*prefix, *key))
+        }).collect();
+        prop_assert_eq!(owners.len(), peers.len());
+    }
+}
