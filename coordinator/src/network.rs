@@ -416,8 +416,8 @@ pub fn owner_text(owner: &Owner) -> String {
     }
 }
 
-/// Replaces the policy, if it is right and compiles for the nodes as they are. The text is kept as
-/// it is, with its comments.
+/// Replaces the policy, if it is right, compiles for the nodes as they are, and passes its own
+/// tests. The text is kept as it is, with its comments.
 ///
 /// # Errors
 /// [`CommandError::Policy`] with every fault, line and column.
@@ -438,7 +438,8 @@ pub async fn set_policy(
     change.tx.set_policy(&change.network, text).await?;
     let missing = StoreError::Corrupt { column: "network" };
     let rows = change.tx.load(network, None).await?.ok_or(missing)?;
-    Snapshot::build(rows).map_err(CommandError::Policy)?;
+    let snapshot = Snapshot::build(rows).map_err(CommandError::Policy)?;
+    policy::run_tests(&parsed, &snapshot.directory()).map_err(CommandError::Policy)?;
     let note = Note {
         action: "policy.set",
         subject: "policy",

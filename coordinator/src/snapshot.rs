@@ -123,7 +123,7 @@ impl Snapshot {
         let compiled = match &text {
             Some(text) => {
                 let policy = policy::parse(text)?;
-                Some(Compiled::new(&policy, &self.directory(&users))?)
+                Some(Compiled::new(&policy, &self.directory_with(&users))?)
             }
             None => None,
         };
@@ -134,7 +134,13 @@ impl Snapshot {
         })
     }
 
-    fn directory(&self, users: &[String]) -> Directory {
+    /// The network as policy sees it.
+    #[must_use]
+    pub fn directory(&self) -> Directory {
+        self.directory_with(&self.policy.users)
+    }
+
+    fn directory_with(&self, users: &[String]) -> Directory {
         // Nobody gives users roles yet, so nobody has one.
         let user = |login: &String| DirectoryUser {
             login: login.clone(),

@@ -603,6 +603,11 @@ async fn without_a_policy_nobody_sees_anybody_and_with_one_those_who_may_talk() 
     for (bad, word) in [
         ("{\"acls\": [,]}", "policy.hujson:1:"),
         ("{}", "neither `acls` nor `grants`"),
+        (
+            r#"{"tagOwners": {"tag:web": [], "tag:db": []}, "acls": [],
+                "tests": [{"src": "tag:web", "accept": ["tag:db:5432"]}]}"#,
+            "policy.hujson:2:",
+        ),
     ] {
         let refused = place
             .policy("home", bad)

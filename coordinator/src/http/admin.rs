@@ -4,11 +4,12 @@
 //! anything. The command line is the only client today; what an answer looks like is therefore
 //! what `--json` prints.
 
-use super::error::Refused;
+use super::error::{Refused, decode};
 use crate::config::Advertise;
 use crate::network::{self, Actor, CommandError, NewToken, owner_text};
 use crate::snapshot::addrs;
 use crate::store::{AuditRow, Chain, NetworkRow, NodeRow, Store, Timestamp};
+use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::routing::post;
 use axum::{Extension, Json, Router};
@@ -228,12 +229,13 @@ pub fn router(admin: Arc<Admin>) -> Router {
 async fn call(
     State(admin): State<Arc<Admin>>,
     Extension(caller): Extension<Caller>,
-    Json(request): Json<Request>,
+    body: Bytes,
 ) -> Result<Json<Answer>, Refused> {
     if caller.uid != 0 && caller.uid != admin.uid {
         let message = "only root and the coordinator's own user administrate it; use sudo";
         return Err(Refused::new(RefusalCode::BadRequest, message));
     }
+    let request = decode(&body)?;
     let actor = Actor::Local { uid: caller.uid };
     admin
         .answer(request, &actor, Timestamp::now())

@@ -7,6 +7,7 @@ use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use proto::control::{Refusal, RefusalCode};
+use serde::de::DeserializeOwned;
 use std::error::Error;
 
 /// A [`Refusal`] on its way out.
@@ -31,6 +32,17 @@ impl Refused {
             "the coordinator cannot answer now; try again",
         )
     }
+}
+
+/// Reads a request.
+///
+/// # Errors
+/// A refusal that says what cannot be read.
+pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refused> {
+    serde_json::from_slice(body).map_err(|error| {
+        let message = format!("the request cannot be read: {error}");
+        Refused::new(RefusalCode::BadRequest, message)
+    })
 }
 
 impl From<CommandError> for Refused {

@@ -1,6 +1,6 @@
 //! The node API: the calls of [`proto::control`], each acting for the channel's machine alone.
 
-use super::error::Refused;
+use super::error::{Refused, decode};
 use super::{Shutdown, ended};
 use crate::network::node::{self, Machine};
 use crate::presence::{Held, Presence};
@@ -18,7 +18,6 @@ use proto::control::{
     RegisterRequest, Registered, Report, VERSION, check_node_key,
 };
 use proto::key::{ChallengeKey, NodeSecret};
-use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use std::future::Future;
 use std::sync::Arc;
@@ -63,15 +62,6 @@ fn machine(channel: &Channel) -> Machine {
         id: channel.machine,
         addr: channel.remote.ip().to_canonical(),
     }
-}
-
-fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refused> {
-    serde_json::from_slice(body).map_err(|error| {
-        Refused::new(
-            RefusalCode::BadRequest,
-            format!("the request cannot be read: {error}"),
-        )
-    })
 }
 
 /// The answer, or a refusal if it takes too long.
