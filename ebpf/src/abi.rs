@@ -37,6 +37,35 @@ pub const OPENING_FLOWS: u32 = 16_384;
 /// Fragmented datagrams whose first fragment passed.
 pub const FRAGMENTED_DATAGRAMS: u32 = 4_096;
 
+/// A number that differs between layouts whose maps cannot be shared: their version, the sizes of
+/// what they hold, and how many entries the fixed ones have.
+#[must_use]
+pub const fn layout() -> u32 {
+    let parts = [
+        ABI_VERSION as usize,
+        size_of::<Identity>(),
+        size_of::<Ports>(),
+        size_of::<FlowKey>(),
+        size_of::<Flow>(),
+        size_of::<FragmentKey>(),
+        size_of::<Fragment>(),
+        size_of::<Quota>(),
+        size_of::<Counter>(),
+        ESTABLISHED_FLOWS as usize,
+        OPENING_FLOWS as usize,
+        FRAGMENTED_DATAGRAMS as usize,
+        crate::reason::OUTCOMES as usize,
+    ];
+    // FNV-1a, over numbers.
+    let mut hash = 0x811c_9dc5_u32;
+    let mut at = 0;
+    while at < parts.len() {
+        hash = (hash ^ parts[at] as u32).wrapping_mul(0x0100_0193);
+        at += 1;
+    }
+    hash
+}
+
 /// Names of the maps in the object, and of their pins.
 pub mod maps {
     /// The active word.

@@ -1,383 +1,933 @@
-//! The programs on the WireGuard device and their maps: load, pin, attach, adopt, fill.
+//! Programs and maps: loading, attaching, adopting, filling, reading.
 //!
-//! [`Acl::attach_or_adopt`] comes before the device has a peer or an address. What it finds pinned
-//! it goes on with (an earlier agent's flows, counters and policy keep counting), and programs are
-//! replaced atomically, so that neither a crash nor an upgrade changes a verdict. The folder of
-//! pins must be on a bpffs that process 1 sees too ([`pins`]): a private one dies with its process,
-//! and the programs with it.
+//! What a device's folder on the bpffs holds:
 //!
-//! [`Acl::set`] puts a policy into force: whole, by filling the slot that is idle and then storing
-//! one word; or, where the change only adds entries, one by one in the slot that is active. Entries
-//! of an active slot are never changed or removed, because a packet may be reading them.
+//! ```text
+//! /sys/fs/bpf/weir/weir0/ingress, egress        the links (tcx), or the programs (clsact)
+//!                       /layout-XXXXXXXX/MAP    the maps of one layout
+//!                       /layout-XXXXXXXX/MAP.0  the inner map in slot 0 of a policy table
+//! ```
 //!
-//! The only `unsafe` of the agent's kernel hands is here: the promise that ABI types are plain data,
-//! and the mapping of the active word.
+//! Pins outlive the agent: whether it stops, crashes or is upgraded, the programs go on deciding
+//! with the same maps. The next agent adopts them ([`attach`]): with the same layout it replaces
+//! the program behind each link, which is atomic, on the same maps. With another layout the new
+//! maps come beside the old ones, the first policy fills them, flows are copied, and only then the
+//! programs are replaced; until then the old ones decide.
+//!
+//! A policy is written into the idle slot and made to count by one store ([`policy`]). `explain` and
+//! dumps read the same maps ([`view`]). [`place`] refuses a folder whose pins would die with the
+//! agent's own mount namespace.
+//!
+//! Everything unsafe of the agent's BPF is in this file: map access by `bpf(2)` ([`RawMap`]), and
+//! the mapped active word ([`ActiveWord`]).
 #![allow(
     unsafe_code,
-    reason = "aya asks for a promise about plain data; the active word is reached through mmap"
+    reason = "bpf(2) and the mapping of the active word take raw pointers; see each SAFETY"
 )]
 
-mod hook;
-mod pins;
-mod slot;
+mod attach;
+mod place;
+mod policy;
+mod view;
 
-use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
-use aya::{EbpfError, EbpfLoader, Pod};
-use ebpf::abi::{
-    Active, Addr, Counter, Direction, Flow, FlowKey, Fragment, FragmentKey, Identity, Page,
-    PageKey, PairKey, Ports, PortsKey, SLOTS, SetId, maps,
-};
-use ebpf::reason::Reason;
-use ebpf::verdict::{self, Question, Store, Verdict};
+use ebpf::abi::{Active, Counter, Direction, Flow, FlowKey, maps};
+use ebpf::packet::Packet;
+use ebpf::reason::{OUTCOMES, Reason};
+use ebpf::verdict::{Question, Store, Tables as _, Verdict, decide};
 use engine::acl::{Change, Tables};
 use engine::status::FailureKind;
-use slot::{Outer, Slot};
+use policy::Slot;
+use std::fmt::Write as _;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-pub use hook::Hook;
-pub use pins::is_pinned;
+pub use attach::{How, Options};
 
-/// The programs, as `cargo xtask ebpf` built them.
-const OBJECT: &[u8] =
+/// The committed object, aligned as the loader wants it.
+static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../ebpf/acl.bpf.o"));
 
-/// Why the ACL is not in force.
+/// Entries that a dump shows of one table.
+const DUMPED_ENTRIES: usize = 4_096;
+
+/// The programs cannot be attached, or their maps not written.
 #[derive(Debug, thiserror::Error)]
 pub enum AclError {
-    /// The pins would not be on a bpffs.
+    /// The folder for pins is on another kind of file system.
     #[error(
-        "{} is not on a bpffs: mount one with `mount -t bpf bpf /sys/fs/bpf` (systemd does at \
-         boot), or name another folder with --bpf-dir", .0.display()
+        "{path} is not on a bpffs: mount one with `mount -t bpf bpf /sys/fs/bpf` (systemd does so \
+         by itself), or give --bpf-dir a folder on one"
     )]
-    NotBpffs(PathBuf),
-    /// The pins would die with this process.
-    #[error(
-        "{} is on a bpffs that process 1 does not see: the programs would vanish with this \
-         process. Start the agent in the mount namespace of process 1, or bind-mount the host's \
-         bpffs into this one", .0.display()
-    )]
-    PrivateBpffs(PathBuf),
-    /// A pin cannot be written, read or removed.
-    #[error("cannot use the pins in {}", .path.display())]
-    Pins {
+    NoBpffs {
         /// The folder.
         path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
     },
-    /// The kernel refuses programs or maps.
-    #[error("the kernel does not take weir's programs")]
-    Load(#[from] EbpfError),
-    /// The programs cannot be attached to the device.
-    #[error("the programs cannot be attached to {interface}")]
+    /// PID 1 does not see the bpffs.
+    #[error(
+        "{path} is on a bpffs that PID 1 does not see: it would vanish with this process, and the \
+         protection with it. Bind-mount the host's /sys/fs/bpf there, or start the agent in the \
+         host's mount namespace"
+    )]
+    PrivateBpffs {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The kernel refused a program; the text is the end of the verifier's log.
+    #[error("the kernel refused the programs: {0}")]
+    Load(String),
+    /// The kernel did not attach a program.
+    #[error("cannot attach the programs to {interface}: {text}")]
     Attach {
         /// The device.
         interface: String,
         /// What the kernel said.
-        source: Box<dyn std::error::Error + Send + Sync>,
+        text: String,
     },
-    /// A map cannot be read or written.
-    #[error("a map cannot be used")]
-    Map(#[from] MapError),
-    /// The object lacks a map or program that it should have.
-    #[error("weir's programs lack `{0}`: the build is broken, reinstall weir")]
-    Incomplete(&'static str),
-    /// The active word cannot be mapped.
-    #[error("the active word cannot be mapped")]
-    Word(#[source] io::Error),
+    /// The object does not hold what this agent expects.
+    #[error("the embedded object has no {0}")]
+    Object(&'static str),
+    /// A map operation failed.
+    #[error("{what} {map}")]
+    Map {
+        /// What was done.
+        what: &'static str,
+        /// To which map.
+        map: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A pin or its folder.
+    #[error("{path}")]
+    Pin {
+        /// Where.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
 }
 
 impl AclError {
     /// What kind of failure it is.
     #[must_use]
     pub fn kind(&self) -> FailureKind {
-        FailureKind::Programs
+        match self {
+            Self::Map { source, .. } | Self::Pin { source, .. } => match source.raw_os_error() {
+                Some(libc::EPERM | libc::EACCES) => FailureKind::Permission,
+                Some(libc::E2BIG | libc::ENOMEM | libc::ENOSPC) => FailureKind::TooLarge,
+                _ => FailureKind::Programs,
+            },
+            Self::NoBpffs { .. }
+            | Self::PrivateBpffs { .. }
+            | Self::Load(_)
+            | Self::Attach { .. }
+            | Self::Object(_) => FailureKind::Programs,
+        }
     }
 }
 
-/// A type of the ABI, as aya wants it.
-#[repr(transparent)]
-#[derive(Clone, Copy)]
-struct Wire<T>(T);
-
-// SAFETY: `IntoBytes` proves that T has no padding, `FromBytes` that any bytes are a T.
-unsafe impl<T: IntoBytes + FromBytes + Immutable + Copy + 'static> Pod for Wire<T> {}
-
-/// The programs, attached, and their maps.
+/// Programs that are attached to one device, and their maps.
 pub struct Acl {
     index: u32,
-    hook: Hook,
-    word: Word,
-    outer: Outer,
-    /// The slot that this process filled and made active.
-    live: Option<Slot>,
-    opening: HashMap<MapData, Wire<FlowKey>, Wire<Flow>>,
-    established: HashMap<MapData, Wire<FlowKey>, Wire<Flow>>,
-    fragments: HashMap<MapData, Wire<FragmentKey>, Wire<Fragment>>,
-    counters: PerCpuArray<MapData, Wire<Counter>>,
+    how: How,
+    folder: PathBuf,
+    /// Where the maps of this layout are pinned.
+    layout: PathBuf,
+    word: ActiveWord,
+    established: RawMap,
+    opening: RawMap,
+    fragments: RawMap,
+    counters: RawMap,
+    outer: [RawMap; 5],
+    slots: [Option<Slot>; 2],
+    /// By direction.
+    programs: [Option<OwnedFd>; 2],
+    /// Programs that wait for the first policy before they take over from another layout's.
+    waiting: Option<attach::Waiting>,
+}
+
+/// What a test run shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Whether the packet would have passed.
+    pub passes: bool,
+    /// Mean time of one run in nanoseconds.
+    pub mean_ns: u32,
 }
 
 impl Acl {
-    /// Attaches the programs to the device `interface` with number `index`, pinned under `dir`;
-    /// goes on with what is pinned there. Uses tcx from Linux 6.6, clsact below.
+    /// Attaches the programs to the device, or takes over the ones that a former agent left.
+    /// Without a policy yet they drop everything.
     ///
     /// # Errors
-    /// [`AclError`]; whatever was attached before stays.
-    pub fn attach_or_adopt(interface: &str, index: u32, dir: &Path) -> Result<Self, AclError> {
-        Self::attach_by(Hook::of_this_kernel(), interface, index, dir)
+    /// [`AclError`]; nothing is attached then that was not before.
+    pub fn attach_or_adopt(interface: &str, index: u32, bpf_dir: &Path) -> Result<Self, AclError> {
+        attach::open(interface, index, bpf_dir, Options::default())
     }
 
-    /// As [`Self::attach_or_adopt`], by a given hook.
+    /// The same, for tests of other kernels and layouts.
     ///
     /// # Errors
-    /// [`AclError`]; whatever was attached before stays.
-    pub fn attach_by(
-        hook: Hook,
+    /// [`AclError`].
+    pub fn open(
         interface: &str,
         index: u32,
-        dir: &Path,
+        bpf_dir: &Path,
+        options: Options,
     ) -> Result<Self, AclError> {
-        pins::prepare(dir)?;
-        let mut loader = EbpfLoader::new();
-        for name in maps::PLAIN.iter().chain(&maps::SLOTTED) {
-            loader.map_pin_path(name, dir.join(pins::map(name)));
-        }
-        let mut object = loader.load(OBJECT)?;
-        let mut take = |name: &'static str| object.take_map(name).ok_or(AclError::Incomplete(name));
-        let acl = Self {
-            index,
-            hook,
-            word: Word::map(&take(maps::ACTIVE)?)?,
-            outer: Outer::new(&mut take)?,
-            live: None,
-            opening: take(maps::OPENING)?.try_into()?,
-            established: take(maps::ESTABLISHED)?.try_into()?,
-            fragments: take(maps::FRAGMENTS)?.try_into()?,
-            counters: take(maps::COUNTERS)?.try_into()?,
-        };
-        hook::attach(&mut object, hook, interface, dir)?;
-        pins::remove_strangers(dir)?;
-        Ok(acl)
+        attach::open(interface, index, bpf_dir, options)
     }
 
-    /// Whether the programs are on the device with number `index`.
+    /// Whether the programs are attached to the device of this index.
     #[must_use]
     pub fn is_attached(&self, index: u32) -> bool {
-        self.index == index
+        self.index == index && attach::is_attached(self.how, &self.folder, index)
     }
 
-    /// The epoch in force, if a policy is.
-    #[must_use]
-    pub fn epoch(&self) -> Option<u32> {
-        let epoch = self.word.load().epoch;
-        (epoch != 0).then_some(epoch)
-    }
-
-    /// By which hook the programs are attached.
-    #[must_use]
-    pub fn hook(&self) -> &'static str {
-        self.hook.name()
-    }
-
-    /// Puts `tables` into force. `change` is what leads to them from the tables that are in force,
-    /// if these are known.
+    /// Writes a policy: by `change` alone if the maps hold the policy before it, whole without.
+    /// Sizes were checked when it was lowered; if the kernel has no memory for it, the old one stays.
     ///
     /// # Errors
-    /// [`AclError`]; the old policy is then in force.
+    /// [`AclError`]; the old policy stays active.
     pub fn set(&mut self, tables: &Tables, change: Option<&Change>) -> Result<(), AclError> {
-        let narrows = match (change, &mut self.live) {
-            (Some(Change::None), Some(_)) => return Ok(()),
-            (Some(Change::InPlace(patch)), Some(live)) if live.has_room_for(tables) => {
-                return Ok(live.add(patch)?);
-            }
-            // Only adds, but not here.
-            (Some(Change::InPlace(_)), Some(_)) => false,
-            (Some(Change::Swap { narrows }), Some(_)) => *narrows,
-            // Nobody knows what is in force.
-            (Some(_) | None, _) => true,
-        };
-        self.swap(tables, narrows)
-    }
-
-    /// Fills the idle slot, then makes it count.
-    fn swap(&mut self, tables: &Tables, narrows: bool) -> Result<(), AclError> {
-        let now = self.word.load();
-        let idle = (now.slot + 1) % SLOTS;
-        let slot = Slot::fill(tables)?;
-        self.outer.put(idle, &slot)?;
-        let raised = now.epoch.checked_add(1).unwrap_or(1);
-        let epoch = if narrows || now.epoch == 0 {
-            raised
-        } else {
-            now.epoch
-        };
-        self.word.store(Active { epoch, slot: idle });
-        self.live = Some(slot);
+        policy::set(self, tables, change)?;
+        if let Some(waiting) = self.waiting.take() {
+            attach::take_over(self, waiting)?;
+        }
         Ok(())
     }
 
-    /// Packets by direction and outcome, since the maps were made.
+    /// The active word.
+    #[must_use]
+    pub fn active(&self) -> Active {
+        self.word.load()
+    }
+
+    /// Under which epoch flows are good now; `None` while no policy counts.
+    #[must_use]
+    pub fn epoch(&self) -> Option<u32> {
+        let epoch = self.active().epoch;
+        (epoch != 0).then_some(epoch)
+    }
+
+    /// How the programs are attached.
+    #[must_use]
+    pub fn hook(&self) -> &'static str {
+        match self.how {
+            How::Tcx => "tcx",
+            How::Clsact => "clsact",
+        }
+    }
+
+    /// Packets by direction and verdict, in a fixed order.
     ///
     /// # Errors
     /// [`AclError::Map`].
     pub fn counters(&self) -> Result<Vec<(Direction, Verdict, u64)>, AclError> {
-        let mut counters = Vec::new();
-        for direction in Direction::ALL {
-            for verdict in Verdict::all() {
-                let by_cpu = self.counters.get(&verdict.counter(direction), 0)?;
-                let packets = by_cpu.iter().map(|counter| counter.0.packets).sum();
-                counters.push((direction, verdict, packets));
-            }
-        }
-        Ok(counters)
+        let totals = self.totals()?.into_iter();
+        Ok(totals
+            .map(|(direction, verdict, total)| (direction, verdict, total.packets))
+            .collect())
     }
 
-    /// What policy says to a first packet, from the tables that are in force.
+    fn totals(&self) -> Result<Vec<(Direction, Verdict, Counter)>, AclError> {
+        let mut totals = Vec::with_capacity(2 * OUTCOMES as usize);
+        for direction in Direction::ALL {
+            for verdict in Verdict::all() {
+                let index = verdict.counter(direction);
+                let mut total = Counter::default();
+                for share in self.counters.get_per_cpu::<_, Counter>(&index)? {
+                    total.packets += share.packets;
+                    total.bytes += share.bytes;
+                }
+                totals.push((direction, verdict, total));
+            }
+        }
+        Ok(totals)
+    }
+
+    /// Whether the loaded policy allows this, by the programs' own evaluator. The question's slot is
+    /// taken from the active word.
     #[must_use]
     pub fn explain(&self, question: &Question) -> Verdict {
-        let active = self.word.load();
+        let active = self.active();
         if active.epoch == 0 {
             return Verdict::deny(Reason::NoPolicy);
         }
-        verdict::allows(
-            self,
-            &Question {
-                slot: active.slot,
-                ..*question
-            },
-        )
-    }
-}
-
-/// Reads the loaded maps; changes nothing.
-impl verdict::Tables for Acl {
-    type Entry = Flow;
-
-    fn active(&self) -> Active {
-        self.word.load()
-    }
-
-    fn complete(&self, _slot: u32) -> bool {
-        self.live.is_some()
-    }
-
-    fn identity(&self, _slot: u32, addr: &Addr) -> Option<Identity> {
-        self.live.as_ref()?.identity(addr)
-    }
-
-    fn route(&self, _slot: u32, addr: &Addr) -> Option<Identity> {
-        self.live.as_ref()?.route(addr)
-    }
-
-    fn pair(&self, _slot: u32, key: &PairKey) -> Option<SetId> {
-        self.live.as_ref()?.pair(key)
-    }
-
-    fn ports(&self, _slot: u32, key: &PortsKey) -> Option<Ports> {
-        self.live.as_ref()?.ports(key)
-    }
-
-    fn page_word(&self, _slot: u32, key: &PageKey, word: u32) -> Option<u64> {
-        let page: Page = self.live.as_ref()?.page(key)?;
-        page.words.get(word as usize).copied()
-    }
-
-    fn find(&self, store: Store, key: &FlowKey) -> Option<Flow> {
-        let flows = match store {
-            Store::Opening => &self.opening,
-            Store::Established => &self.established,
+        let question = Question {
+            slot: active.slot,
+            ..*question
         };
-        flows.get(&Wire(*key), 0).ok().map(|flow| flow.0)
+        view::View::new(self).allows(&question)
     }
 
-    fn load(&self, entry: Flow) -> Flow {
-        entry
+    /// What the programs would do with this packet now. Leaves no state behind.
+    #[must_use]
+    pub fn judge(&self, packet: &Packet, direction: Direction) -> Verdict {
+        decide(&view::View::new(self), packet, direction, now_ns())
     }
 
-    fn save(&self, _entry: Flow, _flow: Flow) {}
-
-    fn insert(&self, _store: Store, _key: &FlowKey, _flow: &Flow) -> bool {
-        true
+    /// Runs a program on `packet` (an IP packet of at least 14 bytes) by `BPF_PROG_TEST_RUN`: it
+    /// decides, counts and keeps state as for one from the wire. For tests and measurements.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn run(&self, direction: Direction, packet: &[u8], repeat: u32) -> io::Result<Run> {
+        let program = self.programs[direction as usize].as_ref();
+        let program = program.ok_or(io::ErrorKind::NotFound)?;
+        let mut attr = RunAttr {
+            program: fd_number(program),
+            data_size_in: u32::try_from(packet.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
+            data_in: packet.as_ptr() as u64,
+            repeat,
+            ..RunAttr::default()
+        };
+        // SAFETY: the packet lives through the call; no output is asked for.
+        unsafe { bpf(command::PROG_TEST_RUN, &mut attr) }?;
+        Ok(Run {
+            passes: attr.result != DROPPED,
+            mean_ns: attr.duration_ns,
+        })
     }
 
-    fn remove(&self, _store: Store, _key: &FlowKey) {}
-
-    fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
-        self.fragments
-            .get(&Wire(*key), 0)
-            .ok()
-            .map(|fragment| fragment.0)
+    /// Known flows, at most `limit`.
+    ///
+    /// # Errors
+    /// [`AclError::Map`].
+    pub fn flows(&self, limit: usize) -> Result<Vec<(Store, FlowKey, Flow)>, AclError> {
+        let mut flows = Vec::new();
+        for (store, map) in [
+            (Store::Established, &self.established),
+            (Store::Opening, &self.opening),
+        ] {
+            for (key, flow) in map.entries(limit.saturating_sub(flows.len()))? {
+                flows.push((store, key, flow));
+            }
+        }
+        Ok(flows)
     }
 
-    fn keep_fragment(&self, _key: &FragmentKey, _fragment: &Fragment) {}
-
-    fn take_picked_up(&self, _now_ns: u64) -> bool {
-        true
+    /// All that the maps hold, as text for a failure's folder.
+    ///
+    /// # Errors
+    /// [`AclError::Map`].
+    pub fn dump(&self) -> Result<String, AclError> {
+        let mut text = format!("active {:?}, attached by {:?}\n", self.active(), self.how);
+        for (direction, verdict, total) in self.totals()? {
+            if total.packets != 0 {
+                let Counter { packets, bytes } = total;
+                let name = direction.name();
+                let _ = writeln!(text, "{name} {verdict:?}: {packets} packets, {bytes} bytes");
+            }
+        }
+        for (store, key, flow) in self.flows(DUMPED_ENTRIES)? {
+            let _ = writeln!(text, "flow {store:?} {key:?} {flow:?}");
+        }
+        for (number, slot) in self.slots.iter().enumerate() {
+            if let Some(slot) = slot {
+                let _ = writeln!(text, "slot {number}");
+                slot.dump(&mut text, DUMPED_ENTRIES)?;
+            }
+        }
+        Ok(text)
     }
 }
 
-/// Takes the programs off `interface`, if it is still there, and every pin away. The device goes
-/// first, where it goes at all: until then nothing passes unfiltered.
+/// Whether something of ours is pinned in this folder.
+#[must_use]
+pub fn is_pinned(bpf_dir: &Path) -> bool {
+    attach::is_pinned(bpf_dir)
+}
+
+/// Takes the programs off the device, if it still exists, and forgets links and maps.
 ///
 /// # Errors
-/// [`AclError::Pins`].
-pub fn detach_and_unpin(interface: &str, dir: &Path) -> Result<(), AclError> {
-    hook::detach_clsact(interface);
-    pins::remove_all(dir)
+/// [`AclError::Pin`].
+pub fn detach_and_unpin(interface: &str, bpf_dir: &Path) -> Result<(), AclError> {
+    attach::remove(interface, bpf_dir)
 }
 
-/// The active word, mapped: stored and loaded whole.
-struct Word(NonNull<AtomicU64>);
+/// The clock of the programs.
+fn now_ns() -> u64 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the pointer is to a valid timespec, which the call fills.
+    let failed = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
+    if failed != 0 {
+        return 0;
+    }
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    seconds * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0)
+}
 
-/// Arrays are mapped by the page.
-const MAPPED_BYTES: usize = 4096;
+/// `enum bpf_cmd` (include/uapi/linux/bpf.h).
+mod command {
+    pub(super) const MAP_CREATE: i64 = 0;
+    pub(super) const MAP_LOOKUP_ELEM: i64 = 1;
+    pub(super) const MAP_UPDATE_ELEM: i64 = 2;
+    pub(super) const MAP_DELETE_ELEM: i64 = 3;
+    pub(super) const MAP_GET_NEXT_KEY: i64 = 4;
+    pub(super) const OBJ_PIN: i64 = 6;
+    pub(super) const OBJ_GET: i64 = 7;
+    pub(super) const PROG_TEST_RUN: i64 = 10;
+    pub(super) const OBJ_GET_INFO_BY_FD: i64 = 15;
+    pub(super) const MAP_UPDATE_BATCH: i64 = 26;
+}
 
-// SAFETY: the mapping belongs to the process, not to a thread, and is only used atomically.
-unsafe impl Send for Word {}
+/// Map types that we create ourselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum MapKind {
+    /// `BPF_MAP_TYPE_HASH`.
+    Hash = 1,
+    /// `BPF_MAP_TYPE_LPM_TRIE`.
+    LpmTrie = 11,
+}
 
-impl Word {
-    fn map(map: &Map) -> Result<Self, AclError> {
-        let Map::Array(data) = map else {
-            return Err(AclError::Incomplete(maps::ACTIVE));
+/// `BPF_F_NO_PREALLOC`, which tries ask for.
+const NO_PREALLOC: u32 = 1;
+/// `BPF_ANY`: make or replace.
+pub const ANY: u64 = 0;
+/// `BPF_NOEXIST`: only make.
+pub const NEW: u64 = 1;
+
+// Each attribute is as long as the kernel reads of it for its command; unknown tails are zero.
+#[repr(C)]
+#[derive(Default)]
+struct CreateAttr {
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
+    inner_map_fd: u32,
+    numa_node: u32,
+    name: [u8; 16],
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ElemAttr {
+    map_fd: u32,
+    zero: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct BatchAttr {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct PinAttr {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct RunAttr {
+    program: u32,
+    result: u32,
+    data_size_in: u32,
+    data_size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration_ns: u32,
+    contexts: [u64; 3],
+    flags: u32,
+    cpu: u32,
+    batch_size: u32,
+    zero: u32,
+}
+
+/// `TC_ACT_SHOT` (include/uapi/linux/pkt_cls.h).
+const DROPPED: u32 = 2;
+
+#[repr(C)]
+#[derive(Default)]
+struct InfoAttr {
+    fd: u32,
+    len: u32,
+    info: u64,
+}
+
+/// The head of `struct bpf_map_info`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct MapInfo {
+    kind: u32,
+    id: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
+}
+
+/// The head of `struct bpf_link_info`, with the union's `tcx`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct LinkInfo {
+    kind: u32,
+    id: u32,
+    program: u32,
+    zero: u32,
+    ifindex: u32,
+    attach_type: u32,
+}
+
+/// `bpf(2)`. The attribute must point only to memory that lives through the call and is as large as
+/// the command reads and writes.
+unsafe fn bpf<A>(command: i64, attr: &mut A) -> io::Result<i64> {
+    // SAFETY: the attribute is valid for its whole size; what it points to is the caller's promise.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_mut(attr),
+            size_of::<A>(),
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+fn fd_number(fd: &OwnedFd) -> u32 {
+    u32::try_from(fd.as_raw_fd()).unwrap_or(u32::MAX)
+}
+
+fn object_get(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let mut attr = PinAttr {
+        path: path.as_ptr() as u64,
+        ..PinAttr::default()
+    };
+    // SAFETY: the path is a C string that lives through the call.
+    let fd = unsafe { bpf(command::OBJ_GET, &mut attr) }?;
+    let fd = i32::try_from(fd).map_err(|_| io::ErrorKind::InvalidData)?;
+    // SAFETY: the kernel just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn c_path(path: &Path) -> io::Result<std::ffi::CString> {
+    use std::os::unix::ffi::OsStrExt as _;
+    Ok(std::ffi::CString::new(path.as_os_str().as_bytes())?)
+}
+
+/// The interface that a pinned tcx link is attached to; 0 after that is gone.
+fn link_ifindex(path: &Path) -> io::Result<u32> {
+    let link = object_get(path)?;
+    let mut info = LinkInfo::default();
+    let mut attr = InfoAttr {
+        fd: fd_number(&link),
+        len: u32::try_from(size_of::<LinkInfo>()).unwrap_or(0),
+        info: (&raw mut info) as u64,
+    };
+    // SAFETY: `info` is writable for `len` bytes; the kernel writes no more than that.
+    unsafe { bpf(command::OBJ_GET_INFO_BY_FD, &mut attr) }?;
+    Ok(info.ifindex)
+}
+
+/// A map by its descriptor. Keys and values are plain data whose sizes are checked against the
+/// map's on every call, so no call reads or writes past them.
+pub struct RawMap {
+    fd: OwnedFd,
+    name: String,
+    info: MapInfo,
+}
+
+impl RawMap {
+    /// The map behind a descriptor.
+    pub(crate) fn from_fd(fd: BorrowedFd<'_>, name: &str) -> Result<Self, AclError> {
+        let own = fd.try_clone_to_owned();
+        own.and_then(|fd| Self::with_info(fd, name))
+            .map_err(|source| failed("read", name, source))
+    }
+
+    /// The map pinned at `path`.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn from_pin(path: &Path) -> io::Result<Self> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        Self::with_info(object_get(path)?, &name)
+    }
+
+    fn with_info(fd: OwnedFd, name: &str) -> io::Result<Self> {
+        let mut info = MapInfo::default();
+        let mut attr = InfoAttr {
+            fd: fd_number(&fd),
+            len: u32::try_from(size_of::<MapInfo>()).unwrap_or(0),
+            info: (&raw mut info) as u64,
         };
-        let fd = data.fd().as_fd().as_raw_fd();
-        // SAFETY: a new shared mapping of one page of an open map; nothing else is affected.
-        let page = unsafe {
+        // SAFETY: `info` is writable for `len` bytes; the kernel writes no more than that.
+        unsafe { bpf(command::OBJ_GET_INFO_BY_FD, &mut attr) }?;
+        Ok(Self {
+            fd,
+            name: name.to_owned(),
+            info,
+        })
+    }
+
+    /// A new map.
+    pub(crate) fn create(
+        kind: MapKind,
+        name: &str,
+        key_size: usize,
+        value_size: usize,
+        max_entries: usize,
+    ) -> Result<Self, AclError> {
+        let size = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
+        let mut attr = CreateAttr {
+            map_type: kind as u32,
+            key_size: size(key_size),
+            value_size: size(value_size),
+            max_entries: size(max_entries),
+            map_flags: match kind {
+                MapKind::Hash => 0,
+                MapKind::LpmTrie => NO_PREALLOC,
+            },
+            ..CreateAttr::default()
+        };
+        for (to, from) in attr.name.iter_mut().take(15).zip(name.bytes()) {
+            *to = from;
+        }
+        // SAFETY: the attribute holds no pointers.
+        let created = unsafe { bpf(command::MAP_CREATE, &mut attr) };
+        let made = created.and_then(|fd| {
+            let fd = i32::try_from(fd).map_err(|_| io::ErrorKind::InvalidData)?;
+            // SAFETY: the kernel just made this descriptor for us.
+            Self::with_info(unsafe { OwnedFd::from_raw_fd(fd) }, name)
+        });
+        made.map_err(|source| failed("create", name, source))
+    }
+
+    /// Pins the map.
+    pub(crate) fn pin(&self, path: &Path) -> Result<(), AclError> {
+        let pinned = c_path(path).and_then(|path| {
+            let mut attr = PinAttr {
+                path: path.as_ptr() as u64,
+                fd: fd_number(&self.fd),
+                flags: 0,
+            };
+            // SAFETY: the path is a C string that lives through the call.
+            unsafe { bpf(command::OBJ_PIN, &mut attr) }
+        });
+        pinned.map(|_| ()).map_err(|source| AclError::Pin {
+            path: path.to_owned(),
+            source,
+        })
+    }
+
+    /// Most entries.
+    pub(crate) fn capacity(&self) -> usize {
+        self.info.max_entries as usize
+    }
+
+    /// Size of a value in bytes.
+    pub(crate) fn value_size(&self) -> usize {
+        self.info.value_size as usize
+    }
+
+    /// The descriptor's number, as outer maps take it for a value.
+    pub(crate) fn number(&self) -> u32 {
+        fd_number(&self.fd)
+    }
+
+    fn elem(
+        &self,
+        command: i64,
+        what: &'static str,
+        key: &[u8],
+        value: *mut u8,
+        flags: u64,
+    ) -> Result<bool, AclError> {
+        let error = |source| failed(what, &self.name, source);
+        if key.len() != self.info.key_size as usize {
+            return Err(error(io::ErrorKind::InvalidInput.into()));
+        }
+        let mut attr = ElemAttr {
+            map_fd: fd_number(&self.fd),
+            zero: 0,
+            key: key.as_ptr() as u64,
+            value: value as u64,
+            flags,
+        };
+        // SAFETY: the key is as long as the map says (checked above); callers pass a value that is
+        // as long as the map's, or null for commands without.
+        match unsafe { bpf(command, &mut attr) } {
+            Ok(_) => Ok(true),
+            Err(source) if source.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(source) => Err(error(source)),
+        }
+    }
+
+    fn check_value(&self, what: &'static str, bytes: usize) -> Result<(), AclError> {
+        if bytes == self.value_size() {
+            return Ok(());
+        }
+        Err(failed(what, &self.name, io::ErrorKind::InvalidInput.into()))
+    }
+
+    /// The value of `key`.
+    ///
+    /// # Errors
+    /// [`AclError::Map`].
+    pub fn get<K: IntoBytes + Immutable, V: FromBytes + IntoBytes>(
+        &self,
+        key: &K,
+    ) -> Result<Option<V>, AclError> {
+        self.check_value("read", size_of::<V>())?;
+        let mut value = V::new_zeroed();
+        let to = value.as_mut_bytes().as_mut_ptr();
+        let found = self.elem(command::MAP_LOOKUP_ELEM, "read", key.as_bytes(), to, 0)?;
+        Ok(found.then_some(value))
+    }
+
+    /// The values of `key` on all CPUs.
+    fn get_per_cpu<K: IntoBytes + Immutable, V: FromBytes + IntoBytes + Copy>(
+        &self,
+        key: &K,
+    ) -> Result<Vec<V>, AclError> {
+        // The kernel gives each CPU a multiple of eight bytes.
+        const { assert!(size_of::<V>().is_multiple_of(8)) };
+        self.check_value("read", size_of::<V>())?;
+        let cpus = aya::util::nr_cpus().map_err(|(_, source)| failed("count", "CPUs", source))?;
+        let mut values = vec![V::new_zeroed(); cpus];
+        let to = values.as_mut_slice().as_mut_ptr().cast();
+        let found = self.elem(command::MAP_LOOKUP_ELEM, "read", key.as_bytes(), to, 0)?;
+        Ok(if found { values } else { Vec::new() })
+    }
+
+    /// Writes one entry; whether it was written (with [`NEW`], `false` if it was there).
+    ///
+    /// # Errors
+    /// [`AclError::Map`].
+    pub fn put<K: IntoBytes + Immutable, V: IntoBytes + Immutable>(
+        &self,
+        key: &K,
+        value: &V,
+        flags: u64,
+    ) -> Result<bool, AclError> {
+        let bytes = value.as_bytes();
+        self.check_value("write", bytes.len())?;
+        let value = bytes.as_ptr().cast_mut();
+        match self.elem(
+            command::MAP_UPDATE_ELEM,
+            "write",
+            key.as_bytes(),
+            value,
+            flags,
+        ) {
+            Err(AclError::Map { source, .. }) if source.raw_os_error() == Some(libc::EEXIST) => {
+                Ok(false)
+            }
+            other => other,
+        }
+    }
+
+    /// Removes one entry; whether it was there.
+    ///
+    /// # Errors
+    /// [`AclError::Map`].
+    pub fn remove<K: IntoBytes + Immutable>(&self, key: &K) -> Result<bool, AclError> {
+        let null = std::ptr::null_mut();
+        self.elem(
+            command::MAP_DELETE_ELEM,
+            "remove from",
+            key.as_bytes(),
+            null,
+            0,
+        )
+    }
+
+    /// Writes many entries: in one call where the kernel has batches for this kind of map.
+    pub(crate) fn put_all<K: IntoBytes + Immutable, V: IntoBytes + Immutable>(
+        &self,
+        keys: &[K],
+        values: &[V],
+    ) -> Result<(), AclError> {
+        let error = |source| failed("fill", &self.name, source);
+        self.check_value("fill", size_of::<V>())?;
+        if size_of::<K>() != self.info.key_size as usize || keys.len() != values.len() {
+            return Err(error(io::ErrorKind::InvalidInput.into()));
+        }
+        if keys.is_empty() {
+            return Ok(());
+        }
+        let mut attr = BatchAttr {
+            keys: keys.as_ptr() as u64,
+            values: values.as_ptr() as u64,
+            count: u32::try_from(keys.len())
+                .map_err(|_| error(io::ErrorKind::InvalidInput.into()))?,
+            map_fd: fd_number(&self.fd),
+            ..BatchAttr::default()
+        };
+        // SAFETY: `count` keys and values of the map's sizes (checked above) live through the call.
+        match unsafe { bpf(command::MAP_UPDATE_BATCH, &mut attr) } {
+            Ok(_) => Ok(()),
+            // ENOTSUPP, which libc does not name: no batches for this kind of map.
+            Err(source) if matches!(source.raw_os_error(), Some(524 | libc::EINVAL)) => {
+                for (key, value) in keys.iter().zip(values) {
+                    self.put(key, value, ANY)?;
+                }
+                Ok(())
+            }
+            Err(source) => Err(error(source)),
+        }
+    }
+
+    /// At most `limit` entries, in no order. Entries that come or go meanwhile may be missed.
+    ///
+    /// # Errors
+    /// [`AclError::Map`].
+    pub fn entries<K, V>(&self, limit: usize) -> Result<Vec<(K, V)>, AclError>
+    where
+        K: FromBytes + IntoBytes + Immutable + Copy,
+        V: FromBytes + IntoBytes,
+    {
+        self.check_value("list", size_of::<V>())?;
+        let entries = self.raw_entries(limit)?;
+        let typed = entries
+            .into_iter()
+            .filter_map(|(key, bytes)| Some((key, V::read_from_bytes(&bytes).ok()?)));
+        Ok(typed.collect())
+    }
+
+    /// The same with values as bytes, for maps of another layout.
+    pub(crate) fn raw_entries<K>(&self, limit: usize) -> Result<Vec<(K, Vec<u8>)>, AclError>
+    where
+        K: FromBytes + IntoBytes + Immutable + Copy,
+    {
+        if size_of::<K>() != self.info.key_size as usize {
+            return Err(failed(
+                "list",
+                &self.name,
+                io::ErrorKind::InvalidInput.into(),
+            ));
+        }
+        let mut entries = Vec::new();
+        let mut at: Option<K> = None;
+        while entries.len() < limit {
+            let mut next = K::new_zeroed();
+            let to = next.as_mut_bytes().as_mut_ptr();
+            let found = match &at {
+                Some(key) => {
+                    let key = key.as_bytes();
+                    self.elem(command::MAP_GET_NEXT_KEY, "list", key, to, 0)?
+                }
+                None => self.first_key(to)?,
+            };
+            if !found {
+                break;
+            }
+            let mut value = vec![0; self.value_size()];
+            let to = value.as_mut_ptr();
+            if self.elem(command::MAP_LOOKUP_ELEM, "list", next.as_bytes(), to, 0)? {
+                entries.push((next, value));
+            }
+            at = Some(next);
+        }
+        Ok(entries)
+    }
+
+    /// The first key, to `to`, which has the size of one.
+    fn first_key(&self, to: *mut u8) -> Result<bool, AclError> {
+        let mut attr = ElemAttr {
+            map_fd: fd_number(&self.fd),
+            value: to as u64,
+            ..ElemAttr::default()
+        };
+        // SAFETY: a null key asks for the first; callers pass room for one key.
+        match unsafe { bpf(command::MAP_GET_NEXT_KEY, &mut attr) } {
+            Ok(_) => Ok(true),
+            Err(source) if source.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(source) => Err(failed("list", &self.name, source)),
+        }
+    }
+}
+
+fn failed(what: &'static str, map: &str, source: io::Error) -> AclError {
+    AclError::Map {
+        what,
+        map: map.to_owned(),
+        source,
+    }
+}
+
+/// The active word, mapped: one aligned store makes a policy count.
+struct ActiveWord {
+    word: std::ptr::NonNull<AtomicU64>,
+    bytes: usize,
+}
+
+// SAFETY: the mapping belongs to this value alone and is only touched by atomic operations.
+unsafe impl Send for ActiveWord {}
+// SAFETY: as above.
+unsafe impl Sync for ActiveWord {}
+
+impl ActiveWord {
+    /// Maps the one value of the map.
+    fn map(map: &RawMap) -> Result<Self, AclError> {
+        map.check_value("map", size_of::<u64>())?;
+        // SAFETY: asks for a number.
+        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+        let bytes = usize::try_from(page).unwrap_or(4096);
+        // SAFETY: a fresh shared mapping of the map's only page; it is unmapped on drop.
+        let address = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                MAPPED_BYTES,
+                bytes,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED,
-                fd,
+                map.fd.as_raw_fd(),
                 0,
             )
         };
-        if page == libc::MAP_FAILED {
-            return Err(AclError::Word(io::Error::last_os_error()));
+        if address == libc::MAP_FAILED {
+            return Err(failed("map", maps::ACTIVE, io::Error::last_os_error()));
         }
-        let word = NonNull::new(page.cast()).ok_or(AclError::Incomplete(maps::ACTIVE))?;
-        Ok(Self(word))
+        let word = std::ptr::NonNull::new(address.cast())
+            .ok_or_else(|| failed("map", maps::ACTIVE, io::ErrorKind::InvalidData.into()))?;
+        Ok(Self { word, bytes })
     }
 
     fn load(&self) -> Active {
-        // SAFETY: the mapping lives as long as `self`, and is page-aligned.
-        Active::from_word(unsafe { self.0.as_ref() }.load(Ordering::Acquire))
+        // SAFETY: mapped, aligned to a page, and only ever accessed atomically from here.
+        Active::from_word(unsafe { self.word.as_ref() }.load(Ordering::Acquire))
     }
 
     fn store(&self, active: Active) {
-        // SAFETY: as above. Release: the tables were filled before.
-        unsafe { self.0.as_ref() }.store(active.word(), Ordering::Release);
+        // SAFETY: as for `load`.
+        unsafe { self.word.as_ref() }.store(active.word(), Ordering::Release);
     }
 }
 
-impl Drop for Word {
+impl Drop for ActiveWord {
     fn drop(&mut self) {
-        // SAFETY: mapped by `map` with this length, and not used after.
-        unsafe { libc::munmap(self.0.as_ptr().cast(), MAPPED_BYTES) };
+        // SAFETY: this value's own mapping, never used again.
+        unsafe {
+            libc::munmap(self.word.as_ptr().cast(), self.bytes);
+        }
     }
 }

@@ -235,7 +235,7 @@ pub(super) fn known<T: Tables>(
     };
     let mut next = flow;
     next.flags |= closing(tables, packet.tcp_flags, forward);
-    if store == Store::Opening && holds::<T>(12, !forward) {
+    if store == Store::Opening && holds::<T>(11, !forward) {
         next.last_seen_ns = at.now_ns;
         if tables.insert(Store::Established, key, &next) {
             tables.probe(Branch::Promoted);
@@ -245,7 +245,7 @@ pub(super) fn known<T: Tables>(
         tables.probe(Branch::PromotionFailed);
     }
     let age_ns = at.now_ns.saturating_sub(flow.last_seen_ns);
-    if holds::<T>(13, age_ns >= FRESHEN_NS) || next.flags != flow.flags {
+    if holds::<T>(12, age_ns >= FRESHEN_NS) || next.flags != flow.flags {
         tables.probe(Branch::Refreshed);
         next.last_seen_ns = at.now_ns;
         tables.save(entry, next);
@@ -260,7 +260,7 @@ pub(super) fn known<T: Tables>(
 fn closing<T: Tables>(tables: &T, tcp_flags: u8, forward: bool) -> u8 {
     let mut bits = 0;
     if tcp_flags & tcp::FIN != 0 {
-        if holds::<T>(10, forward) {
+        if forward {
             tables.probe(Branch::FinOfInitiator);
             bits = flow_flags::INITIATOR_CLOSED;
         } else {
@@ -268,7 +268,7 @@ fn closing<T: Tables>(tables: &T, tcp_flags: u8, forward: bool) -> u8 {
             bits = flow_flags::RESPONDER_CLOSED;
         }
     }
-    if holds::<T>(11, tcp_flags & tcp::RST != 0) {
+    if holds::<T>(10, tcp_flags & tcp::RST != 0) {
         tables.probe(Branch::ResetSeen);
         bits |= flow_flags::RESET;
     }
@@ -280,8 +280,8 @@ fn closing<T: Tables>(tables: &T, tcp_flags: u8, forward: bool) -> u8 {
 #[inline(always)]
 fn opens<T: Tables>(tables: &T, packet: &Packet) -> Result<bool, Reason> {
     let (branch, result) = match packet.tuple.what {
-        What::Segment if holds::<T>(14, is_syn(packet)) => (Branch::OpensSyn, Ok(false)),
-        What::Segment if holds::<T>(15, is_pure_ack(packet)) => (Branch::OpensAck, Ok(true)),
+        What::Segment if holds::<T>(13, is_syn(packet)) => (Branch::OpensSyn, Ok(false)),
+        What::Segment if holds::<T>(14, is_pure_ack(packet)) => (Branch::OpensAck, Ok(true)),
         What::Segment => (Branch::OpensNot, Err(Reason::TcpNoFlow)),
         What::SctpInit => (Branch::SctpOpens, Ok(false)),
         What::SctpOther => (Branch::SctpOpensNot, Err(Reason::SctpNoFlow)),
@@ -313,7 +313,7 @@ pub(super) fn first<T: Tables>(tables: &T, key: &FlowKey, packet: &Packet, at: &
     if !answer.passes() {
         return answer;
     }
-    if picked_up && holds::<T>(16, !tables.take_picked_up(at.now_ns)) {
+    if picked_up && holds::<T>(15, !tables.take_picked_up(at.now_ns)) {
         tables.probe(Branch::QuotaSpent);
         return Verdict::deny(Reason::PickedUpQuota);
     }

@@ -70,7 +70,7 @@ fn refusal<T: Tables>(tables: &T, question: &Question) -> Result<(), Reason> {
         tables.probe(Branch::PairNone);
         return Err(Reason::Policy);
     };
-    if holds::<T>(17, set == EVERYTHING) {
+    if holds::<T>(16, set == EVERYTHING) {
         tables.probe(Branch::PairEverything);
         return Ok(());
     }
@@ -133,7 +133,7 @@ fn owner<T: Tables>(tables: &T, slot: u32, addr: &Addr) -> Identity {
 #[inline(always)]
 fn check_source<T: Tables>(tables: &T, direction: Direction, side: u32) -> Result<(), Reason> {
     match direction {
-        Direction::Ingress if holds::<T>(18, side == side::PEER) => Ok(()),
+        Direction::Ingress if holds::<T>(17, side == side::PEER) => Ok(()),
         Direction::Ingress if side == side::NOBODY => {
             tables.probe(Branch::IngressFromNobody);
             Err(Reason::SourceUnknown)
@@ -142,7 +142,7 @@ fn check_source<T: Tables>(tables: &T, direction: Direction, side: u32) -> Resul
             tables.probe(Branch::IngressFromSelf);
             Err(Reason::SourceForged)
         }
-        Direction::Egress if holds::<T>(19, side == side::OWN) => Ok(()),
+        Direction::Egress if holds::<T>(18, side == side::OWN) => Ok(()),
         Direction::Egress => {
             tables.probe(Branch::EgressFromOther);
             Err(Reason::SourceForged)
@@ -154,11 +154,11 @@ fn check_source<T: Tables>(tables: &T, direction: Direction, side: u32) -> Resul
 #[inline(always)]
 fn check_destination<T: Tables>(tables: &T, direction: Direction, side: u32) -> Result<(), Reason> {
     match direction {
-        Direction::Ingress if holds::<T>(20, side != side::OWN) => {
+        Direction::Ingress if holds::<T>(19, side != side::OWN) => {
             tables.probe(Branch::IngressElsewhere);
             Err(Reason::DestinationNotOurs)
         }
-        Direction::Egress if holds::<T>(21, side != side::PEER) => {
+        Direction::Egress if holds::<T>(20, side != side::PEER) => {
             tables.probe(Branch::EgressElsewhere);
             Err(Reason::DestinationUnknown)
         }
@@ -232,7 +232,7 @@ fn in_ranges<T: Tables>(ports: &Ports, port: u16) -> bool {
     let mut at = 0;
     while at < INLINE_RANGES {
         let [first, last] = ports.ranges[at];
-        found |= holds::<T>(22, first <= port) & holds::<T>(23, port <= last);
+        found |= holds::<T>(21, first <= port) & holds::<T>(22, port <= last);
         at += 1;
     }
     found

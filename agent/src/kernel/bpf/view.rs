@@ -1,0 +1,96 @@
+//! The loaded maps as [`decide`](ebpf::verdict::decide) sees them, through system calls.
+//!
+//! Reading changes nothing: flows that a packet would make or end are not written. What cannot be
+//! read counts as absent, which is a drop.
+
+use super::Acl;
+use super::policy::{Slot, TrieKey};
+use ebpf::abi::{
+    Active, Addr, Flow, FlowKey, Fragment, FragmentKey, Identity, Page, PageKey, PairKey, Ports,
+    PortsKey, SetId,
+};
+use ebpf::verdict::{Store, Tables};
+
+/// The maps of one device, at one active word.
+pub(super) struct View<'a> {
+    acl: &'a Acl,
+    active: Active,
+}
+
+impl<'a> View<'a> {
+    /// As things are now.
+    pub(super) fn new(acl: &'a Acl) -> Self {
+        Self {
+            acl,
+            active: acl.active(),
+        }
+    }
+
+    fn slot(&self, number: u32) -> Option<&Slot> {
+        self.acl.slots.get(number as usize)?.as_ref()
+    }
+}
+
+impl Tables for View<'_> {
+    type Entry = Flow;
+
+    fn active(&self) -> Active {
+        self.active
+    }
+
+    fn complete(&self, slot: u32) -> bool {
+        self.slot(slot).is_some()
+    }
+
+    fn identity(&self, slot: u32, addr: &Addr) -> Option<Identity> {
+        self.slot(slot)?.identities.get(addr).ok().flatten()
+    }
+
+    fn route(&self, slot: u32, addr: &Addr) -> Option<Identity> {
+        let key = TrieKey::around(*addr);
+        self.slot(slot)?.prefixes.get(&key).ok().flatten()
+    }
+
+    fn pair(&self, slot: u32, key: &PairKey) -> Option<SetId> {
+        self.slot(slot)?.pairs.get(key).ok().flatten()
+    }
+
+    fn ports(&self, slot: u32, key: &PortsKey) -> Option<Ports> {
+        self.slot(slot)?.ports.get(key).ok().flatten()
+    }
+
+    fn page_word(&self, slot: u32, key: &PageKey, word: u32) -> Option<u64> {
+        let page: Page = self.slot(slot)?.pages.get(key).ok().flatten()?;
+        page.words.get(word as usize).copied()
+    }
+
+    fn find(&self, store: Store, key: &FlowKey) -> Option<Flow> {
+        let map = match store {
+            Store::Opening => &self.acl.opening,
+            Store::Established => &self.acl.established,
+        };
+        map.get(key).ok().flatten()
+    }
+
+    fn load(&self, entry: Flow) -> Flow {
+        entry
+    }
+
+    fn save(&self, _entry: Flow, _flow: Flow) {}
+
+    fn insert(&self, _store: Store, _key: &FlowKey, _flow: &Flow) -> bool {
+        true
+    }
+
+    fn remove(&self, _store: Store, _key: &FlowKey) {}
+
+    fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
+        self.acl.fragments.get(key).ok().flatten()
+    }
+
+    fn keep_fragment(&self, _key: &FragmentKey, _fragment: &Fragment) {}
+
+    fn take_picked_up(&self, _now_ns: u64) -> bool {
+        true
+    }
+}
