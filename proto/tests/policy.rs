@@ -127,7 +127,7 @@ fn verdicts(compiled: &Compiled, src: &str, dst: &str, port: u16) -> (bool, bool
 type Attempt<'a> = (&'a str, &'a str, u16);
 
 #[track_caller]
-fn check(text: &str, X, denied: &[Attempt<'_>]) {
+fn check(text: &str, allowed: &[Attempt<'_>], denied: &[Attempt<'_>]) {
     let compiled = compile(text);
     for (src, dst, port) in allowed {
         let both = verdicts(&compiled, src, dst, *port);
