@@ -42,9 +42,9 @@ pub fn programs() -> anyhow::Result<PathBuf> {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TestBinary {
     pub package: String,
-    /// The target's name; for a package's own unit tests that of its lib or bin.
     pub target: String,
-    pub unit: bool,
+    /// A file of `tests/`, not the unit tests of a library or program.
+    pub integration: bool,
     pub folder: PathBuf,
     pub path: PathBuf,
 }
@@ -52,7 +52,7 @@ pub struct TestBinary {
 impl TestBinary {
     /// What people call it: `engine`, `tests/lab`.
     pub fn name(&self) -> String {
-        if self.target == self.package {
+        if self.target == self.package && !self.integration {
             self.package.clone()
         } else {
             format!("{}/{}", self.package, self.target)
@@ -60,17 +60,20 @@ impl TestBinary {
     }
 }
 
-/// Builds all tests.
-pub fn tests() -> anyhow::Result<Vec<TestBinary>> {
+/// Builds everything, tests too, in one go: programs and tests then share every dependency, also
+/// where a test asks for one more feature. Returns the programs' folder and the tests.
+pub fn everything() -> anyhow::Result<(PathBuf, Vec<TestBinary>)> {
     let packages = packages()?;
+    let mut folder = None;
     let mut found = Vec::new();
-    artifacts(&["test", "--workspace", "--no-run"], |artifact| {
-        let (Some(path), true) = (
-            artifact["executable"].as_str(),
-            artifact["profile"]["test"] == true,
-        ) else {
+    artifacts(&["build", "--workspace", "--all-targets"], |artifact| {
+        let Some(path) = artifact["executable"].as_str().map(PathBuf::from) else {
             return;
         };
+        if artifact["profile"]["test"] != true {
+            folder = path.parent().map(Path::to_owned);
+            return;
+        }
         let manifest = artifact["manifest_path"].as_str().unwrap_or_default();
         let Some(package) = packages.get(manifest) else {
             return;
@@ -81,16 +84,16 @@ pub fn tests() -> anyhow::Result<Vec<TestBinary>> {
                 .as_str()
                 .unwrap_or_default()
                 .to_owned(),
-            unit: artifact["target"]["kind"][0] != "test",
+            integration: artifact["target"]["kind"][0] == "test",
             folder: Path::new(manifest)
                 .parent()
                 .map(Path::to_owned)
                 .unwrap_or_default(),
-            path: PathBuf::from(path),
+            path,
         });
     })?;
     found.sort();
-    Ok(found)
+    Ok((folder.context("cargo built no program")?, found))
 }
 
 /// Our packages' names by manifest path.
