@@ -168,6 +168,9 @@ impl Run {
                 println!("  {name}");
             }
         }
+        if self.passed == 0 && self.failed.is_empty() && self.skips.len() == 0 {
+            println!("\nno test is named so");
+        }
         let (passed, failed, skipped) = (self.passed, self.failed.len(), self.skips.len());
         println!("\n{passed} passed, {failed} failed, {skipped} skipped");
         Ok(if failed == 0 && (passed > 0 || skipped > 0) {
@@ -275,12 +278,9 @@ const TIERS: [(&str, Tier, Action); 5] = [
 // Tiers on the host itself.
 impl Run {
     fn host(&mut self) -> anyhow::Result<()> {
-        let elsewhere = ["bpf", "lab", "sim"];
-        let tier = |binary: &TestBinary| {
-            binary.package == "tests" && elsewhere.contains(&binary.target.as_str())
-        };
+        let elsewhere = ["bpf", "lab", "sim"].map(|target| self.tier_binary(target));
         for binary in self.binaries.clone() {
-            if !tier(&binary) {
+            if !elsewhere.contains(&Some(binary.clone())) {
                 self.here(&binary)?;
             }
         }
@@ -342,7 +342,9 @@ impl Run {
     }
 
     fn tier_binary(&self, target: &str) -> Option<TestBinary> {
-        let found = |binary: &&TestBinary| binary.package == "tests" && binary.target == target;
+        let found = |binary: &&TestBinary| {
+            binary.integration && binary.package == "tests" && binary.target == target
+        };
         self.binaries.iter().find(found).cloned()
     }
 }
