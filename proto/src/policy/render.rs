@@ -458,8 +458,8 @@ impl HostedRule {
                     json!({"IP": ip, "Ports": {"First": ports.first(), "Last": ports.last()}})
                 });
                 let mut out = json!({"SrcIPs": self.srcs, "DstPorts": dsts.collect::<Vec<_>>()});
-                if let Protocols::These(set) = protocols {
-                    out["IPProto"] = set.iter().map(|protocol| protocol.0).collect();
+                if let Protocols::One(protocol) = protocols {
+                    out["IPProto"] = json!([protocol.0]);
                 }
                 out
             }

@@ -5,7 +5,6 @@
 //! protocol. Whether a name exists and may stand where it stands is decided by `check`.
 
 use crate::net::{PortRange, Prefix, PrefixError, Protocol};
-use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -335,42 +334,41 @@ fn parse_port_range(text: &str) -> Result<PortRange, String> {
 pub enum Protocols {
     /// Nothing written: TCP, UDP, ICMP and ICMPv6.
     Usual,
-    /// Exactly these.
-    These(BTreeSet<Protocol>),
+    /// Exactly this one.
+    One(Protocol),
 }
 
-const PROTOCOLS: [(&str, &[u8]); 15] = [
-    ("icmp", &[1, 58]),
-    ("igmp", &[2]),
-    ("ipv4", &[4]),
-    ("ip-in-ip", &[4]),
-    ("tcp", &[6]),
-    ("egp", &[8]),
-    ("igp", &[9]),
-    ("udp", &[17]),
-    ("gre", &[47]),
-    ("esp", &[50]),
-    ("ah", &[51]),
-    ("ipv6-icmp", &[58]),
-    ("icmpv6", &[58]),
-    ("sctp", &[132]),
-    ("fc", &[133]),
+const PROTOCOLS: [(&str, u8); 15] = [
+    ("icmp", 1),
+    ("igmp", 2),
+    ("ipv4", 4),
+    ("ip-in-ip", 4),
+    ("tcp", 6),
+    ("egp", 8),
+    ("igp", 9),
+    ("udp", 17),
+    ("gre", 47),
+    ("esp", 50),
+    ("ah", 51),
+    ("ipv6-icmp", 58),
+    ("icmpv6", 58),
+    ("sctp", 132),
+    ("fc", 133),
 ];
 
 impl Protocols {
-    /// Reads a protocol name or number. `icmp` means the one of both families.
+    /// Reads a protocol name or number. `icmp` means that of IPv4; write `ipv6-icmp` for the other.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let lower = text.to_ascii_lowercase();
         if lower.is_empty() {
             return Some(Self::Usual);
         }
-        if let Some((_, numbers)) = PROTOCOLS.iter().find(|(name, _)| *name == lower) {
-            return Some(Self::These(numbers.iter().copied().map(Protocol).collect()));
+        if let Some((_, number)) = PROTOCOLS.iter().find(|(name, _)| *name == lower) {
+            return Some(Self::One(Protocol(*number)));
         }
-        let plain =
-            lower.bytes().all(|b| b.is_ascii_digit()) && (lower == "0" || !lower.starts_with('0'));
-        let number = plain.then(|| lower.parse::<u8>().ok()).flatten()?;
-        Some(Self::These(BTreeSet::from([Protocol(number)])))
+        let plain = lower.bytes().all(|b| b.is_ascii_digit()) && !lower.starts_with('0');
+        let number = plain.then(|| lower.parse().ok()).flatten()?;
+        Some(Self::One(Protocol(number)))
     }
 
     /// The known protocol names, for near misses.
@@ -387,7 +385,7 @@ impl Protocols {
                 Protocol::UDP,
                 Protocol::ICMPV6,
             ],
-            Self::These(set) => set.iter().copied().collect(),
+            Self::One(protocol) => vec![*protocol],
         }
     }
 
@@ -395,7 +393,7 @@ impl Protocols {
     pub(super) fn has_ports(&self) -> bool {
         match self {
             Self::Usual => true,
-            Self::These(set) => set.iter().all(|protocol| protocol.has_ports()),
+            Self::One(protocol) => protocol.has_ports(),
         }
     }
 }
@@ -455,8 +453,8 @@ mod tests {
         for wrong in ["", "0", "ssh", "70000", "9-1", "1-", "-1", "80,", "+80"] {
             assert!(parse_ports(wrong).is_err(), "{wrong}");
         }
-        assert_eq!(Protocols::parse("ICMP").unwrap().list().len(), 2);
-        for wrong in ["256", "*", "06", "tcpp"] {
+        assert_eq!(Protocols::parse("ICMP").unwrap().list(), [Protocol::ICMP]);
+        for wrong in ["256", "*", "06", "0", "tcpp"] {
             assert_eq!(Protocols::parse(wrong), None, "{wrong}");
         }
         assert!(!Protocols::parse("gre").unwrap().has_ports());

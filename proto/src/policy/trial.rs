@@ -161,10 +161,10 @@ impl Trial<'_> {
         if test.accept.is_empty() && test.deny.is_empty() {
             return Err("the case asserts nothing: it has neither `accept` nor `deny`".to_owned());
         }
-        match &test.protocols {
-            Protocols::Usual => Ok(()),
-            Protocols::These(set) if set.iter().all(|protocol| protocol.has_ports()) => Ok(()),
-            Protocols::These(_) => Err("`proto` must be tcp, udp or sctp in a test".to_owned()),
+        if test.protocols.has_ports() {
+            Ok(())
+        } else {
+            Err("`proto` must be tcp, udp or sctp in a test".to_owned())
         }
     }
 
@@ -319,19 +319,13 @@ impl Trial<'_> {
                 port,
             })
         };
-        let others = match &test.protocols {
-            Protocols::Usual => vec![Protocol::TCP],
-            Protocols::These(set) => set.iter().copied().collect(),
-        };
-        let first = match &test.protocols {
-            Protocols::Usual => Protocol::UDP,
-            Protocols::These(set) => set.first().copied().unwrap_or(Protocol::TCP),
-        };
-        let answers = others.into_iter().map(ask);
-        answers.fold(
-            ask(first),
-            |best, answer| if answer.allowed { answer } else { best },
-        )
+        match test.protocols {
+            Protocols::One(protocol) => ask(protocol),
+            Protocols::Usual => {
+                let tcp = ask(Protocol::TCP);
+                if tcp.allowed { tcp } else { ask(Protocol::UDP) }
+            }
+        }
     }
 
     fn ssh_test(&self, test: &SshTest, faults: &mut Diagnostics) {

@@ -255,7 +255,7 @@ fn service(reader: &mut Reader<'_>, text: &Spanned<String>) -> Option<IpService>
     let (protocols, ports) = match text.value.split_once(':') {
         Some((protocol, ports)) => (protocols(reader, text, protocol)?, ports),
         None => match Protocols::parse(&text.value) {
-            Some(named @ Protocols::These(_)) if parse_ports(&text.value).is_err() => (named, "*"),
+            Some(named @ Protocols::One(_)) if parse_ports(&text.value).is_err() => (named, "*"),
             _ => (Protocols::Usual, text.value.as_str()),
         },
     };
@@ -543,7 +543,7 @@ fn check_period(reader: &mut Reader<'_>, fields: &Fields<'_>) -> Option<Spanned<
     let value = fields.get("checkPeriod")?;
     let text = reader.string(value, "`checkPeriod`")?;
     let action = fields.get("action").and_then(ast::Value::as_string_lit);
-    if action.is_none_or(|action| action.value != "check") {
+    if action.is_none_or(|action| action.value.trim() != "check") {
         let message = "only a rule with action `check` has a `checkPeriod`";
         reader.fault(text.span, Code::BadValue, message, "");
     }
@@ -599,7 +599,7 @@ fn ssh_action(reader: &mut Reader<'_>, fields: &Fields<'_>) -> SshAction {
         return SshAction::Accept;
     };
     let text = reader.string(value, "`action`");
-    match text.as_ref().map(|text| text.value.as_str()) {
+    match text.as_ref().map(|text| text.value.trim()) {
         Some("check") => SshAction::Check,
         Some("accept") | None => SshAction::Accept,
         Some(other) => {
