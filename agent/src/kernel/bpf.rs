@@ -5,7 +5,7 @@
 //! ```text
 //! /sys/fs/bpf/weir/weir0/ingress, egress        the links (tcx), or the programs (clsact)
 //!                       /layout-XXXXXXXX/MAP    the maps of one layout
-//!                       /layout-XXXXXXXX/MAP.0  the inner map in slot 0 of a policy table
+//!                       /layout-XXXXXXXX/MAP-0  the inner map in slot 0 of a policy table
 //! ```
 //!
 //! Pins outlive the agent: whether it stops, crashes or is upgraded, the programs go on deciding

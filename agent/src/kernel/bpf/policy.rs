@@ -135,7 +135,7 @@ fn filled<K: IntoBytes + Immutable, V: IntoBytes + Immutable>(
 }
 
 fn pin_path(folder: &Path, name: &str, slot: u32) -> PathBuf {
-    folder.join(format!("{name}.{slot}"))
+    folder.join(format!("{name}-{slot}"))
 }
 
 /// Writes a policy.

@@ -1,0 +1,57 @@
+//! The loaded programs decide as the evaluator on the host does: verdict and reason.
+
+use super::bed::{self, Bed};
+use super::generate::{self, Random};
+use super::property::abi_direction;
+use super::twin::Twin;
+use agent::kernel::bpf::Options;
+use engine::acl::Acl as Lowered;
+
+/// Packets under one policy.
+const PACKETS: u64 = 300;
+
+#[test]
+fn kernel_programs_decide_every_packet_as_the_evaluator_on_the_host() {
+    let Some(bed) = Bed::make("kernel_programs_decide_as_the_host") else {
+        return;
+    };
+    let stories = if std::env::var_os("WEIR_FULL").is_some() {
+        400
+    } else {
+        12
+    };
+    let mut passed = 0_u64;
+    for seed in 0..stories {
+        let mut random = Random(1_000 + seed);
+        let mut acl = bed.open(Options::default());
+        let (twin, mut lowered, mut sent) = (Twin::<0>::default(), Lowered::default(), Vec::new());
+        for step in 0..PACKETS {
+            if step % 100 == 20 {
+                let world = generate::world(&mut random);
+                let change = lowered
+                    .lower(&world.filter, &world.me, &world.peers)
+                    .unwrap();
+                twin.set(lowered.tables(), &change);
+                acl.set(lowered.tables(), Some(&change)).unwrap();
+            }
+            let (way, spec) = generate::packet(&mut random, &mut sent);
+            let (direction, bytes) = (abi_direction(way), spec.bytes());
+            let on_host = twin.send(direction, &bytes, 1 << 40);
+            let in_kernel = bed::send(&acl, direction, &bytes);
+            assert_eq!(
+                on_host, in_kernel,
+                "seed {seed}, packet {step}: {direction:?} {spec:?}"
+            );
+            if in_kernel.passes() {
+                passed += 1;
+                generate::passed(&mut sent, way, &spec);
+            }
+        }
+        drop(acl);
+        agent::kernel::bpf::detach_and_unpin(bed::DEVICE, &bed.folder).unwrap();
+    }
+    assert!(
+        passed * 10 > stories * PACKETS,
+        "too few packets passed to prove much: {passed}"
+    );
+}
