@@ -36,7 +36,7 @@ use crate::abi::{
 use crate::packet::{Bytes, Packet, Part, What, deciding_bytes, parse};
 use crate::reason::{Accepted, OUTCOMES, Reason};
 
-pub use policy::{Question, allows};
+pub use policy::{Question, allows, allows_flow};
 
 pub use flow::{
     FRAGMENT_NS, FRESHEN_NS, ICMP_NS, OPENING_NS, OTHER_NS, PICKED_UP_NS, PICKED_UP_QUOTA,
@@ -186,10 +186,11 @@ pub trait Tables: Sized {
     /// Takes one from the quota of picked-up flows, by [`take_quota`].
     fn take_picked_up(&self, now_ns: u64) -> bool;
 
-    /// [`allows`] on these tables. In the kernel a function that is verified on its own.
+    /// [`allows_flow`] on these tables. In the kernel a function that is verified on its own and
+    /// takes no more than this, because the frames of all callers together have 512 bytes.
     #[inline(always)]
-    fn allows(&self, question: &Question) -> Verdict {
-        allows(self, question)
+    fn allows(&self, key: &FlowKey, initiator: u32, slot: u32) -> Verdict {
+        allows_flow(self, key, initiator, slot)
     }
 
     /// Told of every branch taken. Only tests listen.

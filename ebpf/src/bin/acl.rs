@@ -34,7 +34,7 @@ use ebpf::abi::{
 };
 use ebpf::packet::{Bytes, Packet, general};
 use ebpf::reason::{OUTCOMES, Reason};
-use ebpf::verdict::{self, Question, Store, Tables, Verdict, judge, take_quota};
+use ebpf::verdict::{self, Store, Tables, Verdict, judge, take_quota};
 
 const SLOTS_LEN: usize = SLOTS as usize;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -182,8 +182,8 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn allows(&self, question: &Question) -> Verdict {
-        Verdict::from_code(acl_allows(question))
+    fn allows(&self, key: &FlowKey, initiator: u32, slot: u32) -> Verdict {
+        Verdict::from_code(acl_allows(key, initiator, slot))
     }
 
     #[inline(always)]
@@ -201,12 +201,12 @@ impl Tables for Maps {
 /// of every caller.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn acl_allows(question: *const Question) -> u32 {
-    if question.is_null() {
+pub extern "C" fn acl_allows(key: *const FlowKey, initiator: u32, slot: u32) -> u32 {
+    if key.is_null() {
         return Verdict::deny(Reason::TableMissing).code();
     }
-    // SAFETY: callers pass a whole question; the verifier checks that it is readable.
-    verdict::allows(&Maps, unsafe { &*question }).code()
+    // SAFETY: callers pass a whole key; the verifier checks that it is readable.
+    verdict::allows_flow(&Maps, unsafe { &*key }, initiator, slot).code()
 }
 
 /// The general reader, as a global function for the same reason.

@@ -1,6 +1,5 @@
 //! State of flows: finding, renewing, opening them, and how long they live.
 
-use super::policy::Question;
 use super::{At, Branch, Store, Tables, Verdict, holds};
 use crate::abi::{Addr, Direction, ECHO_FROM_LOCAL, ECHO_FROM_REMOTE, Flow, FlowKey, flow_flags};
 use crate::packet::{Packet, Tuple, What, protocol, tcp};
@@ -165,7 +164,7 @@ pub(super) fn renew<T: Tables>(
         return Ok(flow);
     }
     tables.probe(Branch::EpochOld);
-    let answer = allowed_still(tables, key, flow.initiator, at.active.slot);
+    let answer = tables.allows(key, u32::from(flow.initiator), at.active.slot);
     if answer.passes() {
         let renewed = Flow {
             epoch: at.active.epoch,
@@ -181,31 +180,6 @@ pub(super) fn renew<T: Tables>(
         tables.remove(store, key);
         Err(Verdict::deny(Reason::Revoked))
     }
-}
-
-/// Policy's answer for the first packet of a flow.
-#[inline(never)]
-fn allowed_still<T: Tables>(tables: &T, key: &FlowKey, initiator: u8, slot: u32) -> Verdict {
-    let question = if holds::<T>(8, initiator == Direction::Ingress as u8) {
-        Question {
-            src: key.remote,
-            dst: key.local,
-            port: u32::from(key.local_port),
-            protocol: u32::from(key.protocol),
-            direction: Direction::Ingress as u32,
-            slot,
-        }
-    } else {
-        Question {
-            src: key.local,
-            dst: key.remote,
-            port: u32::from(key.remote_port),
-            protocol: u32::from(key.protocol),
-            direction: Direction::Egress as u32,
-            slot,
-        }
-    };
-    tables.allows(&question)
 }
 
 /// Decides a packet by the flow that it belongs to; `None` if no flow speaks for it.
@@ -301,15 +275,7 @@ pub(super) fn first<T: Tables>(tables: &T, key: &FlowKey, packet: &Packet, at: &
         Ok(picked_up) => picked_up,
         Err(reason) => return Verdict::deny(reason),
     };
-    let question = Question {
-        src: packet.tuple.src,
-        dst: packet.tuple.dst,
-        port: u32::from(packet.tuple.dst_port),
-        protocol: u32::from(packet.tuple.protocol),
-        direction: at.direction as u32,
-        slot: at.active.slot,
-    };
-    let answer = tables.allows(&question);
+    let answer = tables.allows(key, at.direction as u32, at.active.slot);
     if !answer.passes() {
         return answer;
     }

@@ -6,12 +6,12 @@
 
 use super::{At, Branch, Tables, Verdict, holds};
 use crate::abi::{
-    ANY_PROTOCOL, Addr, Direction, EVERYTHING, INLINE_RANGES, Identity, PAGE_PORTS, PageKey,
-    PairKey, Ports, PortsKey, SetId, ports_kind, side,
+    ANY_PROTOCOL, Addr, Direction, EVERYTHING, FlowKey, INLINE_RANGES, Identity, PAGE_PORTS,
+    PageKey, PairKey, Ports, PortsKey, SetId, ports_kind, side,
 };
 use crate::reason::{Accepted, Reason};
 
-/// May this initiate that? All in whole words without padding, as the verifier wants to see it.
+/// May this initiate that?
 #[derive(Clone, Copy)]
 #[cfg_attr(not(target_arch = "bpf"), derive(Debug))]
 #[repr(C)]
@@ -28,6 +28,32 @@ pub struct Question {
     pub direction: u32,
     /// Slot of the policy tables.
     pub slot: u32,
+}
+
+/// Policy's answer to the first packet of a flow, in the direction of its initiator.
+#[inline(always)]
+pub fn allows_flow<T: Tables>(tables: &T, key: &FlowKey, initiator: u32, slot: u32) -> Verdict {
+    let protocol = u32::from(key.protocol);
+    let question = if holds::<T>(8, initiator == Direction::Ingress as u32) {
+        Question {
+            src: key.remote,
+            dst: key.local,
+            port: u32::from(key.local_port),
+            protocol,
+            direction: Direction::Ingress as u32,
+            slot,
+        }
+    } else {
+        Question {
+            src: key.local,
+            dst: key.remote,
+            port: u32::from(key.remote_port),
+            protocol,
+            direction: Direction::Egress as u32,
+            slot,
+        }
+    };
+    allows(tables, &question)
 }
 
 /// Policy's answer. A verdict that passes means no more than that a rule allows it.
