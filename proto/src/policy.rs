@@ -25,6 +25,7 @@
 //! | `selector` | whom a policy can name |
 //! | `syntax` | text → document, all faults in one pass |
 //! | `check` | names exist and stand where they may |
+//! | `ipset` | what each ipset stands for |
 //! | `directory` | the network's users and nodes, as policy sees them |
 //! | `compile` | document + directory → filters, labels, visibility |
 //! | `explain` | which rule allows a connection, or which came closest |
@@ -39,6 +40,7 @@ mod diagnostic;
 mod directory;
 mod document;
 mod explain;
+mod ipset;
 mod offline;
 mod render;
 mod selector;

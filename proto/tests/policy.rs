@@ -492,6 +492,23 @@ fn explain_names_the_rule_or_the_nearest_ones() {
     assert_eq!(back.near[0].why, "the source is none of its `src`");
 }
 
+#[test]
+fn ipsets_that_contain_themselves_or_nest_without_end_are_refused() {
+    let chain = |last: &str| {
+        let links = (0..20_000).map(|n| format!("\"ipset:s{n}\": [\"ipset:s{}\"]", n + 1));
+        let links: Vec<String> = links.collect();
+        format!(
+            "{{\"ipsets\": {{{}, \"ipset:s20000\": [{last}]}}}}",
+            links.join(",")
+        )
+    };
+    assert!(parse(&chain("\"10.0.0.0/8\"")).is_err());
+    assert!(parse(&chain("\"ipset:s0\"")).is_err());
+    assert!(parse(r#"{"ipsets": {"ipset:a": ["ipset:a"]}}"#).is_err());
+    parse(r#"{"ipsets": {"ipset:a": ["ipset:b", "remove 10.0.0.1"], "ipset:b": ["10.0.0.0/8"]}}"#)
+        .unwrap();
+}
+
 /// Entries that the language refuses, by section.
 const REFUSED: &[(&str, &str)] = &[
     (

@@ -18,7 +18,7 @@
 use super::addrset::AddrSet;
 use super::diagnostic::{Code, Diagnostic, Diagnostics};
 use super::directory::{Directory, DirectoryNode};
-use super::document::{Access, IpService, IpsetItem, Policy, Section};
+use super::document::{Access, IpService, Policy, Section};
 use super::selector::{Autogroup, Target};
 use crate::filter::{Filter, Label, MAX_RULES, Rule, Selector, Service};
 use crate::id::NodeId;
@@ -294,7 +294,9 @@ struct Builder<'p> {
     ids: BTreeMap<Selector, SelectorId>,
     rules: Vec<Lowered>,
     self_rules: Vec<SelfRule>,
-    /// Subnet routes of all nodes: part of `*` as a source.
+    /// Nodes that serve routes, by label: those that `via` can mean.
+    routers: BTreeMap<Label, Vec<&'p DirectoryNode>>,
+    /// The fewest prefixes that cover all subnet routes: part of `*` as a source.
     routes: Vec<Prefix>,
     internet: Vec<Prefix>,
     selectors_listed: usize,
@@ -306,16 +308,27 @@ impl<'p> Builder<'p> {
             .nodes
             .values()
             .flat_map(DirectoryNode::subnet_routes);
-        let routes: BTreeSet<Prefix> = routes.copied().collect();
+        let roster = Roster::new(policy, directory);
+        let mut routers: BTreeMap<Label, Vec<&DirectoryNode>> = BTreeMap::new();
+        for node in directory
+            .nodes
+            .values()
+            .filter(|node| !node.routes.is_empty())
+        {
+            for label in roster.labels(node) {
+                routers.entry(label).or_default().push(node);
+            }
+        }
         Self {
             policy,
             directory,
-            roster: Roster::new(policy, directory),
+            roster,
+            routers,
             selectors: Vec::new(),
             ids: BTreeMap::new(),
             rules: Vec::new(),
             self_rules: Vec::new(),
-            routes: routes.into_iter().collect(),
+            routes: AddrSet::of(routes).prefixes(),
             internet: internet(directory),
             selectors_listed: 0,
         }
@@ -370,14 +383,9 @@ impl<'p> Builder<'p> {
             | Target::Tag(_)
             | Target::Service(_) => return,
         };
-        let directory = self.directory;
-        let tagged = |node: &&DirectoryNode| {
-            let labels = self.roster.labels(node);
-            via.iter().any(|tag| labels.contains(tag))
-        };
-        let routers: Vec<&DirectoryNode> = directory.nodes.values().filter(tagged).collect();
+        let routers = via.iter().filter_map(|tag| self.routers.get(tag)).flatten();
         let mut served = BTreeSet::new();
-        for route in routers.iter().flat_map(|node| node.subnet_routes()) {
+        for route in routers.clone().flat_map(|node| node.subnet_routes()) {
             if *target == Target::Any {
                 served.insert(*route);
             }
@@ -391,7 +399,7 @@ impl<'p> Builder<'p> {
             }));
         }
         let beyond = matches!(target, Target::Any | Target::Autogroup(Autogroup::Internet));
-        if beyond && routers.iter().any(|node| node.is_exit()) {
+        if beyond && routers.clone().any(|node| node.is_exit()) {
             served.extend(&self.internet);
         }
         self.prefixes(&served, out);
@@ -510,7 +518,10 @@ impl<'p> Builder<'p> {
                 .map(|host| host.value)
                 .into_iter()
                 .collect(),
-            Target::Ipset(name) => ipset(self.policy, name).prefixes(),
+            Target::Ipset(name) => {
+                let set = self.policy.ipset_addrs.get(name);
+                set.map_or_else(Vec::new, AddrSet::prefixes)
+            }
             Target::Any
             | Target::Autogroup(_)
             | Target::User(_)
@@ -647,35 +658,4 @@ fn services(service: &IpService, ports: &[PortRange]) -> Vec<Service> {
         }));
     }
     out
-}
-
-/// The addresses of an ipset: everything added, then everything removed. A set that contains
-/// itself adds nothing by that.
-pub(super) fn ipset(policy: &Policy, name: &str) -> AddrSet {
-    fn collect(policy: &Policy, name: &str, open: &mut BTreeSet<String>) -> AddrSet {
-        if !open.insert(name.to_owned()) {
-            return AddrSet::default();
-        }
-        let (mut added, mut removed) = (Vec::new(), Vec::new());
-        for item in policy
-            .ipsets
-            .get(name)
-            .into_iter()
-            .flat_map(|items| &items.value)
-        {
-            let (target, list) = match &item.value {
-                IpsetItem::Add(target) => (target, &mut added),
-                IpsetItem::Remove(target) => (target, &mut removed),
-            };
-            match target {
-                Target::Addrs(prefixes) => list.extend(prefixes.iter().copied()),
-                Target::Host(host) => list.extend(policy.hosts.get(host).map(|host| host.value)),
-                Target::Ipset(inner) => list.extend(collect(policy, inner, open).prefixes()),
-                _ => {}
-            }
-        }
-        open.remove(name);
-        AddrSet::of(&added).without(&AddrSet::of(&removed))
-    }
-    collect(policy, name, &mut BTreeSet::new())
 }

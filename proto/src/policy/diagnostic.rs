@@ -8,7 +8,9 @@ use serde::Serialize;
 use std::fmt;
 
 /// Most diagnostics that are kept for one file; the rest are only counted.
-pub const MAX_DIAGNOSTICS: usize = 100;
+pub const MAX_DIAGNOSTICS: usize = 20;
+/// Most names that a misspelt one is compared with: each comparison is quadratic in its length.
+const MAX_COMPARED: usize = 10_000;
 /// A source line longer than this is shown in part.
 const MAX_SHOWN_BYTES: usize = 160;
 
@@ -223,8 +225,11 @@ impl std::error::Error for Diagnostics {}
 /// The known name that `name` was probably meant to be.
 pub(super) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let limit = (name.chars().count() / 3).clamp(1, 3);
+    let near_length = |candidate: &&str| candidate.len().abs_diff(name.len()) <= 4 * limit;
     known
         .into_iter()
+        .take(MAX_COMPARED)
+        .filter(near_length)
         .map(|candidate| (distance(name, candidate), candidate))
         .filter(|(edits, _)| *edits <= limit)
         .min()

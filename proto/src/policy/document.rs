@@ -3,6 +3,7 @@
 //! Every name that may be wrong carries its [`Span`], so that any later stage can point at it.
 //! The document holds what was written; what it means is decided by `compile` and its siblings.
 
+use super::addrset::AddrSet;
 use super::diagnostic::{Code, Diagnostic, window};
 use super::selector::{Protocols, Target};
 use crate::net::{PortRange, Prefix};
@@ -67,19 +68,24 @@ impl Source {
     ) -> Diagnostic {
         let line = self.line(span);
         let start = self.line_starts[(line - 1) as usize] as usize;
-        let rest = self.text.get(start..).unwrap_or_default();
-        let text = rest.split(['\n', '\r']).next().unwrap_or_default();
+        let next = self
+            .line_starts
+            .get(line as usize)
+            .map_or(self.text.len(), |next| *next as usize);
+        let text = self.text.get(start..next).unwrap_or_default();
+        let text = text.trim_end_matches(['\n', '\r']);
         let from = (span.start as usize - start).min(text.len());
         let to = (span.end as usize)
             .saturating_sub(start)
             .clamp(from, text.len());
         let (shown, caret) = window(text, from, to);
         let before = text.as_bytes().get(..from).unwrap_or_default();
+        let chars_before = before.iter().filter(|byte| **byte & 0xc0 != 0x80).count();
         Diagnostic {
             code,
             message: message.into(),
             line,
-            column: String::from_utf8_lossy(before).chars().count() as u32 + 1,
+            column: chars_before as u32 + 1,
             hint: hint.into(),
             shown,
             caret,
@@ -101,6 +107,8 @@ pub struct Policy {
     pub hosts: BTreeMap<String, Spanned<Prefix>>,
     /// `ipsets` by full name (`ipset:lab`), `add` and `remove` not yet applied.
     pub ipsets: BTreeMap<String, Spanned<Vec<Spanned<IpsetItem>>>>,
+    /// What each ipset stands for.
+    pub(super) ipset_addrs: BTreeMap<String, AddrSet>,
     /// `tagOwners` by full name (`tag:web`).
     pub tag_owners: BTreeMap<String, Spanned<Vec<Spanned<Target>>>>,
     /// `autoApprovers`.

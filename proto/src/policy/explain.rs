@@ -13,6 +13,7 @@ use super::render::Resolver;
 use super::selector::{Autogroup, Target};
 use crate::net::{PortRange, Protocol};
 use serde::Serialize;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
@@ -102,7 +103,7 @@ enum Matcher<'p> {
     Everyone,
     Internet,
     SameUser,
-    Addrs(AddrSet),
+    Addrs(Cow<'p, AddrSet>),
     Owner(&'p Target),
 }
 
@@ -202,9 +203,11 @@ fn prepare<'p>(resolver: Resolver<'p>, access: &'p Access) -> Prepared<'p> {
 /// A selector that means the same as a source and as a destination.
 fn named<'p>(resolver: Resolver<'p>, target: &'p Target) -> Matcher<'p> {
     match target {
-        Target::Host(_) | Target::Ipset(_) | Target::Addrs(_) => {
-            Matcher::Addrs(resolver.set(target))
-        }
+        Target::Ipset(name) => match resolver.policy.ipset_addrs.get(name) {
+            Some(set) => Matcher::Addrs(Cow::Borrowed(set)),
+            None => Matcher::Addrs(Cow::default()),
+        },
+        Target::Host(_) | Target::Addrs(_) => Matcher::Addrs(Cow::Owned(resolver.set(target))),
         Target::Any
         | Target::Autogroup(_)
         | Target::User(_)

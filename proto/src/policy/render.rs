@@ -15,7 +15,6 @@
 //! - A rule with `via` exists only on nodes with that tag that serve the destination.
 
 use super::addrset::AddrSet;
-use super::compile::ipset;
 use super::directory::{Directory, DirectoryNode};
 use super::document::{Access, Policy, Section};
 use super::selector::{Autogroup, Protocols, Target};
@@ -625,7 +624,12 @@ impl Resolver<'_> {
             Target::Any => self.everyone().set,
             Target::Addrs(list) => AddrSet::of(list),
             Target::Host(name) => AddrSet::of(self.policy.hosts.get(name).map(|host| &host.value)),
-            Target::Ipset(name) => ipset(self.policy, name),
+            Target::Ipset(name) => self
+                .policy
+                .ipset_addrs
+                .get(name)
+                .cloned()
+                .unwrap_or_default(),
             other => {
                 let nodes = self.nodes(other).into_iter().flatten();
                 let addrs: Vec<Prefix> = nodes

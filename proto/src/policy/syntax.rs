@@ -72,6 +72,7 @@ pub fn parse(text: &str) -> Result<Policy, Diagnostics> {
     };
     policy.source = source;
     super::check::check(&policy, &mut faults);
+    policy.ipset_addrs = super::ipset::resolve(&policy, &mut faults);
     faults.into_result(policy)
 }
 

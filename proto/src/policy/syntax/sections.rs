@@ -54,6 +54,7 @@ pub(super) fn policy(reader: &mut Reader<'_>, root: &ast::Value<'_>) -> Option<P
         groups: named(reader, &fields, "groups", "group:"),
         hosts: hosts(reader, &fields),
         ipsets: ipsets(reader, &fields),
+        ipset_addrs: BTreeMap::new(),
         tag_owners: named(reader, &fields, "tagOwners", "tag:"),
         auto_approvers: auto_approvers(reader, &fields),
         node_attrs: list(reader, &fields, "nodeAttrs", node_attr),
