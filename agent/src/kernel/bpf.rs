@@ -33,7 +33,7 @@ mod view;
 use ebpf::abi::{Active, Counter, Direction, Flow, FlowKey, maps};
 use ebpf::packet::Packet;
 use ebpf::reason::{OUTCOMES, Reason};
-use ebpf::verdict::{Question, Store, Tables as _, Verdict, decide};
+use ebpf::verdict::{Question, Store, Verdict, allows, decide};
 use engine::acl::{Change, Tables};
 use engine::status::FailureKind;
 use policy::Slot;
@@ -260,7 +260,7 @@ impl Acl {
             slot: active.slot,
             ..*question
         };
-        view::View::new(self).allows(&question)
+        ebpf::verdict::allows(&view::View::new(self), &question)
     }
 
     /// What the programs would do with this packet now. Leaves no state behind.
@@ -650,7 +650,8 @@ impl RawMap {
     }
 
     /// The descriptor's number, as outer maps take it for a value.
-    pub(crate) fn number(&self) -> u32 {
+    #[must_use]
+    pub fn number(&self) -> u32 {
         fd_number(&self.fd)
     }
 
