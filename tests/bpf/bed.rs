@@ -37,12 +37,7 @@ impl Bed {
 
     /// Its index now.
     pub fn index(&self) -> u32 {
-        let text = Command::new("ip")
-            .args(["-o", "link", "show", DEVICE])
-            .output()
-            .unwrap();
-        let text = String::from_utf8(text.stdout).unwrap();
-        text.split(':').next().unwrap().trim().parse().unwrap()
+        index_of(DEVICE)
     }
 
     pub fn open(&self, options: Options) -> Acl {
@@ -54,6 +49,16 @@ impl Drop for Bed {
     fn drop(&mut self) {
         let _ = detach_and_unpin(DEVICE, &self.folder);
     }
+}
+
+/// The index of a device of this namespace.
+pub fn index_of(device: &str) -> u32 {
+    let output = Command::new("ip")
+        .args(["-o", "link", "show", device])
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.split(':').next().unwrap().trim().parse().unwrap()
 }
 
 pub fn ip(arguments: &[&str]) {

@@ -33,7 +33,7 @@ mod view;
 use ebpf::abi::{Active, Counter, Direction, Flow, FlowKey, maps};
 use ebpf::packet::Packet;
 use ebpf::reason::{OUTCOMES, Reason};
-use ebpf::verdict::{Question, Store, Verdict, allows, decide};
+use ebpf::verdict::{Question, Store, Verdict, decide};
 use engine::acl::{Change, Tables};
 use engine::status::FailureKind;
 use policy::Slot;

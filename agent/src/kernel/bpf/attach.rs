@@ -14,7 +14,7 @@ use super::policy::Slot;
 use super::{Acl, AclError, ActiveWord, NEW, OBJECT, RawMap, link_ifindex};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::tc::{
-    NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle, qdisc_add_clsact,
+    NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact,
 };
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::util::KernelVersion;
@@ -342,10 +342,8 @@ fn by_filter(
     kind: TcAttachType,
 ) -> Result<(), AclError> {
     let error = |error: &dyn std::error::Error| attach_error(interface, error);
-    match qdisc_add_clsact(interface) {
-        Ok(()) | Err(TcError::AlreadyAttached) => {}
-        Err(other) => return Err(error(&other)),
-    }
+    // It may be there already; if it is not, attaching says so.
+    let _ = qdisc_add_clsact(interface);
     let options = NlOptions {
         priority: CLSACT_PRIORITY,
         handle: CLSACT_HANDLE,
