@@ -234,6 +234,10 @@ impl Updates {
     fn first(&mut self) -> Option<PollMessage> {
         let published = self.feed.borrow_and_update().clone()?;
         let current = published.current;
+        // It may have been removed since it connected.
+        if !current.contains(self.node) {
+            return None;
+        }
         let known = self.base.and_then(|base| {
             let mut candidates = published.past.iter().chain([&current]);
             candidates

@@ -205,13 +205,14 @@ impl Client {
         Ok(prove_node_key(secret, challenge, context).unwrap())
     }
 
-    pub async fn register(
+    /// A registration, ready to be sent on this connection.
+    pub async fn registration(
         &mut self,
         machine: &Machine,
         token: Option<TokenSecret>,
         hostname: &str,
-    ) -> Result<Registered, Refusal> {
-        let request = RegisterRequest {
+    ) -> Result<RegisterRequest, Refusal> {
+        Ok(RegisterRequest {
             token,
             key: machine.secret.public(),
             proof: self.proof(&machine.secret).await?,
@@ -219,7 +220,16 @@ impl Client {
             routes: BTreeSet::new(),
             endpoints: vec!["192.0.2.7:51820".parse().unwrap()],
             listen_port: 51820,
-        };
+        })
+    }
+
+    pub async fn register(
+        &mut self,
+        machine: &Machine,
+        token: Option<TokenSecret>,
+        hostname: &str,
+    ) -> Result<Registered, Refusal> {
+        let request = self.registration(machine, token, hostname).await?;
         self.call("/v1/register", &request).await
     }
 

@@ -4,11 +4,13 @@ use crate::client::{At, Machine, names, random_secret};
 use crate::place::{self, ALLOW_ALL, Place, Process};
 use crate::postgres::Postgres;
 use coordinator::http::admin::{Answer, Verb};
-use proto::control::{JoinToken, RefusalCode, Report, TokenSecret};
+use proto::control::{JoinToken, RefusalCode, Registered, Report, TokenSecret};
 use proto::netmap::{Owner, Update};
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::IpAddr;
+use std::sync::Arc;
+use tokio::sync::Barrier;
 
 const SIMULTANEOUS: usize = 200;
 
@@ -36,6 +38,8 @@ async fn of_200_simultaneous_joins_with_a_single_use_token_over_two_coordinators
     let owner = Owner::Tags(BTreeSet::from(["tag:web".to_owned()]));
     let token = place::token(dirs[0].path(), "home", owner, false).await;
 
+    // Everybody is at the door with a proven key before the first one knocks.
+    let barrier = Arc::new(Barrier::new(SIMULTANEOUS));
     let joins: Vec<_> = (0..SIMULTANEOUS)
         .map(|number| {
             let addr = if number % 2 == 0 {
@@ -47,10 +51,17 @@ async fn of_200_simultaneous_joins_with_a_single_use_token_over_two_coordinators
                 address: addr.to_string(),
                 ..token.clone()
             };
+            let barrier = Arc::clone(&barrier);
             tokio::spawn(async move {
                 let machine = Machine::new();
                 let mut client = machine.connect(token.at()).await;
-                client.register(&machine, Some(token.secret), "racer").await
+                let secret = Some(token.secret.clone());
+                let request = client
+                    .registration(&machine, secret, "racer")
+                    .await
+                    .unwrap();
+                barrier.wait().await;
+                client.call::<Registered>("/v1/register", &request).await
             })
         })
         .collect();
