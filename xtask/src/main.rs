@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod build;
 mod demo;
 mod deps;
@@ -46,6 +47,8 @@ enum Verb {
     Lab(lab::Args),
     /// Build everything and show the main job done on real kernel WireGuard
     Demo(demo::Args),
+    /// Measure, in a kernel with WireGuard
+    Bench(bench::Args),
     /// Run all tests, as CI does
     Test(test::Args),
     /// Check the house rules that a program can check
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Verb::Vm(args) => vm::run_verb(args),
         Verb::Lab(args) => lab::run_verb(args),
         Verb::Demo(args) => demo::run_verb(args),
+        Verb::Bench(args) => bench::run_verb(args),
         Verb::Test(args) => test::run_verb(args),
         Verb::Tidy(args) => tidy::run_verb(&args),
         Verb::Deps => deps::run_verb(),

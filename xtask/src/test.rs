@@ -23,7 +23,7 @@ use anyhow::Context;
 
 use crate::build::{self, TestBinary};
 use crate::vm::{self, Machine};
-use crate::{deps, house, setup, tidy};
+use crate::{deps, ebpf, house, setup, tidy};
 
 mod libtest;
 mod skips;
@@ -563,6 +563,15 @@ impl Run {
                 "clippy::disallowed_types",
             ];
             quiet(build::cargo().args(clippy).args(bans))
+        });
+        self.single("ebpf-object", |run| {
+            if !run.args.full && !ebpf::needs_rebuild()? {
+                return Ok(Held);
+            }
+            match ebpf::cannot_rebuild() {
+                Some(reason) => Ok(NotHere(reason)),
+                None => ebpf::run(true).map(|()| Held),
+            }
         });
         Ok(())
     }

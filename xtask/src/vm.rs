@@ -13,7 +13,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Duration;
 
@@ -51,8 +51,8 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     rw: Vec<PathBuf>,
     /// Set a variable for the command (may be repeated)
-    #[arg(long, value_name = "NAME=VALUE")]
-    env: Vec<String>,
+    #[arg(long, value_name = "NAME=VALUE", value_parser = pair)]
+    env: Vec<(String, String)>,
     /// Give the command this terminal
     #[arg(long)]
     tty: bool,
@@ -195,6 +195,28 @@ impl Job {
         })
     }
 
+    /// Runs a command that writes a file for the user. The guest writes it into the results
+    /// folder, and what it wrote is copied: nothing else of the user's is open to the guest.
+    pub fn written_for(
+        mut self,
+        file: &Path,
+        name: &str,
+        run: impl FnOnce(&mut Job, String) -> anyhow::Result<u8>,
+    ) -> anyhow::Result<u8> {
+        let folder = std::path::absolute(file)?;
+        let folder = folder.parent().unwrap_or(Path::new("/"));
+        anyhow::ensure!(folder.is_dir(), "there is no folder {}", folder.display());
+        let written = house::results()?.join(name);
+        // What an earlier run left must not pass for this one's.
+        let _ = std::fs::remove_file(&written);
+        let code = run(&mut self, written.display().to_string())?;
+        if written.is_file() {
+            std::fs::copy(&written, file)
+                .with_context(|| format!("cannot write {}", file.display()))?;
+        }
+        Ok(code)
+    }
+
     /// Namespaces on the host need root; a guard with less could not clean up after them.
     fn guard_command(&self) -> anyhow::Result<Command> {
         let root = rustix::process::geteuid().is_root();
@@ -232,12 +254,7 @@ impl Drop for Guest {
 pub fn run_verb(args: Args) -> anyhow::Result<u8> {
     let machine = pick(&args.wish)?;
     let mut job = Job::new(machine, args.command)?;
-    for pair in args.env {
-        let (name, value) = pair
-            .split_once('=')
-            .with_context(|| format!("--env {pair}: expected NAME=VALUE, as in --env SEED=7"))?;
-        job.env.insert(name.into(), value.into());
-    }
+    job.env.extend(args.env);
     for folder in args.rw {
         let full = folder
             .canonicalize()
@@ -252,6 +269,13 @@ pub fn run_verb(args: Args) -> anyhow::Result<u8> {
         job.tty = Some(terminal()?);
     }
     job.start(Stdio::inherit(), Stdio::inherit())?.wait()
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text
+        .split_once('=')
+        .ok_or("expected NAME=VALUE, as in SEED=7")?;
+    Ok((name.to_owned(), value.to_owned()))
 }
 
 /// Finds a kernel with WireGuard and says on stderr which one and why.

@@ -1,0 +1,66 @@
+//! `cargo xtask bench NAME`: measures in a kernel with WireGuard. The measurements are the program
+//! `bench` of the package `tests`.
+//!
+//! With `--icount` the guest is emulated and its clock counts instructions: figures are then the
+//! same on a busy machine as on an idle one, and say nothing about wall time.
+
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+use crate::{build, setup, vm};
+
+/// Counting instructions is slow, and so are gigabytes through an emulated processor.
+const LONGEST: Duration = Duration::from_secs(3 * 3600);
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    wish: vm::Wish,
+    /// Write the figures to this file too
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// What to measure, and its own options (`cargo xtask bench -- --help` lists them)
+    #[arg(
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "NAME"
+    )]
+    what: Vec<String>,
+}
+
+pub fn run_verb(args: Args) -> anyhow::Result<u8> {
+    setup::ensure(&[setup::Purpose::Build, setup::Purpose::Lab])?;
+    let programs = build::programs()?;
+    let program = programs.join("bench").display().to_string();
+    let asks_for_help = args
+        .what
+        .iter()
+        .any(|word| word == "--help" || word == "-h");
+    if args.what.is_empty() || asks_for_help {
+        let help = std::process::Command::new(program)
+            .args(&args.what)
+            .arg("--help")
+            .status()?;
+        return Ok(if help.success() && asks_for_help {
+            0
+        } else {
+            2
+        });
+    }
+    let mut job = vm::Job::new(vm::pick(&args.wish)?, vec![program])?;
+    job.command.extend(args.what);
+    if args.wish.icount {
+        job.command.push("--icount".into());
+    }
+    job.env
+        .insert("WEIR_BIN_DIR".into(), programs.display().to_string());
+    job.timeout = LONGEST;
+    let Some(file) = args.json else {
+        return job.start(Stdio::inherit(), Stdio::inherit())?.wait();
+    };
+    job.written_for(&file, "bench.json", |job, rows| {
+        job.command.extend(["--json".into(), rows]);
+        job.start(Stdio::inherit(), Stdio::inherit())?.wait()
+    })
+}
