@@ -31,6 +31,13 @@ fn main() -> ExitCode {
 }
 
 fn run(config: Config) -> anyhow::Result<()> {
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        interface = %config.interface,
+        state_dir = %config.state_dir.display(),
+        socket = %config.socket.display(),
+        "the agent starts"
+    );
     // The loop is one task; a second thread is for the coordinator's TLS and the local API.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

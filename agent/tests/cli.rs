@@ -205,7 +205,7 @@ fn a_token_comes_by_stdin_by_file_or_by_hand_and_is_never_repeated() {
         _ => Response::Status(Box::new(status(Phase::Up))),
     });
     let file = agent.folder.path().join("token");
-    fs::write(&file, format!("{token}\n")).expect("a file");
+    fs::write(&file, format!("expires in 24 hours:\n{token}\n\n")).expect("a file");
     let file = file.to_str().expect("a plain path");
     let line = format!("{token}\n");
     for (arguments, stdin) in [

@@ -141,6 +141,9 @@ fn status_text(status: &Status) -> String {
     let enforced = match (acl.attached, epoch) {
         (true, Some(epoch)) => format!("enforced by {attached} programs, epoch {epoch}"),
         (true, None) => format!("{attached} programs are attached and drop everything"),
+        (false, _) if acl.why.is_none() && !interface.up => {
+            "nothing to enforce while the device is not up".to_owned()
+        }
         (false, _) => format!("the programs are not attached{}", or_nothing(why)),
     };
     table.row(["  policy", &enforced]);

@@ -93,7 +93,9 @@ fn token(arguments: &Arguments) -> Result<Option<JoinToken>, Failure> {
             .and_then(read_token)
             .map_err(|error| unreadable(&path.display().to_string(), &error))?,
     };
-    if text.trim().is_empty() {
+    // `weir-coordinator token create > FILE` leaves the token in the last line.
+    let text = text.trim().lines().next_back().unwrap_or_default();
+    if text.is_empty() {
         return Err(Failure::Use(
             "the token is empty: `weir-coordinator token create` prints one".to_owned(),
         ));

@@ -119,7 +119,7 @@ fn a_status_before_joining_reads_like_this() {
     let want = "\
 This machine is not in a network. `weir up --token-file FILE` joins one.
   device       weir0 is not up
-  policy       the programs are not attached
+  policy       nothing to enforce while the device is not up
   coordinator  none yet
 ";
     assert_eq!(status_text(&status), want);
