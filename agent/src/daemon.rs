@@ -305,16 +305,7 @@ impl Daemon {
             );
         }
         self.engine.handle(now, Input::Up(false));
-        let logout = purge.then(|| {
-            let asked = self.link.is_open();
-            self.link.send(control::Command::Logout);
-            let state = match (asked, self.settings.coordinator.is_some()) {
-                (true, _) => Logout::Waiting,
-                (false, true) => Logout::Failed("there is no connection to it".to_owned()),
-                (false, false) => Logout::Told,
-            };
-            (now + LOGOUT_PATIENCE, state)
-        });
+        let logout = purge.then(|| (now + LOGOUT_PATIENCE, self.log_out()));
         if !purge {
             self.link.close();
         }
@@ -323,6 +314,16 @@ impl Daemon {
             waiter: Waiter { reply, deadline },
             logout,
         });
+    }
+
+    /// Tells the coordinator that this node leaves, if there is one to tell.
+    fn log_out(&mut self) -> Logout {
+        let Some(coordinator) = self.settings.coordinator.clone() else {
+            return Logout::Told;
+        };
+        self.connect(&coordinator);
+        self.link.send(control::Command::Logout);
+        Logout::Waiting
     }
 
     /// Answers whoever waits for what is so now; returns when to look again at the latest.
@@ -344,7 +345,9 @@ impl Daemon {
 
     fn answer_going_up(&mut self, now: Instant) {
         let status = self.status();
-        let up = status.is_ready() && self.engine.status().converged;
+        let engine = self.engine.status();
+        let settled = engine.converged || !engine.problems.is_empty();
+        let up = status.is_ready() && settled;
         if self
             .ready_by
             .is_some_and(|by| up || now >= by || !self.comes_up_alone())

@@ -335,6 +335,7 @@ impl Kernel {
         {
             self.routes.delete(link.index).await?;
         }
+        self.switches.forget_tunnel()?;
         self.switches.restore_redirects()?;
         Ok(())
     }

@@ -214,6 +214,7 @@ impl Path {
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "a test brings the time")]
 mod tests {
     use super::*;
     use proptest::prelude::*;

@@ -484,9 +484,7 @@ impl Present {
             Step::AddAddr(addr) => {
                 self.addrs.insert(host(*addr));
             }
-            Step::RemoveAddr(addr, len) => {
-                self.addrs.remove(&(*addr, *len));
-            }
+            Step::RemoveAddr(addr, len) => self.remove_addr(*addr, *len),
             Step::AddRoute(route) => {
                 self.routes.insert(*route);
             }
@@ -500,6 +498,15 @@ impl Present {
             | Step::DetachAcl
             | Step::Forward(_)
             | Step::RestoreForwarding(_) => {}
+        }
+    }
+
+    /// A device that loses its last IPv4 address loses its IPv4 routes (`fib_disable_ip` in
+    /// net/ipv4/fib_frontend.c).
+    fn remove_addr(&mut self, addr: IpAddr, len: u8) {
+        self.addrs.remove(&(addr, len));
+        if addr.is_ipv4() && !self.addrs.iter().any(|(addr, _)| addr.is_ipv4()) {
+            self.routes.retain(|route| !route.is_v4());
         }
     }
 

@@ -1,6 +1,8 @@
 //! The laws of plans, on random states; and plans of the usual situations, as text.
 //!
 //! `UPDATE=1 cargo test -p engine --test plan` rewrites the text.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+#![allow(clippy::disallowed_methods, reason = "a test brings time and files")]
 
 use engine::acl::{Change, Tables};
 use engine::plan::{

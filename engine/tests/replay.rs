@@ -1,5 +1,7 @@
 //! The engine driven by streams of inputs: it is total, deterministic, and converges on a kernel
 //! that does as it is told.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+#![allow(clippy::disallowed_methods, reason = "a test brings time and files")]
 
 use engine::path::PATIENCE_TRYING;
 use engine::plan::{Acl, Device, LiveRoute, Observed, Step};

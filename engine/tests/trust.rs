@@ -1,4 +1,5 @@
 //! What a netmap may not say: one line a lie, and the reason that refuses it.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use engine::trust::{Distrust, VerifiedNetmap, verify};
 use proto::filter::{Filter, Label, Rule, Selector};

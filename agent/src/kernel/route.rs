@@ -358,30 +358,14 @@ impl Switches {
         }
     }
 
-    /// Forwarding that we switched on and that is on; the tunnel's as it is.
+    /// Forwarding that we switched on and that still is on.
     ///
     /// # Errors
     /// [`SwitchError::Io`] if the notes cannot be read.
     pub fn observe(&self) -> Result<BTreeSet<Forwarding>, SwitchError> {
         let notes = self.notes()?;
-        let lans = notes.keys().filter_map(|switch| lan(switch));
-        let tunnel = [Family::V4, Family::V6].map(|family| Forwarding {
-            side: Side::Tunnel,
-            family,
-        });
-        let on = |forwarding: &Forwarding| {
-            let path = self.root.join(self.switch(forwarding));
-            // Where IPv6 has no such switch, the machine's decides.
-            let path = if path.exists() || forwarding.family == Family::V4 {
-                path
-            } else if forwarding.side == Side::Tunnel && !self.exists() {
-                return false;
-            } else {
-                self.root.join("ipv6/conf/all/forwarding")
-            };
-            read(&path).is_ok_and(|value| value == "1")
-        };
-        Ok(lans.chain(tunnel).filter(on).collect())
+        let ours = notes.keys().filter_map(|switch| self.noted(switch));
+        Ok(ours.filter(|forwarding| self.is_on(forwarding)).collect())
     }
 
     /// Switches forwarding on, noting what was there.
@@ -391,25 +375,23 @@ impl Switches {
     pub fn forward(&self, forwarding: &Forwarding) -> Result<(), SwitchError> {
         let switch = self.switch(forwarding);
         let path = self.root.join(&switch);
-        let mut before = read(&path);
-        let per_interface = before.is_ok();
-        if !per_interface && forwarding.family == Family::V6 {
-            let all = self.root.join("ipv6/conf/all/forwarding");
-            before = read(&all);
-            if !before.as_ref().is_ok_and(|value| value == "1") {
-                return Err(SwitchError::WholeMachine);
+        let before = match read(&path) {
+            Err(_) if forwarding.family == Family::V6 && !path.exists() => {
+                if !self.is_on(forwarding) {
+                    return Err(SwitchError::WholeMachine);
+                }
+                None
             }
+            before => Some(before.map_err(at(&path))?),
+        };
+        let mut notes = self.notes()?;
+        let noted = before.clone().unwrap_or_else(|| "1".to_owned());
+        notes.entry(switch).or_insert(noted);
+        self.keep(&notes)?;
+        match before {
+            Some(_) => std::fs::write(&path, "1").map_err(at(&path)),
+            None => Ok(()),
         }
-        if forwarding.side != Side::Tunnel {
-            let before = before.map_err(at(&path))?;
-            let mut notes = self.notes()?;
-            notes.entry(switch).or_insert(before);
-            self.keep(&notes)?;
-        }
-        if per_interface {
-            std::fs::write(&path, "1").map_err(at(&path))?;
-        }
-        Ok(())
     }
 
     /// Puts back what was there.
@@ -417,11 +399,34 @@ impl Switches {
     /// # Errors
     /// [`SwitchError`]; an interface that is gone is none.
     pub fn restore(&self, forwarding: &Forwarding) -> Result<(), SwitchError> {
-        let switch = self.switch(forwarding);
-        match forwarding.side {
-            Side::Tunnel => self.put_back(&switch, "0"),
-            Side::Lan(_) => self.put_back_noted(&switch),
+        self.put_back_noted(&self.switch(forwarding))
+    }
+
+    /// Forgets the switches of our device, which is gone.
+    ///
+    /// # Errors
+    /// [`SwitchError::Io`].
+    pub fn forget_tunnel(&self) -> Result<(), SwitchError> {
+        let mut notes = self.notes()?;
+        let before = notes.len();
+        let lan = |switch: &String| {
+            let noted = self.noted(switch);
+            noted.is_none_or(|forwarding| forwarding.side != Side::Tunnel)
+        };
+        notes.retain(|switch, _| lan(switch));
+        if notes.len() == before {
+            return Ok(());
         }
+        self.keep(&notes)
+    }
+
+    /// Where IPv6 has no switch of this interface, the machine's decides.
+    fn is_on(&self, forwarding: &Forwarding) -> bool {
+        let mut path = self.root.join(self.switch(forwarding));
+        if forwarding.family == Family::V6 && !path.exists() {
+            path = self.root.join("ipv6/conf/all/forwarding");
+        }
+        read(&path).is_ok_and(|value| value == "1")
     }
 
     /// Notes what the kernel is about to switch off.
@@ -477,8 +482,18 @@ impl Switches {
         format!("{before}{name}{after}")
     }
 
-    fn exists(&self) -> bool {
-        self.root.join("ipv6/conf").join(&self.interface).exists()
+    /// The forwarding that a noted switch is about.
+    fn noted(&self, switch: &str) -> Option<Forwarding> {
+        let families = [(Family::V4, V4_FORWARDING), (Family::V6, V6_FORWARDING)];
+        families.into_iter().find_map(|(family, (before, after))| {
+            let name = switch.strip_prefix(before)?.strip_suffix(after)?;
+            let side = if name == self.interface {
+                Side::Tunnel
+            } else {
+                Side::Lan(name.to_owned())
+            };
+            Some(Forwarding { side, family })
+        })
     }
 
     fn notes(&self) -> Result<Notes, SwitchError> {
@@ -504,16 +519,6 @@ impl Switches {
         std::fs::write(&new, text).map_err(at(&new))?;
         std::fs::rename(&new, &self.file).map_err(at(&self.file))
     }
-}
-
-/// The forwarding that a noted switch is about.
-fn lan(switch: &str) -> Option<Forwarding> {
-    let families = [(Family::V4, V4_FORWARDING), (Family::V6, V6_FORWARDING)];
-    families.into_iter().find_map(|(family, (before, after))| {
-        let name = switch.strip_prefix(before)?.strip_suffix(after)?;
-        let side = Side::Lan(name.to_owned());
-        Some(Forwarding { side, family })
-    })
 }
 
 fn read(path: &Path) -> io::Result<String> {
@@ -566,13 +571,24 @@ mod tests {
         switches.note_redirects().unwrap();
         switches.restore_redirects().unwrap();
         assert_eq!(read(&conf.join("all/send_redirects")).unwrap(), "1");
-        let v6 = Forwarding {
+        let tunnel = |family| Forwarding {
             side: Side::Tunnel,
-            family: Family::V6,
+            family,
         };
+        switches.forward(&tunnel(Family::V4)).unwrap();
+        let v6 = tunnel(Family::V6);
         assert!(matches!(
             switches.forward(&v6),
             Err(SwitchError::WholeMachine)
         ));
+        std::fs::create_dir_all(folder.path().join("ipv6/conf/all")).unwrap();
+        let machine = folder.path().join("ipv6/conf/all/forwarding");
+        std::fs::write(machine, "1").unwrap();
+        let on = BTreeSet::from([tunnel(Family::V4)]);
+        assert_eq!(switches.observe().unwrap(), on, "only what we asked for");
+        switches.forward(&v6).unwrap();
+        assert!(switches.observe().unwrap().contains(&v6));
+        switches.forget_tunnel().unwrap();
+        assert!(switches.observe().unwrap().is_empty());
     }
 }
