@@ -9,6 +9,7 @@ mod bare;
 mod control;
 mod enforcement;
 mod forged;
+mod kernel_model;
 mod lifetime;
 mod main_job;
 mod revocation;

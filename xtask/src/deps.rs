@@ -36,7 +36,7 @@ const IMPURE: [&str; 9] = [
     "smol",
     "hyper",
     "reqwest",
-    "neli",
+    "netlink-sys",
     "aya",
 ];
 

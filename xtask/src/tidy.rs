@@ -294,7 +294,7 @@ fn kernel_only(name: &str, source: &Source, found: &mut Vec<String>) {
         return;
     }
     for (number, line) in source.lines() {
-        for library in ["neli", "rtnetlink", "aya"] {
+        for library in ["rtnetlink", "aya"] {
             if line.contains(&format!("{library}::")) && has_word(line, library) {
                 found.push(format!("{name}:{number}: only kernel/ knows {library}"));
             }
