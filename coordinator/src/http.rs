@@ -11,7 +11,8 @@ use crate::tls::Channel;
 use axum::Router;
 use axum::body::Body;
 use axum::http::Request;
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
+use error::Refused;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -31,6 +32,9 @@ const MAX_CONNECTIONS: u32 = 65_536;
 const MAX_ADMIN_CONNECTIONS: usize = 64;
 /// Longest TLS handshake, and longest wait for a request's head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(15);
+/// Longest time from a request's head to its answer's, the request's body included. Streams go on
+/// after that.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// A node's connection is dead when it leaves packets unanswered for this long (RFC 5482).
 const DEAD_PEER: Duration = Duration::from_secs(proto::control::STREAM_DEAD_SECONDS);
 /// Pause when the kernel has no file descriptors left.
@@ -126,7 +130,13 @@ where
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(who.clone());
         let answer = hyper::service::Service::call(&inner, request.map(Body::new));
-        async move { Ok::<Response, Infallible>(answer.await.unwrap_or_else(|never| match never {})) }
+        async move {
+            Ok::<Response, Infallible>(match timeout(ANSWER_TIMEOUT, answer).await {
+                Ok(Ok(response)) => response,
+                Ok(Err(never)) => match never {},
+                Err(_) => Refused::unavailable().into_response(),
+            })
+        }
     });
     let mut connection = pin!(
         hyper::server::conn::http1::Builder::new()

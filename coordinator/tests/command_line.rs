@@ -234,7 +234,7 @@ fn a_token_is_not_made_when_nodes_could_not_find_the_coordinator() {
 fn only_root_and_the_coordinators_user_administrate() {
     if !rustix::process::geteuid().is_root() {
         skip(
-            "only_root_and_the_coordinators_user_administrate",
+            "command_line::only_root_and_the_coordinators_user_administrate",
             "needs root to be somebody else",
         );
         return;

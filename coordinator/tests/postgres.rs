@@ -3,7 +3,8 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::chown;
+use std::net::TcpListener;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -19,12 +20,40 @@ pub struct Postgres {
     dir: TempDir,
     bin: PathBuf,
     child: Option<Child>,
+    /// Where it speaks TLS, if it does.
+    tls_port: Option<u16>,
 }
 
 impl Postgres {
     /// A running server with an empty database; `None`, and a line in the list of skipped tests,
     /// if this machine has no Postgres.
     pub fn start(test: &str) -> Option<Self> {
+        let mut this = Self::made(test)?;
+        this.resume();
+        Some(this)
+    }
+
+    /// As [`Self::start`], and it speaks TLS on a port, with a certificate for `localhost`.
+    pub fn start_with_tls(test: &str) -> Option<Self> {
+        let mut this = Self::made(test)?;
+        let pair = rcgen::KeyPair::generate().unwrap();
+        let params = rcgen::CertificateParams::new(["localhost".to_owned()]).unwrap();
+        let certificate = params.self_signed(&pair).unwrap();
+        fs::write(this.certificate(), certificate.pem()).unwrap();
+        let key = this.dir.path().join("key.pem");
+        fs::write(&key, pair.serialize_pem()).unwrap();
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
+        if is_root() {
+            chown(&key, Some(NOBODY), Some(NOBODY)).unwrap();
+        }
+        let free = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        this.tls_port = Some(free.local_addr().unwrap().port());
+        drop(free);
+        this.resume();
+        Some(this)
+    }
+
+    fn made(test: &str) -> Option<Self> {
         let Some(bin) = find() else {
             skip(
                 test,
@@ -39,10 +68,11 @@ impl Postgres {
         if is_root() {
             chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
         }
-        let mut this = Self {
+        let this = Self {
             dir,
             bin,
             child: None,
+            tls_port: None,
         };
         let made = this
             .command("initdb")
@@ -63,8 +93,20 @@ impl Postgres {
             "{}",
             String::from_utf8_lossy(&made.stderr)
         );
-        this.resume();
         Some(this)
+    }
+
+    fn certificate(&self) -> PathBuf {
+        self.dir.path().join("certificate.pem")
+    }
+
+    /// What `--database` takes to reach it over TLS and nothing else.
+    pub fn tls_url(&self) -> String {
+        let (port, root) = (self.tls_port.unwrap(), self.certificate());
+        let root = root.display();
+        format!(
+            "postgres://{USER}@localhost:{port}/postgres?sslmode=verify-full&sslrootcert={root}"
+        )
     }
 
     /// What `--database` takes.
@@ -78,24 +120,28 @@ impl Postgres {
     /// Starts the server (again), and waits until it takes connections.
     pub fn resume(&mut self) {
         let log = fs::File::create(self.dir.path().join("log")).unwrap();
-        let child = self
-            .command("postgres")
+        let mut command = self.command("postgres");
+        command
             .arg("-D")
             .arg(self.data())
             .arg("-k")
-            .arg(self.dir.path())
-            .args([
-                "-c",
-                "listen_addresses=",
-                "-c",
-                "fsync=off",
-                "-c",
-                "max_connections=200",
-            ])
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap();
+            .arg(self.dir.path());
+        let mut settings = vec!["fsync=off".to_owned(), "max_connections=200".to_owned()];
+        match self.tls_port {
+            None => settings.push("listen_addresses=".to_owned()),
+            Some(port) => {
+                let path = |name: &str| self.dir.path().join(name).display().to_string();
+                settings.push("listen_addresses=127.0.0.1".to_owned());
+                settings.push(format!("port={port}"));
+                settings.push("ssl=on".to_owned());
+                settings.push(format!("ssl_cert_file={}", path("certificate.pem")));
+                settings.push(format!("ssl_key_file={}", path("key.pem")));
+            }
+        }
+        for setting in settings {
+            command.arg("-c").arg(setting);
+        }
+        let child = command.stdout(Stdio::null()).stderr(log).spawn().unwrap();
         self.child = Some(child);
         let start = Instant::now();
         while !self.answers() {
@@ -122,7 +168,13 @@ impl Postgres {
 
     fn answers(&self) -> bool {
         let ready = self.log().contains("ready to accept connections");
-        ready && UnixStream::connect(self.dir.path().join(".s.PGSQL.5432")).is_ok()
+        ready
+            && UnixStream::connect(
+                self.dir
+                    .path()
+                    .join(format!(".s.PGSQL.{}", self.tls_port.unwrap_or(5432))),
+            )
+            .is_ok()
     }
 
     fn log(&self) -> String {
@@ -188,6 +240,6 @@ pub fn skip(test: &str, reason: &str) {
             .append(true)
             .open(list)
             .unwrap();
-        writeln!(file, "{test}\t{reason}").unwrap();
+        writeln!(file, "coordinator/{test}\t{reason}").unwrap();
     }
 }

@@ -63,6 +63,20 @@ async fn postgres_keeps_the_stores_promises() {
     forgery_shows(&Store::open_url(&url).await.unwrap()).await;
 }
 
+#[tokio::test]
+async fn postgres_is_reached_over_tls_and_its_certificate_is_checked() {
+    let test = "postgres_is_reached_over_tls_and_its_certificate_is_checked";
+    let Some(postgres) = Postgres::start_with_tls(test) else {
+        return;
+    };
+    let url = postgres.tls_url();
+    Store::open_url(&url).await.unwrap();
+    let (unchecked, _) = url.split_once("&sslrootcert").unwrap();
+    let error = Store::open_url(unchecked).await.map(|_| ()).unwrap_err();
+    let cause = std::error::Error::source(&error).unwrap().to_string();
+    assert!(cause.contains("certificate"), "{cause}");
+}
+
 const FORGE: &str = "UPDATE audit SET actor = 'nobody' WHERE number = 2";
 
 /// Whoever gets around the schema is shown by the chain.

@@ -19,14 +19,8 @@ use proto::control::{
 };
 use proto::key::{ChallengeKey, NodeSecret};
 use serde_json::{Value, json};
-use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::sync::oneshot;
-use tokio::time::timeout;
-
-/// Longest time for one answer.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What the calls need.
 pub struct Nodes {
@@ -64,13 +58,6 @@ fn machine(channel: &Channel) -> Machine {
     }
 }
 
-/// The answer, or a refusal if it takes too long.
-async fn in_time<T>(answer: impl Future<Output = Result<T, Refused>>) -> Result<T, Refused> {
-    timeout(ANSWER_TIMEOUT, answer)
-        .await
-        .unwrap_or_else(|_| Err(Refused::unavailable()))
-}
-
 async fn hello(
     State(nodes): Shared,
     Extension(channel): Extension<Channel>,
@@ -81,7 +68,7 @@ async fn hello(
         let message = format!("this coordinator speaks version {VERSION}; update the older side");
         return Err(Refused::new(RefusalCode::Version, message));
     }
-    let known = in_time(async { Ok(node::known(&nodes.store, channel.machine).await?) }).await?;
+    let known = node::known(&nodes.store, channel.machine).await?;
     Ok(Json(Hello {
         version: VERSION,
         challenge: ChallengeKey(nodes.challenge.public().0),
@@ -104,7 +91,7 @@ async fn register(
         return Err(Refused::new(RefusalCode::Proof, message));
     }
     let done = node::register(&nodes.store, Timestamp::now(), machine(&channel), &request);
-    in_time(async { Ok(Json(done.await?)) }).await
+    Ok(Json(done.await?))
 }
 
 async fn report(
@@ -114,7 +101,7 @@ async fn report(
 ) -> Result<Json<Value>, Refused> {
     let report: Report = decode(&body)?;
     let done = node::report(&nodes.store, Timestamp::now(), machine(&channel), &report);
-    in_time(async { Ok(done.await?) }).await?;
+    done.await?;
     Ok(Json(json!({})))
 }
 
@@ -125,7 +112,7 @@ async fn logout(
 ) -> Result<Json<Value>, Refused> {
     let serde_json::Map { .. } = decode(&body)?;
     let done = node::logout(&nodes.store, Timestamp::now(), channel.machine);
-    in_time(async { Ok(done.await?) }).await?;
+    done.await?;
     Ok(Json(json!({})))
 }
 
@@ -135,22 +122,21 @@ async fn poll(
     body: Bytes,
 ) -> Result<Response, Refused> {
     let PollRequest { base } = decode(&body)?;
-    let stream = in_time(async {
-        let connected = node::connect(&nodes.store, Timestamp::now(), machine(&channel));
-        let (network, node, generation) = connected.await?;
-        let updates = nodes
-            .watch
-            .subscribe(network, node, generation, base)
-            .await?;
-        let (held, replaced) = nodes.presence.enter(network, node);
-        Ok(Stream {
-            updates,
-            replaced,
-            shutdown: nodes.shutdown.clone(),
-            _held: held,
-        })
-    });
-    let lines = futures_util::stream::unfold(stream.await?, async |mut stream| {
+    let connected = node::connect(&nodes.store, Timestamp::now(), machine(&channel));
+    let (network, node, generation) = connected.await?;
+    let updates = nodes
+        .watch
+        .subscribe(network, node, generation, base)
+        .await?;
+    let (held, replaced) = nodes.presence.enter(network, node);
+    let shutdown = nodes.shutdown.clone();
+    let stream = Stream {
+        updates,
+        replaced,
+        shutdown,
+        _held: held,
+    };
+    let lines = futures_util::stream::unfold(stream, async |mut stream| {
         let line = stream.line().await?;
         Some((Ok::<_, std::convert::Infallible>(line), stream))
     });
