@@ -32,6 +32,15 @@ const PACKAGES: [&str; 5] = [
     "libstd-rust-web-dev-bpf",
 ];
 const TARGET: &str = "bpfel-unknown-none";
+/// Instructions of Linux 5.1 and later; headers are read by word, wherever they lie, which all
+/// supported processors can.
+const FLAGS: [&str; 5] = [
+    "--cfg=bpf_target_arch=\"x86_64\"",
+    "-Cdebuginfo=2",
+    "-Ctarget-cpu=v3",
+    "-Clink-arg=--btf",
+    "-Clink-arg=--cpu-features=+allows-misaligned-mem-access",
+];
 
 /// Builds the object, or with `check` builds it elsewhere and compares with the committed one.
 pub fn run(check: bool) -> anyhow::Result<()> {
@@ -105,7 +114,7 @@ fn stamp_file() -> PathBuf {
     house::root().join("ebpf/acl.bpf.stamp")
 }
 
-/// Compiler, linker, and a hash over everything that the object is built from.
+/// Compiler, flags, linker, and a hash over everything that the object is built from.
 fn stamp() -> anyhow::Result<String> {
     let root = house::root();
     let mut files = vec![root.join("ebpf/Cargo.toml")];
@@ -120,7 +129,10 @@ fn stamp() -> anyhow::Result<String> {
         hash.update((content.len() as u64).to_le_bytes());
         hash.update(&content);
     }
-    let mut text = format!("rustc {RUST}\nbpf-linker {LINKER}\nsource ");
+    let mut text = format!(
+        "rustc {RUST} {}\nbpf-linker {LINKER}\nsource ",
+        FLAGS.join(" ")
+    );
     for byte in hash.finalize() {
         let _ = write!(text, "{byte:02x}");
     }
@@ -182,15 +194,13 @@ impl Toolchain {
     /// Builds the programs and strips what only a debugger reads; BTF stays.
     fn build(&self, target: &Path) -> anyhow::Result<PathBuf> {
         let registry = home_of_cargo()?.join("registry/src");
-        let flags = [
-            "--cfg=bpf_target_arch=\"x86_64\"".to_owned(),
-            "-Cdebuginfo=2".to_owned(),
+        let mut flags = FLAGS.map(str::to_owned).to_vec();
+        flags.extend([
             format!("-Clinker={}", self.linker.display()),
-            "-Clink-arg=--btf".to_owned(),
             format!("--remap-path-prefix={}=/weir", house::root().display()),
             format!("--remap-path-prefix={}=/registry", registry.display()),
             format!("--remap-path-prefix={}=/cache", self.compiler.display()),
-        ];
+        ]);
         let mut cargo = build::cargo();
         cargo
             .args(["build", "--quiet", "--locked", "--release", "-p", "ebpf"])

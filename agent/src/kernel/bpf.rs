@@ -386,6 +386,8 @@ pub(crate) enum MapKind {
     Hash = 1,
     /// `BPF_MAP_TYPE_LPM_TRIE`.
     LpmTrie = 11,
+    /// `BPF_MAP_TYPE_ARRAY_OF_MAPS`.
+    ArrayOfMaps = 12,
 }
 
 /// `BPF_F_NO_PREALLOC`, which tries ask for.
@@ -589,13 +591,14 @@ impl RawMap {
         })
     }
 
-    /// A new map.
+    /// A new map; one of maps is told what its inner ones are like.
     pub(crate) fn create(
         kind: MapKind,
         name: &str,
         key_size: usize,
         value_size: usize,
         max_entries: usize,
+        inner: Option<&Self>,
     ) -> Result<Self, AclError> {
         let size = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
         let mut attr = CreateAttr {
@@ -604,9 +607,10 @@ impl RawMap {
             value_size: size(value_size),
             max_entries: size(max_entries),
             map_flags: match kind {
-                MapKind::Hash => 0,
+                MapKind::Hash | MapKind::ArrayOfMaps => 0,
                 MapKind::LpmTrie => NO_PREALLOC,
             },
+            inner_map_fd: inner.map_or(0, Self::number),
             ..CreateAttr::default()
         };
         for (to, from) in attr.name.iter_mut().take(15).zip(name.bytes()) {

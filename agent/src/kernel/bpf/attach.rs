@@ -203,6 +203,7 @@ fn other_layouts(folder: &Path, ours: &Path) -> Result<Vec<PathBuf>, AclError> {
 }
 
 fn load(layout: &Path) -> Result<Ebpf, AclError> {
+    super::policy::make_outer(layout)?;
     let mut loader = EbpfLoader::new();
     for name in maps::SLOTTED.into_iter().chain(maps::PLAIN) {
         loader.map_pin_path(name, layout.join(name));

@@ -129,9 +129,35 @@ fn filled<K: IntoBytes + Immutable, V: IntoBytes + Immutable>(
     (keys, values): (Vec<K>, Vec<V>),
 ) -> Result<RawMap, AclError> {
     let room = keys.len() + keys.len() / 4 + SPARE_ENTRIES;
-    let map = RawMap::create(kind, name, size_of::<K>(), size_of::<V>(), room)?;
+    let map = RawMap::create(kind, name, size_of::<K>(), size_of::<V>(), room, None)?;
     map.put_all(&keys, &values)?;
     Ok(map)
+}
+
+/// Makes and pins the outer maps that are not there yet. Not left to the loader: it would describe
+/// the inner maps by BTF, and Linux 6.1 then takes none that has no BTF of its own.
+pub(super) fn make_outer(layout: &Path) -> Result<(), AclError> {
+    let shapes = [
+        (MapKind::Hash, size_of::<Addr>(), size_of::<Identity>()),
+        (
+            MapKind::LpmTrie,
+            size_of::<TrieKey>(),
+            size_of::<Identity>(),
+        ),
+        (MapKind::Hash, size_of::<PairKey>(), size_of::<SetId>()),
+        (MapKind::Hash, size_of::<PortsKey>(), size_of::<Ports>()),
+        (MapKind::Hash, size_of::<PageKey>(), size_of::<Page>()),
+    ];
+    for (name, (kind, key, value)) in maps::SLOTTED.into_iter().zip(shapes) {
+        let path = layout.join(name);
+        if !path.exists() {
+            let inner = RawMap::create(kind, name, key, value, 1, None)?;
+            let (index, slots) = (size_of::<u32>(), SLOTS as usize);
+            let of_maps = MapKind::ArrayOfMaps;
+            RawMap::create(of_maps, name, index, index, slots, Some(&inner))?.pin(&path)?;
+        }
+    }
+    Ok(())
 }
 
 fn pin_path(folder: &Path, name: &str, slot: u32) -> PathBuf {

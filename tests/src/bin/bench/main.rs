@@ -3,6 +3,7 @@
 //! A figure is never a claim about other machines: the JSON names the kernel and the processor.
 
 mod acl_tax;
+mod verdict;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -24,6 +25,8 @@ struct Cli {
 enum Bench {
     /// What the programs cost on kernel WireGuard: the same transfer with and without them
     AclTax(acl_tax::Args),
+    /// What one packet costs in the programs, with 10 and with 10,000 peers
+    Verdict(verdict::Args),
 }
 
 fn main() -> ExitCode {
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> anyhow::Result<()> {
     let mut result = match &cli.bench {
         Bench::AclTax(args) => acl_tax::run(args)?,
+        Bench::Verdict(args) => verdict::run(args)?,
     };
     result["version"] = 1.into();
     result["kernel"] = read("/proc/sys/kernel/osrelease").into();
