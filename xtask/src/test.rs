@@ -213,12 +213,13 @@ impl Run {
                 .push(format!("{place}: a test is #[ignore]d; the house has none"));
         }
         if !report.failed.is_empty() {
+            // What libtest captured, then what was written past it.
             for log in [self.log(place), self.errors(place)] {
                 let text = std::fs::read(&log).unwrap_or_default();
-                println!(
-                    "{}",
-                    libtest::explanation(&String::from_utf8_lossy(&text)).trim_end()
-                );
+                let text = libtest::explanation(&String::from_utf8_lossy(&text));
+                if !text.is_empty() {
+                    println!("{text}");
+                }
             }
         }
         self.failed
@@ -245,6 +246,8 @@ impl Run {
             ("WEIR_BIN_DIR".to_owned(), text(&self.programs)),
             ("WEIR_RESULTS".to_owned(), text(&house::results()?)),
             ("WEIR_SKIPS".to_owned(), text(&self.note(place))),
+            // A failed test says what it wanted; frames of its runner would bury that.
+            ("RUST_BACKTRACE".to_owned(), "0".to_owned()),
         ]);
         if let Some(captures) = captures() {
             env.insert("WEIR_CAPTURES".to_owned(), text(&captures));

@@ -155,16 +155,40 @@ fn count(text: &str, what: &str) -> usize {
         .sum()
 }
 
-/// The part of a log that explains failures: from the first `failures:`, else its end.
-pub fn explanation(log: &str) -> &str {
-    const TAIL: usize = 6000;
-    let start = log.find("\nfailures:\n").map_or(0, |at| at + 1);
-    let text = &log[start..];
-    let cut = text.len().saturating_sub(TAIL);
-    let cut = (cut..text.len())
-        .find(|&at| text.is_char_boundary(at))
-        .unwrap_or(0);
-    &text[cut..]
+/// What failed tests printed, from a log of one or several processes: for each its block, and of
+/// a long block the beginning and the end. Without any block, the end of the log.
+pub fn explanation(log: &str) -> String {
+    const ENDS: usize = 2500;
+    let mut blocks = Vec::new();
+    let mut rest = log;
+    while let Some(at) = rest.find("\n---- ") {
+        let block = &rest[at + 1..];
+        let next = block[1..].find("\n---- ").map(|at| at + 2);
+        let over = block.find("\n\nfailures:\n");
+        let end = next.into_iter().chain(over).min().unwrap_or(block.len());
+        blocks.push(shortened(block[..end].trim_end(), ENDS));
+        rest = &block[end.saturating_sub(1)..];
+    }
+    match blocks.is_empty() {
+        true => shortened(log.trim_end(), ENDS),
+        false => blocks.join("\n\n"),
+    }
+}
+
+fn shortened(text: &str, ends: usize) -> String {
+    if text.len() <= 2 * ends {
+        return text.to_owned();
+    }
+    let (from, to) = (
+        text.floor_char_boundary(ends),
+        text.ceil_char_boundary(text.len() - ends),
+    );
+    format!(
+        "{}\n  […{} bytes…]\n{}",
+        &text[..from],
+        to - from,
+        &text[to..]
+    )
 }
 
 #[cfg(test)]
@@ -221,5 +245,25 @@ mod tests {
     fn a_failure_without_a_name_is_still_a_failure() {
         let report = of("test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured\n");
         assert_eq!(report.failed.len(), 1);
+    }
+
+    #[test]
+    fn every_failure_is_explained_shortly() {
+        let log = format!(
+            "running 2 tests\ntest a ... FAILED\n\nfailures:\n\n---- a stdout ----\nwhy a\n\n\
+             ---- b stdout ----\nstart{}end\n\n\nfailures:\n    a\n    b\n\ntest result: FAILED\n\
+             running 1 test\n\nfailures:\n\n---- c stdout ----\nwhy c\n\n\nfailures:\n    c\n",
+            "x".repeat(20_000)
+        );
+        let text = explanation(&log);
+        for part in ["why a", "start", "end", "why c", "[…"] {
+            assert!(text.contains(part), "{part}");
+        }
+        assert!(
+            text.len() < 6000 && !text.contains("test result"),
+            "{}",
+            text.len()
+        );
+        assert_eq!(explanation("died early\n"), "died early");
     }
 }
