@@ -247,8 +247,15 @@ impl Kernel {
         })
     }
 
-    /// Programs count as attached only to the device that is there now.
+    /// Programs count as attached only to the device that is there now. Those that an earlier agent
+    /// left there are adopted at once, for they hold: taking the device down to attach them again
+    /// would cost every session.
     fn observe_acl(&mut self, link: Option<Link>) -> Acl {
+        if let (None, Some(link)) = (&self.acl, link)
+            && bpf::holds(link.index, &self.config.bpf_dir)
+        {
+            self.adopt(link.index);
+        }
         let attached = match (&self.acl, link) {
             (Some(acl), Some(link)) => acl.is_attached(link.index),
             (None, _) | (_, None) => false,
@@ -348,6 +355,17 @@ impl Kernel {
         let acl = bpf::Acl::attach_or_adopt(interface, index, &self.config.bpf_dir)?;
         self.acl = Some(acl);
         Ok(())
+    }
+
+    /// Takes over what an earlier agent attached. If that fails, attaching is a step that fails,
+    /// with its reason told, and the device goes down first.
+    fn adopt(&mut self, index: u32) {
+        let interface = &self.config.interface;
+        match bpf::Acl::attach_or_adopt(interface, index, &self.config.bpf_dir) {
+            Ok(acl) => self.acl = Some(acl),
+            Err(error) => tracing::warn!(%error, "the programs on the device cannot be adopted"),
+        }
+        self.policy = None;
     }
 
     /// By the change alone if the maps hold the policy before; whole if nobody knows what they hold.

@@ -341,6 +341,13 @@ pub fn is_pinned(bpf_dir: &Path) -> bool {
     attach::is_pinned(bpf_dir)
 }
 
+/// Whether programs that an earlier agent pinned in this folder are on the device of this index:
+/// they decide, whoever is alive.
+#[must_use]
+pub fn holds(index: u32, bpf_dir: &Path) -> bool {
+    attach::is_attached(Options::default().how, bpf_dir, index)
+}
+
 /// Takes the programs off the device, if it still exists, and forgets links and maps.
 ///
 /// # Errors
