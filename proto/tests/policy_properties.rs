@@ -8,7 +8,8 @@ use proto::id::NodeId;
 use proto::net::Protocol;
 use proto::netmap::Owner;
 use proto::policy::{
-    Compiled, Directory, DirectoryNode, DirectoryUser, Explainer, Flow, Policy, parse,
+    Change, Compiled, Directory, DirectoryNode, DirectoryUser, Effect, Endpoint, Explainer, Flow,
+    Policy, diff, parse,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -387,5 +388,55 @@ proptest! {
 fn render_faults(text: &str) {
     if let Err(faults) = parse(text) {
         assert!(!faults.is_empty() && !faults.render("policy").is_empty());
+    }
+}
+
+/// Whether a change speaks of a flow.
+fn told(changes: &[Change], effect: Effect, flow: &Flow) -> bool {
+    let at = |ends: &[Endpoint], addr: IpAddr| {
+        ends.iter()
+            .any(|end| end.addrs.iter().any(|prefix| prefix.contains(addr)))
+    };
+    changes.iter().any(|change| {
+        change.effect == effect
+            && at(&change.srcs, flow.src)
+            && at(&change.dsts, flow.dst)
+            && change
+                .services
+                .iter()
+                .any(|service| service.matches(flow.protocol, flow.port))
+    })
+}
+
+proptest! {
+    #![proptest_config(config(96))]
+
+    #[test]
+    fn a_diff_tells_exactly_what_opens_and_closes(before in rules(), after in rules(), keep in 0..4usize) {
+        // Half of the rules stay, so that unchanged rules cover some of what changes.
+        let after: Vec<_> = before.iter().take(keep).cloned().chain(after).collect();
+        let directory = directory();
+        let (old_policy, new_policy) = (policy(&before), policy(&after));
+        let old = Compiled::new(&old_policy, &directory).unwrap();
+        let new = Compiled::new(&new_policy, &directory).unwrap();
+        let changes = diff(&old, &new, &directory).unwrap();
+        let was = Explainer::new(&old_policy, &directory);
+        let is = Explainer::new(&new_policy, &directory);
+        for flow in flows() {
+            let lan = |addr: IpAddr| {
+                directory.nodes.values().any(|node| {
+                    let routes = node.routes.iter().any(|route| route.len() > 0 && route.contains(addr));
+                    node.addrs.contains(&addr) || routes
+                })
+            };
+            if !lan(flow.src) || !lan(flow.dst) {
+                continue;
+            }
+            let (was, is) = (was.explain(&flow).allowed, is.explain(&flow).allowed);
+            let opens = told(&changes, Effect::Opens, &flow);
+            let closes = told(&changes, Effect::Closes, &flow);
+            prop_assert_eq!(opens, !was && is, "{:?} opens {:?}", flow, changes);
+            prop_assert_eq!(closes, was && !is, "{:?} closes {:?}", flow, changes);
+        }
     }
 }

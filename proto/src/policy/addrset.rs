@@ -50,6 +50,11 @@ impl AddrSet {
         }
     }
 
+    /// What is in both.
+    pub(super) fn intersection(&self, other: &Self) -> Self {
+        self.without(&self.without(other))
+    }
+
     /// Whether `addr` is in the set.
     pub(super) fn contains(&self, addr: IpAddr) -> bool {
         self.overlaps(&Prefix::host(addr))

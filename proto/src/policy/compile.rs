@@ -25,8 +25,10 @@ use crate::id::NodeId;
 use crate::net::{PortRange, Prefix};
 use std::collections::{BTreeMap, BTreeSet};
 
+mod diff;
 mod lookup;
 
+pub use diff::{Change, Effect, Endpoint, TooLarge, diff};
 pub(super) use lookup::internet;
 use lookup::{PrefixIndex, Roster};
 
