@@ -29,7 +29,7 @@ pub(super) fn up(agent: &Agent, console: &Console, arguments: Arguments) -> Resu
     wait_for_agent(agent);
     let request = Request::Up(Up {
         token: token.as_ref().map(TokenText::new),
-        hostname: arguments.hostname,
+        hostname: arguments.hostname.clone(),
         routes: arguments.advertise_routes.map(|routes| routes.0),
     });
     drop(token);
@@ -52,10 +52,19 @@ pub(super) fn up(agent: &Agent, console: &Console, arguments: Arguments) -> Resu
         return Err(astray());
     };
     if console.json {
-        console.document(&*status)
-    } else {
-        console.say(&show::up_line(&status))
+        return console.document(&*status);
     }
+    let mut text = show::up_line(&status);
+    if let (Some(wanted), Some(node)) = (arguments.hostname, &status.node)
+        && wanted != node.name
+    {
+        let name = &node.name;
+        text.push_str(&format!(
+            "It is called {name}, not {wanted}: another node may have that name, and a node keeps \
+             the one that it joined with.\n"
+        ));
+    }
+    console.say(&text)
 }
 
 /// An agent started a moment ago may not listen yet. If it never does, the next question tells.
@@ -138,7 +147,8 @@ fn not_up(status: &Status) -> Failure {
         problems,
         ..
     } = status;
-    if *phase == Phase::NotJoined {
+    let joined = *phase != Phase::NotJoined;
+    if !joined {
         missing("it is no node of any network yet".to_owned());
     }
     if let Some(why) = coordinator.why.as_ref().filter(|_| !coordinator.connected) {
@@ -148,11 +158,11 @@ fn not_up(status: &Status) -> Failure {
             "Check from here that {address} can be reached over TCP and that the coordinator runs."
         ));
     }
-    if !acl.attached {
+    if joined && !acl.attached {
         let why = acl.why.as_deref().unwrap_or("not done yet");
         missing(format!("the ACL programs are not attached: {why}"));
     }
-    if !interface.up || interface.addrs.is_empty() {
+    if joined && (!interface.up || interface.addrs.is_empty()) {
         let name = &interface.name;
         missing(format!(
             "the device {name} has no address yet, or is not up"
@@ -197,4 +207,73 @@ pub(super) fn down(agent: &Agent, console: &Console, purge: bool) -> Result<(), 
         text.push('\n');
     }
     console.say(&text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::local::report::{Acl, Coordinator, Interface};
+
+    fn starting() -> Status {
+        Status {
+            phase: Phase::Starting,
+            interface: Interface {
+                name: "weir0".to_owned(),
+                up: false,
+                listen_port: None,
+                mtu: None,
+                addrs: Vec::new(),
+            },
+            node: None,
+            coordinator: Coordinator {
+                address: Some("192.0.2.1:8443".to_owned()),
+                connected: true,
+                why: None,
+                retry_in_seconds: None,
+            },
+            generation: None,
+            epoch: None,
+            acl: Acl {
+                attached: false,
+                hook: None,
+                why: Some("there is no bpffs".to_owned()),
+            },
+            peers: 0,
+            problems: Vec::new(),
+        }
+    }
+
+    fn complaint(status: &Status) -> String {
+        let Failure::Failed(complaint) = not_up(status) else {
+            panic!("not a complaint");
+        };
+        assert_eq!(complaint.code, "not_up");
+        format!("{}\n{}", complaint.message, complaint.next)
+    }
+
+    #[test]
+    fn what_keeps_it_down_is_named() {
+        let text = complaint(&starting());
+        assert!(text.contains("not attached: there is no bpffs"), "{text}");
+        assert!(text.contains("weir0 has no address"), "{text}");
+        assert!(!text.contains("coordinator"), "{text}");
+    }
+
+    #[test]
+    fn before_joining_only_the_coordinator_is_to_blame() {
+        let mut status = starting();
+        status.phase = Phase::NotJoined;
+        status.coordinator.connected = false;
+        status.coordinator.why = Some("nobody answers".to_owned());
+        let text = complaint(&status);
+        assert!(
+            text.contains("no connection to the coordinator: nobody answers"),
+            "{text}"
+        );
+        assert!(
+            text.contains("that 192.0.2.1:8443 can be reached"),
+            "{text}"
+        );
+        assert!(!text.contains("bpffs"), "{text}");
+    }
 }

@@ -104,7 +104,7 @@ pub enum ControlError {
     },
     /// The connection broke in the middle.
     #[error("the connection to the coordinator broke")]
-    Http(#[from] hyper::Error),
+    Http(#[source] hyper::Error),
     /// The other side closed the stream.
     #[error("the coordinator closed the connection")]
     Closed,
@@ -129,6 +129,24 @@ pub enum ControlError {
     /// The daemon stopped listening.
     #[error("the agent is stopping")]
     Stopped,
+}
+
+impl From<hyper::Error> for ControlError {
+    /// A coordinator that ends takes its connections along, with or without a farewell.
+    fn from(error: hyper::Error) -> Self {
+        let mut cause = std::error::Error::source(&error);
+        while let Some(inner) = cause {
+            let kind = inner.downcast_ref().map(io::Error::kind);
+            if let Some(io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) = kind {
+                return Self::Closed;
+            }
+            cause = inner.source();
+        }
+        if error.is_incomplete_message() || error.is_canceled() {
+            return Self::Closed;
+        }
+        Self::Http(error)
+    }
 }
 
 impl ControlError {
@@ -310,7 +328,7 @@ async fn whole_body(response: Response<Incoming>) -> Result<Bytes, ControlError>
     match limited.collect().await {
         Ok(body) => Ok(body.to_bytes()),
         Err(error) => match error.downcast::<hyper::Error>() {
-            Ok(error) => Err(ControlError::Http(*error)),
+            Ok(error) => Err(ControlError::from(*error)),
             Err(_) => Err(ControlError::TooLong),
         },
     }

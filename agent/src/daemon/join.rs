@@ -1,7 +1,7 @@
 //! Joining, coming up, and the conversation with the coordinator.
 
 use super::{Daemon, DaemonError, Leaving, Logout, UP_PATIENCE, Waiter, chain, refused, send};
-use crate::control::{self, Command, ControlConfig, Credentials, Event, Register};
+use crate::control::{self, Command, ControlConfig, ControlError, Credentials, Event, Register};
 use crate::local::{RefusedCode, Response, Up};
 use crate::state::Coordinator;
 use engine::Input;
@@ -231,6 +231,7 @@ impl Daemon {
             Event::Refused(refusal) => self.refused(refusal),
             Event::LoggedOut => self.logged_out(Logout::Told),
             Event::Disconnected { why, retry_in } => {
+                let stranger = matches!(why, ControlError::WrongCertificate { .. });
                 let why = chain(&why);
                 tracing::info!(why, "no connection to the coordinator");
                 if matches!(
@@ -242,7 +243,15 @@ impl Daemon {
                 ) {
                     self.logged_out(Logout::Failed(why.clone()));
                 }
-                self.link.broken(Some(why), Some(retry_in));
+                self.link.broken(Some(why.clone()), Some(retry_in));
+                if stranger && self.link.joining.is_some() {
+                    // Trying again would meet the same stranger.
+                    self.turn_back(
+                        &why,
+                        "Compare the token's fingerprint with the one that `weir-coordinator serve` \
+                         prints. If the coordinator was set up anew, ask for a new token.",
+                    );
+                }
             }
         }
     }
@@ -296,15 +305,21 @@ impl Daemon {
             | RefusalCode::Limit
             | RefusalCode::Unavailable => "The coordinator's log says more.",
         };
+        let message = refusal.message.clone();
+        self.link.refusal = Some(refusal);
+        self.turn_back(&message, next);
+    }
+
+    /// The coordinator did not take us: tells whoever waits, and goes back to the coordinator that
+    /// we had, if any.
+    fn turn_back(&mut self, message: &str, next: &str) {
         for waiter in self.going_up.drain(..) {
             send(
                 waiter.reply,
-                refused(RefusedCode::Coordinator, &refusal.message, next),
+                refused(RefusedCode::Coordinator, message, next),
             );
         }
-        self.link.refusal = Some(refusal);
         if self.link.joining.take().is_some() {
-            // The token led nowhere: back to the coordinator that we had, if any.
             match self
                 .settings
                 .coordinator
