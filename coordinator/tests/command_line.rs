@@ -170,6 +170,41 @@ async fn a_network_is_made_joined_and_shown() {
 }
 
 #[tokio::test]
+async fn what_json_prints_is_documented() {
+    let page = include_str!("../docs/command-line.md");
+    let dir = tempfile::tempdir().unwrap();
+    let _process = Process::start(dir.path(), &["--listen", "127.0.0.1:0"]);
+    let document = |args: &[&str]| -> Value {
+        let (out, _) = check(dir.path(), &[args, &["--json"]].concat(), 0);
+        assert_eq!(out.lines().count(), 1, "{out}");
+        serde_json::from_str(&out).unwrap()
+    };
+    document(&["network", "create", "home"]);
+    let made = document(&["token", "create", "--tag", "tag:web"]);
+    let token: JoinToken = made["token"].as_str().unwrap().parse().unwrap();
+    Machine::new().join(&token, "web").await;
+    for (args, list) in [
+        (&["network", "list"][..], "networks"),
+        (&["node", "list"], "nodes"),
+        (&["audit", "list"], "entries"),
+        (&["policy", "get"], ""),
+    ] {
+        let document = document(args);
+        let row = page
+            .lines()
+            .find(|line| line.starts_with(&format!("| `{}`", args.join(" "))))
+            .unwrap();
+        let mut keys: Vec<&String> = document.as_object().unwrap().keys().collect();
+        if !list.is_empty() {
+            keys.extend(document[list][0].as_object().unwrap().keys());
+        }
+        for key in keys.into_iter().filter(|key| *key != "version") {
+            assert!(row.contains(&format!("`{key}`")), "{args:?}: {key}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn it_stops_promptly_with_streams_open_and_goes_on_where_it_was() {
     let dir = tempfile::tempdir().unwrap();
     let mut process = Process::start(dir.path(), &["--listen", "127.0.0.1:0"]);

@@ -3,125 +3,120 @@
 use crate::client::{At, Machine, names};
 use crate::place::{ALLOW_ALL, Place};
 use coordinator::http::admin::{Answer, Verb};
-use proto::control::RefusalCode;
+use proto::control::{JoinToken, RefusalCode, Registered};
+
+/// `red` and `blue`, with the same prefixes, users, and nodes `web` and `db`.
+struct Twins {
+    place: Place,
+    red: Network,
+    blue: Network,
+}
+
+struct Network {
+    token: JoinToken,
+    web: (Machine, Registered),
+    db: (Machine, Registered),
+}
+
+impl Twins {
+    async fn start() -> Self {
+        let place = Place::start(None).await;
+        let (red, blue) = (network(&place, "red").await, network(&place, "blue").await);
+        Self { place, red, blue }
+    }
+}
+
+async fn network(place: &Place, name: &str) -> Network {
+    let (v4, v6) = ("10.9.0.0/16".parse().ok(), "fd00:9::/48".parse().ok());
+    let verb = Verb::NetworkCreate {
+        name: name.to_owned(),
+        v4,
+        v6,
+    };
+    place.ask("", verb).await.unwrap();
+    place.policy(name, ALLOW_ALL).await.unwrap();
+    let login = "ana@example.com".to_owned();
+    place.ask(name, Verb::UserCreate { login }).await.unwrap();
+    let token = place.token(name, "tag:web").await;
+    let join = async |hostname| {
+        let machine = Machine::new();
+        let (_, registered) = machine.join(&token, hostname).await;
+        (machine, registered)
+    };
+    let (web, db) = (join("web").await, join("db").await);
+    Network { token, web, db }
+}
 
 #[tokio::test]
-async fn two_networks_with_the_same_prefixes_and_names_stay_apart() {
-    let place = Place::start(None).await;
-    let (v4, v6) = ("10.9.0.0/16".parse().ok(), "fd00:9::/48".parse().ok());
-    let mut tokens = Vec::new();
-    for name in ["red", "blue"] {
-        let verb = Verb::NetworkCreate {
-            name: name.to_owned(),
-            v4,
-            v6,
-        };
-        place.ask("", verb).await.unwrap();
-        place.policy(name, ALLOW_ALL).await.unwrap();
-        let login = "ana@example.com".to_owned();
-        place.ask(name, Verb::UserCreate { login }).await.unwrap();
-        tokens.push(place.token(name, "tag:web").await);
+async fn the_same_names_ids_and_addresses_are_others_in_another_network() {
+    let Twins { place, red, blue } = Twins::start().await;
+    for (red, blue) in [(&red.web.1, &blue.web.1), (&red.db.1, &blue.db.1)] {
+        assert_eq!(red.addrs, blue.addrs);
+        assert_eq!(red.name, blue.name);
+        assert_eq!(red.node, blue.node, "ids tell nothing of others");
+        assert_ne!(red.network, blue.network);
     }
-    let machines: Vec<Machine> = (0..4).map(|_| Machine::new()).collect();
-    let mut registered = Vec::new();
-    for (machine, (token, name)) in machines.iter().zip([
-        (&tokens[0], "web"),
-        (&tokens[0], "db"),
-        (&tokens[1], "web"),
-        (&tokens[1], "db"),
-    ]) {
-        registered.push(machine.join(token, name).await.1);
-    }
-    // The same names and addresses, in different networks.
-    for (red, blue) in [(0, 2), (1, 3)] {
-        assert_eq!(registered[red].addrs, registered[blue].addrs);
-        assert_eq!(registered[red].name, registered[blue].name);
-        assert_eq!(
-            registered[red].node, registered[blue].node,
-            "ids tell nothing of others"
-        );
-        assert_ne!(registered[red].network, registered[blue].network);
-    }
-
-    let red_key = machines[1].secret.public();
-    let mut red = machines[0]
-        .connect(tokens[0].at())
-        .await
-        .poll(None)
-        .await
-        .unwrap();
-    let mut netmap = red.full().await;
+    let mut stream = red.web.0.connect(red.token.at()).await;
+    assert_eq!(
+        stream.hello().await.unwrap().known,
+        Some(red.web.1.node),
+        "a machine is one node in one network"
+    );
+    let netmap = stream.poll(None).await.unwrap().full().await;
     assert_eq!(names(&netmap), ["db"]);
-    assert_eq!(netmap.peers.values().next().unwrap().key, red_key);
-    let bytes = red.bytes;
+    let db = netmap.peers.values().next().unwrap();
+    assert_eq!(db.key, red.db.0.secret.public());
+    let unnamed = place.ask("", Verb::NodeList).await.map(|_| ()).unwrap_err();
+    assert!(unnamed.to_string().contains("blue, red"), "{unnamed}");
+}
 
-    // What happens in blue is not a byte in red.
+#[tokio::test]
+async fn what_happens_in_one_network_is_not_a_byte_in_the_other() {
+    let Twins { place, red, blue } = Twins::start().await;
+    let client = red.web.0.connect(red.token.at()).await;
+    let mut stream = client.poll(None).await.unwrap();
+    let mut netmap = stream.full().await;
+    let bytes = stream.bytes;
+
     place.policy("blue", r#"{"acls": []}"#).await.unwrap();
-    place
-        .ask(
-            "blue",
-            Verb::NodeRemove {
-                node: "db".to_owned(),
-            },
-        )
-        .await
-        .unwrap();
-    Machine::new().join(&tokens[1], "new").await;
-    assert_eq!(red.bytes, bytes);
-    place
-        .ask(
-            "red",
-            Verb::NodeRemove {
-                node: "db".to_owned(),
-            },
-        )
-        .await
-        .unwrap();
-    red.until(&mut netmap, |netmap| netmap.peers.is_empty())
-        .await;
+    let remove = || Verb::NodeRemove {
+        node: "db".to_owned(),
+    };
+    place.ask("blue", remove()).await.unwrap();
+    Machine::new().join(&blue.token, "new").await;
+    place.ask("red", remove()).await.unwrap();
+    // The first thing that red hears is what happened in red.
+    let Some(proto::netmap::Update::Delta(delta)) = stream.update().await else {
+        panic!("not a delta after {bytes} bytes")
+    };
+    assert_eq!(delta.removed, [red.db.1.node]);
+    netmap.apply(*delta).unwrap();
+    assert!(netmap.peers.is_empty());
 
     for (network, expected) in [("red", vec!["web"]), ("blue", vec!["new", "web"])] {
         let nodes = place.nodes(network).await;
-        assert_eq!(
-            nodes
-                .iter()
-                .map(|node| node.name.as_str())
-                .collect::<Vec<_>>(),
-            expected
-        );
-        let Answer::Audit { entries, broken_at } =
-            place.ask(network, Verb::AuditList).await.unwrap()
-        else {
+        let shown: Vec<&str> = nodes.iter().map(|node| node.name.as_str()).collect();
+        assert_eq!(shown, expected);
+        let audit = place.ask(network, Verb::AuditList).await.unwrap();
+        let Answer::Audit { entries, broken_at } = audit else {
             panic!("not an audit log")
         };
         let other = if network == "red" { "blue" } else { "red" };
         assert_eq!(broken_at, None);
         assert!(entries.iter().all(|entry| entry.subject != other));
-        assert!(
-            (1..)
-                .zip(&entries)
-                .all(|(number, entry)| entry.number == number)
-        );
+        assert!((1..).zip(&entries).all(|(number, it)| it.number == number));
     }
+}
 
-    // A node of one network does not join another, and loses nothing by trying.
-    let mut client = machines[2].connect(tokens[0].at()).await;
-    let secret = Some(tokens[0].secret.clone());
-    let refused = client
-        .register(&machines[2], secret, "web")
-        .await
-        .unwrap_err();
+#[tokio::test]
+async fn a_node_of_one_network_does_not_join_another_and_loses_nothing_by_trying() {
+    let Twins { place, red, blue } = Twins::start().await;
+    let (machine, registered) = &blue.web;
+    let mut client = machine.connect(red.token.at()).await;
+    let secret = Some(red.token.secret.clone());
+    let refused = client.register(machine, secret, "web").await.unwrap_err();
     assert_eq!(refused.code, RefusalCode::Token);
-    assert_eq!(
-        client.hello().await.unwrap().known,
-        Some(registered[2].node)
-    );
-
-    let unnamed = place
-        .ask("", Verb::NodeList)
-        .await
-        .map(|_| ())
-        .unwrap_err()
-        .to_string();
-    assert!(unnamed.contains("blue, red"), "{unnamed}");
+    assert_eq!(client.hello().await.unwrap().known, Some(registered.node));
+    assert_eq!(place.nodes("red").await.len(), 2);
+    assert_eq!(place.nodes("blue").await.len(), 2);
 }

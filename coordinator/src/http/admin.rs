@@ -8,7 +8,7 @@ use super::error::{Refused, decode};
 use crate::config::Advertise;
 use crate::network::{self, Actor, CommandError, NewToken, owner_text};
 use crate::snapshot::addrs;
-use crate::store::{AuditRow, Chain, NetworkRow, NodeRow, Store, Timestamp};
+use crate::store::{AuditRow, NetworkRow, NodeRow, Store, Timestamp};
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::routing::post;
@@ -339,10 +339,7 @@ impl Admin {
             }
             Verb::AuditList => {
                 let (rows, chain) = network::audit(store, id).await?;
-                let broken_at = match chain {
-                    Chain::Whole => None,
-                    Chain::Broken { number } => Some(number),
-                };
+                let broken_at = chain.broken_at();
                 Answer::Audit {
                     entries: rows.into_iter().map(audit_document).collect(),
                     broken_at,

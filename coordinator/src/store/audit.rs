@@ -57,6 +57,17 @@ pub enum Chain {
     },
 }
 
+impl Chain {
+    /// The first row that is not the one that was written there, if any.
+    #[must_use]
+    pub fn broken_at(self) -> Option<u64> {
+        match self {
+            Self::Whole => None,
+            Self::Broken { number } => Some(number),
+        }
+    }
+}
+
 impl AuditRow {
     fn expected_hash(&self, network: NetworkId) -> [u8; 32] {
         let mut sha = Sha256::new();
