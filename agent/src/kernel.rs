@@ -248,24 +248,22 @@ impl Kernel {
     }
 
     /// Programs count as attached only to the device that is there now. Those that an earlier agent
-    /// left there are adopted at once, for they hold: taking the device down to attach them again
-    /// would cost every session.
+    /// left there hold, whether or not we can take them over: the device stays up under them, and
+    /// they are taken over when a policy is to be written.
     fn observe_acl(&mut self, link: Option<Link>) -> Acl {
-        if let (None, Some(link)) = (&self.acl, link)
-            && bpf::holds(link.index, &self.config.bpf_dir)
-        {
-            self.adopt(link.index);
-        }
-        let attached = match (&self.acl, link) {
+        let ours = match (&self.acl, link) {
             (Some(acl), Some(link)) => acl.is_attached(link.index),
             (None, _) | (_, None) => false,
         };
-        if attached {
+        if ours {
             return Acl::Attached(self.policy);
         }
         self.acl = None;
         self.policy = None;
-        if bpf::is_pinned(&self.config.bpf_dir) {
+        let folder = &self.config.bpf_dir;
+        if link.is_some_and(|link| bpf::holds(link.index, folder)) {
+            Acl::Attached(None)
+        } else if bpf::is_pinned(folder) {
             Acl::Pinned
         } else {
             Acl::Absent
@@ -290,7 +288,7 @@ impl Kernel {
             Step::CreateLink { mtu } => self.create(*mtu).await?,
             Step::DeleteLink => self.delete().await?,
             Step::AttachAcl => self.attach().await?,
-            Step::SetAcl(policy) => self.set_acl(policy)?,
+            Step::SetAcl(policy) => self.set_acl(policy).await?,
             Step::DetachAcl => self.detach()?,
             Step::Forward(forwarding) => self.switches.forward(forwarding)?,
             Step::RestoreForwarding(forwarding) => self.switches.restore(forwarding)?,
@@ -357,19 +355,11 @@ impl Kernel {
         Ok(())
     }
 
-    /// Takes over what an earlier agent attached. If that fails, attaching is a step that fails,
-    /// with its reason told, and the device goes down first.
-    fn adopt(&mut self, index: u32) {
-        let interface = &self.config.interface;
-        match bpf::Acl::attach_or_adopt(interface, index, &self.config.bpf_dir) {
-            Ok(acl) => self.acl = Some(acl),
-            Err(error) => tracing::warn!(%error, "the programs on the device cannot be adopted"),
-        }
-        self.policy = None;
-    }
-
     /// By the change alone if the maps hold the policy before; whole if nobody knows what they hold.
-    fn set_acl(&mut self, policy: &Policy) -> Result<(), StepError> {
+    async fn set_acl(&mut self, policy: &Policy) -> Result<(), StepError> {
+        if self.acl.is_none() {
+            self.attach().await?;
+        }
         let acl = self.acl.as_mut().ok_or(StepError::Gone)?;
         let before = self.policy.take();
         let follows = before.is_some_and(|serial| serial + 1 == policy.serial);
