@@ -183,7 +183,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
             Event::Input(input) => daemon.engine.handle(Instant::now(), input),
             Event::Control(event) => daemon.handle_control(event),
             Event::Call(call) => daemon.handle_call(call),
-            Event::Kept(result) => daemon.note("netmap_not_kept", result.err()),
+            Event::Kept(result) => daemon.kept(result),
             Event::Tick => notify(&[NotifyState::Watchdog]),
             Event::Stop => break,
         }
@@ -428,6 +428,14 @@ impl Daemon {
     fn keep_settings(&mut self) {
         let kept = self.state.keep_settings(&self.settings);
         self.note("settings_not_kept", kept.err());
+    }
+
+    /// The netmap was written, or was not. A new one on the disk makes good for a damaged one.
+    fn kept(&mut self, result: Result<(), StateError>) {
+        if result.is_ok() {
+            self.note("netmap_damaged", None);
+        }
+        self.note("netmap_not_kept", result.err());
     }
 
     /// Remembers what is wrong with the state folder, or that it is right again.

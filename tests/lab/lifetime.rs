@@ -6,7 +6,7 @@ use tests::lab::Lab;
 use tests::mesh::{Mesh, Node, SPREAD_BOUND};
 use tests::probe::Talk;
 use tests::snapshot::Snapshot;
-use tests::stream::Numbered;
+use tests::stream::{Conversation, Numbered};
 use tests::topology::Topology;
 use tests::wait_until;
 
@@ -91,6 +91,55 @@ fn agents_die_and_return_and_no_packet_is_lost() -> anyhow::Result<()> {
         let losses = stream.end()?;
         assert!(losses.lost.is_empty(), "{losses:?}");
     }
+    lab.passed();
+    Ok(())
+}
+
+/// ```text
+///  hub   a   b   c
+///   │    │   │   │
+///  ─┴────┴───┴───┴── internet
+/// ```
+///
+/// b's agent dies, and the one that comes next keeps its flows in another layout: it finds maps
+/// that are not its own, which is what their folder's name says.
+#[test]
+fn an_upgrade_to_another_flow_layout_loses_no_packet() -> anyhow::Result<()> {
+    let lab = Lab::new("upgrade", &Topology::star(&["a", "b", "c"]))?;
+    let mesh = Mesh::start(&lab, POLICY, TRIO)?;
+    mesh.settled(&[("a", 2), ("b", 2), ("c", 2)])?;
+    let (a, b) = (mesh.node("a"), mesh.node("b"));
+    let denied = expect(
+        &mesh,
+        "a",
+        "b",
+        &[(Talk::Tcp(22), false), (Talk::Tcp(81), true)],
+    )?;
+    let stream = Numbered::start(&a.host, &b.host, b.v4()?, 80)?;
+    let conversation = Conversation::start(&a.host, &b.host, b.v6()?, 80)?;
+    stream.flows(40)?;
+    conversation.flows()?;
+    b.kill();
+    let pins = b.host.folder.join("bpf/weir/weir0");
+    let layout = std::fs::read_dir(&pins)?
+        .flatten()
+        .find(|entry| entry.file_name().to_string_lossy().starts_with("layout-"));
+    let layout = layout
+        .expect("maps are pinned in a folder of their layout")
+        .path();
+    let other = pins.join("layout-00000000");
+    std::fs::rename(&layout, &other)?;
+    b.restart()?;
+    b.until("it is up again", |status| status["phase"] == "up")?;
+    wait_until("the other layout's maps are gone", SPREAD_BOUND, || {
+        !other.exists()
+    })?;
+    assert!(layout.exists(), "its own are there");
+    stream.flows(40)?;
+    conversation.flows()?;
+    assert_answers(&denied);
+    let losses = stream.end()?;
+    assert!(losses.lost.is_empty(), "{losses:?}");
     lab.passed();
     Ok(())
 }

@@ -59,7 +59,7 @@ fn what_policy_says_passes_and_nothing_else_in_any_direction() -> anyhow::Result
             "c",
             &[
                 (Tcp(22), false),
-                (Udp(53), false),
+                (Udp(54), false),
                 (Ping, false),
                 (Udp(83), false),
             ],

@@ -36,12 +36,27 @@ pub struct Numbered {
 }
 
 /// How a numbered stream went.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Losses {
     /// Datagrams sent.
     pub sent: u64,
     /// The numbers of those that never came back.
     pub lost: Vec<u64>,
+}
+
+impl std::fmt::Debug for Losses {
+    /// Lost numbers as ranges: when they were lost, and for how long, tells more than how many.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut ranges: Vec<(u64, u64)> = Vec::new();
+        for &number in &self.lost {
+            match ranges.last_mut() {
+                Some((_, last)) if *last + 1 == number => *last = number,
+                Some(_) | None => ranges.push((number, number)),
+            }
+        }
+        let (sent, lost) = (self.sent, self.lost.len());
+        write!(f, "{sent} sent, {lost} lost: {ranges:?}")
+    }
 }
 
 impl Numbered {
