@@ -6,6 +6,7 @@
 pub mod admin;
 pub mod error;
 pub mod node;
+pub mod pace;
 
 use crate::tls::Channel;
 use axum::Router;

@@ -4,6 +4,7 @@
 use crate::config::{Advertise, Config};
 use crate::http::admin::{self, Admin};
 use crate::http::node::{self, Nodes};
+use crate::http::pace::Pace;
 use crate::http::{serve_admin, serve_nodes};
 use crate::presence::{Keeper, Presence};
 use crate::store::{Store, StoreError};
@@ -119,6 +120,7 @@ impl Server {
             store: store.clone(),
             watch: Watch::start(store.clone()),
             presence,
+            pace: Pace::default(),
             challenge: NodeSecret::from_bytes(*random::<32>()?),
             shutdown: ends.clone(),
         }));

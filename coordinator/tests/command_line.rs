@@ -278,10 +278,15 @@ fn only_root_and_the_coordinators_user_administrate() {
     let _process = Process::start(&dir.path().join("state"), &["--listen", "127.0.0.1:0"]);
     let state = dir.path().join("state");
     let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
-    assert_eq!(
-        (mode(&state), mode(&state.join("admin.sock"))),
-        (0o700, 0o600)
-    );
+    assert_eq!(mode(&state), 0o700);
+    for file in [
+        "admin.sock",
+        "coordinator.db",
+        "coordinator.db-wal",
+        "certificate-key.pem",
+    ] {
+        assert_eq!(mode(&state.join(file)), 0o600, "{file}");
+    }
 
     // Even with the files' modes out of the way, the kernel's word decides.
     let binary = dir.path().join("weir-coordinator");

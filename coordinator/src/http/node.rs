@@ -1,6 +1,7 @@
 //! The node API: the calls of [`proto::control`], each acting for the channel's machine alone.
 
 use super::error::{Refused, decode};
+use super::pace::Pace;
 use super::{Shutdown, ended};
 use crate::network::node::{self, Machine};
 use crate::presence::{Held, Presence};
@@ -21,6 +22,7 @@ use proto::key::{ChallengeKey, NodeSecret};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 /// What the calls need.
 pub struct Nodes {
@@ -30,6 +32,8 @@ pub struct Nodes {
     pub watch: Arc<Watch>,
     /// Who is connected.
     pub presence: Arc<Presence>,
+    /// How often each machine may call.
+    pub pace: Pace,
     /// Node keys are proven against this; new with each process.
     pub challenge: NodeSecret,
     /// Ends the streams.
@@ -51,11 +55,16 @@ pub fn router(nodes: Arc<Nodes>) -> Router {
         .with_state(nodes)
 }
 
-fn machine(channel: &Channel) -> Machine {
-    Machine {
+/// The machine that calls for something that may change its network, if it does not too often.
+fn caller(nodes: &Nodes, channel: &Channel) -> Result<Machine, Refused> {
+    if !nodes.pace.allows(channel.machine, Instant::now()) {
+        let message = "this machine asks for changes too often; wait a moment";
+        return Err(Refused::new(RefusalCode::Unavailable, message));
+    }
+    Ok(Machine {
         id: channel.machine,
         addr: channel.remote.ip().to_canonical(),
-    }
+    })
 }
 
 async fn hello(
@@ -90,7 +99,8 @@ async fn register(
         let message = "the proof of the WireGuard key does not hold on this connection";
         return Err(Refused::new(RefusalCode::Proof, message));
     }
-    let done = node::register(&nodes.store, Timestamp::now(), machine(&channel), &request);
+    let machine = caller(&nodes, &channel)?;
+    let done = node::register(&nodes.store, Timestamp::now(), machine, &request);
     Ok(Json(done.await?))
 }
 
@@ -100,7 +110,8 @@ async fn report(
     body: Bytes,
 ) -> Result<Json<Value>, Refused> {
     let report: Report = decode(&body)?;
-    let done = node::report(&nodes.store, Timestamp::now(), machine(&channel), &report);
+    let machine = caller(&nodes, &channel)?;
+    let done = node::report(&nodes.store, Timestamp::now(), machine, &report);
     done.await?;
     Ok(Json(json!({})))
 }
@@ -122,7 +133,8 @@ async fn poll(
     body: Bytes,
 ) -> Result<Response, Refused> {
     let PollRequest { base } = decode(&body)?;
-    let connected = node::connect(&nodes.store, Timestamp::now(), machine(&channel));
+    let machine = caller(&nodes, &channel)?;
+    let connected = node::connect(&nodes.store, Timestamp::now(), machine);
     let (network, node, generation) = connected.await?;
     let updates = nodes
         .watch

@@ -8,6 +8,8 @@ use sqlx::sqlite::{
     SqliteSynchronous,
 };
 use sqlx::{SqlStr, Sqlite};
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 /// Takes the write lock at once: a read lock that is upgraded later can fail half-way.
@@ -21,9 +23,15 @@ const MIGRATIONS: [(i64, &str, &str); 1] = [(
 )];
 
 pub(super) async fn open(path: &Path) -> Result<SqlitePool, StoreError> {
+    // SQLite gives its journals the mode of the database.
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(sqlx::Error::Io)?;
     let options = SqliteConnectOptions::new()
         .filename(path)
-        .create_if_missing(true)
         .foreign_keys(true)
         .journal_mode(SqliteJournalMode::Wal)
         // A commit that was reported survives a power cut.
