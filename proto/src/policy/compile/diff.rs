@@ -160,10 +160,7 @@ struct Class {
 }
 
 fn classes(old: &Compiled, new: &Compiled, directory: &Directory) -> Vec<Class> {
-    let (old_index, new_index) = (
-        PrefixIndex::new(&old.selectors),
-        PrefixIndex::new(&new.selectors),
-    );
+    let (old_lookup, new_lookup) = (old.lookup(), new.lookup());
     let with_self = !old.self_rules.is_empty() || !new.self_rules.is_empty();
     let mut out: BTreeMap<_, Vec<Endpoint>> = BTreeMap::new();
     let mut add = |end: Endpoint, addr: IpAddr, node: Option<(&NodeId, &DirectoryNode)>| {
@@ -174,8 +171,8 @@ fn classes(old: &Compiled, new: &Compiled, directory: &Directory) -> Vec<Class> 
         let signature = (
             addr.is_ipv4(),
             node.is_none(),
-            old.matching(&old_index, addr, id),
-            new.matching(&new_index, addr, id),
+            old.matching(&old_lookup, addr, id),
+            new.matching(&new_lookup, addr, id),
             login.map(str::to_owned),
         );
         out.entry(signature).or_default().push(end);
@@ -252,25 +249,36 @@ fn stretches(
     out
 }
 
+/// Selectors by what they match.
+struct Lookup {
+    prefixes: PrefixIndex,
+    labels: BTreeMap<Label, SelectorId>,
+}
+
 impl Compiled {
-    /// The selectors that match one address.
-    fn matching(
-        &self,
-        index: &PrefixIndex,
-        addr: IpAddr,
-        owner: Option<NodeId>,
-    ) -> Vec<SelectorId> {
-        let mut out = Vec::new();
-        index.containing(addr, &mut out);
-        let labels = owner.map(|owner| self.labels(owner)).unwrap_or_default();
-        let named = |(_, selector): &(usize, &Selector)| match selector {
-            Selector::Label(label) => labels.contains(label),
-            Selector::Prefix(_) => false,
+    fn lookup(&self) -> Lookup {
+        let label = |(id, selector): (usize, &Selector)| match selector {
+            Selector::Label(label) => Some((*label, id as SelectorId)),
+            Selector::Prefix(_) => None,
         };
-        if !labels.is_empty() {
-            let by_label = self.selectors.iter().enumerate().filter(named);
-            out.extend(by_label.map(|(id, _)| id as SelectorId));
+        Lookup {
+            prefixes: PrefixIndex::new(&self.selectors),
+            labels: self
+                .selectors
+                .iter()
+                .enumerate()
+                .filter_map(label)
+                .collect(),
         }
+    }
+
+    /// The selectors that match one address.
+    fn matching(&self, lookup: &Lookup, addr: IpAddr, owner: Option<NodeId>) -> Vec<SelectorId> {
+        let mut out = Vec::new();
+        lookup.prefixes.containing(addr, &mut out);
+        let facts = owner.and_then(|owner| self.facts(owner));
+        let labels = facts.into_iter().flat_map(|facts| &facts.labels);
+        out.extend(labels.filter_map(|label| lookup.labels.get(label)));
         super::unique(&mut out);
         out
     }
