@@ -602,6 +602,14 @@ const REFUSED: &[(&str, &str)] = &[
 ];
 
 #[test]
+fn the_example_may_be_set_as_it_stands() {
+    let text = include_str!("../../packaging/examples/small-office.hujson");
+    let policy = parse(text).unwrap_or_else(|faults| panic!("{faults}"));
+    check_write(&policy).unwrap();
+    assert_eq!(policy.text(), text, "comments and layout are kept");
+}
+
+#[test]
 fn refusals_of_the_language() {
     let section = |name: &str, entry: &str| {
         format!(
