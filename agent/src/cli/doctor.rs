@@ -9,6 +9,7 @@ mod host;
 use super::{Agent, Console, Failure, PATIENCE};
 use crate::local::report::{Acl, Coordinator, Phase, Problem, Status};
 use crate::local::{Request, Response};
+use proto::net::Prefix;
 use serde::Serialize;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::path::Path;
@@ -146,11 +147,13 @@ fn of_agent(status: &Status) -> Vec<Check> {
     if interface.up {
         checks.push(host::threaded(device));
     }
-    if node
-        .as_ref()
-        .is_some_and(|node| !node.approved_routes.is_empty())
-    {
-        checks.extend(host::forwarding(device));
+    // A route that leads nowhere from here is not forwarded: that problem comes below.
+    let unserved = problems
+        .iter()
+        .any(|problem| problem.code == "route_unserved");
+    if let Some(node) = node.as_ref().filter(|_| interface.up && !unserved) {
+        let routes = &node.approved_routes;
+        checks.extend(host::forwarding(device, routes.iter().map(Prefix::is_v4)));
     }
     checks.extend(
         problems

@@ -1,6 +1,7 @@
 //! The machine's side: kernel, folders, clock.
 
 use super::Check;
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -200,8 +201,8 @@ pub(super) fn threaded(device: &str) -> Check {
     }
 }
 
-/// A subnet router's device must forward, in each family that the kernel has.
-pub(super) fn forwarding(device: &str) -> Vec<Check> {
+/// A subnet router's device must forward, in the families of its routes (`true` is IPv4).
+pub(super) fn forwarding(device: &str, routes: impl Iterator<Item = bool>) -> Vec<Check> {
     let family = |family: &str| -> Option<Check> {
         let path = format!("/proc/sys/net/{family}/conf/{device}/forwarding");
         let value = fs::read_to_string(path).ok()?;
@@ -215,7 +216,8 @@ pub(super) fn forwarding(device: &str) -> Vec<Check> {
             Check::ok("forwarding", format!("{device} forwards {family}"))
         })
     };
-    ["ipv4", "ipv6"].into_iter().filter_map(family).collect()
+    let families: BTreeSet<&str> = routes.map(|v4| if v4 { "ipv4" } else { "ipv6" }).collect();
+    families.into_iter().filter_map(family).collect()
 }
 
 #[cfg(test)]
