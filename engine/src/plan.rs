@@ -25,6 +25,7 @@
 use crate::acl::{Change, Tables};
 use proto::key::NodeKey;
 use proto::net::Prefix;
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -263,8 +264,21 @@ pub struct PeerChange {
 /// The steps that lead from `observed` to `desired`, in an order that keeps the laws above.
 #[must_use]
 pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Step> {
+    static NO_PEERS: BTreeMap<NodeKey, PeerState> = BTreeMap::new();
+    let (device, peers) = match &observed.device {
+        Device::Present(present) => (
+            Device::Present(present.clone_without_peers()),
+            &present.peers,
+        ),
+        other => (other.clone(), &NO_PEERS),
+    };
     let mut plan = Plan {
-        state: observed.clone(),
+        state: Observed {
+            device,
+            acl: observed.acl.clone(),
+            forwarding: observed.forwarding.clone(),
+        },
+        peers: Cow::Borrowed(peers),
         steps: Vec::new(),
     };
     match (desired, &observed.device) {
@@ -276,14 +290,21 @@ pub fn diff(desired: &Desired, observed: &Observed) -> Vec<Step> {
 }
 
 /// Steps so far, and the state that they lead to.
-struct Plan {
+struct Plan<'a> {
+    /// All but the peers.
     state: Observed,
+    /// The peers, copied only if that cannot be avoided: there may be many.
+    peers: Cow<'a, BTreeMap<NodeKey, PeerState>>,
     steps: Vec<Step>,
 }
 
-impl Plan {
+impl Plan<'_> {
     fn step(&mut self, step: Step) {
-        self.state.apply(&step);
+        match &step {
+            Step::SetPeers(changes) => peers::apply(self.peers.to_mut(), changes),
+            Step::RemovePeers(keys) => peers::remove(self.peers.to_mut(), keys),
+            _ => self.state.apply(&step),
+        }
         self.steps.push(step);
     }
 
@@ -293,10 +314,10 @@ impl Plan {
         }
     }
 
-    /// The device as it is after the steps so far.
+    /// The device as it is after the steps so far, without its peers.
     fn device(&self) -> Present {
         match &self.state.device {
-            Device::Present(present) => present.clone_without_peers(),
+            Device::Present(present) => present.clone(),
             Device::Absent | Device::Foreign => Present::default(),
         }
     }
@@ -324,7 +345,7 @@ impl Plan {
             listen_port: wanted.listen_port,
         };
         self.step_if(!configured, configure);
-        let (changes, removed) = peers::withdrawals(&wanted.peers, self.peers());
+        let (changes, removed) = peers::withdrawals(&wanted.peers, &self.peers);
         self.step_if(!removed.is_empty(), Step::RemovePeers(removed));
         self.step_if(!changes.is_empty(), Step::SetPeers(changes));
         let current = self.state.acl == Acl::Attached(Some(wanted.policy.serial));
@@ -332,10 +353,15 @@ impl Plan {
     }
 
     fn set_peers(&mut self, wanted: &Wanted) {
-        let changes = peers::changes(&wanted.peers, self.peers());
-        let removed = peers::removals(&wanted.peers, self.peers());
-        self.step_if(!changes.is_empty(), Step::SetPeers(changes));
-        self.step_if(!removed.is_empty(), Step::RemovePeers(removed));
+        let changes = peers::changes(&wanted.peers, &self.peers);
+        let removed = peers::removals(&wanted.peers, &self.peers);
+        // Nothing after this asks for the peers, so nothing is copied for it.
+        if !changes.is_empty() {
+            self.steps.push(Step::SetPeers(changes));
+        }
+        if !removed.is_empty() {
+            self.steps.push(Step::RemovePeers(removed));
+        }
     }
 
     fn address(&mut self, wanted: &Wanted) {
@@ -375,14 +401,6 @@ impl Plan {
         self.step_if(self.state.acl != Acl::Absent, Step::DetachAcl);
         for forwarding in self.state.forwarding.clone() {
             self.step(Step::RestoreForwarding(forwarding));
-        }
-    }
-
-    fn peers(&self) -> &BTreeMap<NodeKey, PeerState> {
-        static NONE: BTreeMap<NodeKey, PeerState> = BTreeMap::new();
-        match &self.state.device {
-            Device::Present(present) => &present.peers,
-            Device::Absent | Device::Foreign => &NONE,
         }
     }
 }
@@ -476,11 +494,7 @@ impl Present {
             Step::SetPeers(changes) => {
                 peers::apply(&mut self.peers, changes);
             }
-            Step::RemovePeers(keys) => {
-                for key in keys {
-                    self.peers.remove(key);
-                }
-            }
+            Step::RemovePeers(keys) => peers::remove(&mut self.peers, keys),
             Step::AddAddr(addr) => {
                 self.addrs.insert(host(*addr));
             }
@@ -504,8 +518,8 @@ impl Present {
     /// A device that loses its last IPv4 address loses its IPv4 routes (`fib_disable_ip` in
     /// net/ipv4/fib_frontend.c).
     fn remove_addr(&mut self, addr: IpAddr, len: u8) {
-        self.addrs.remove(&(addr, len));
-        if addr.is_ipv4() && !self.addrs.iter().any(|(addr, _)| addr.is_ipv4()) {
+        let removed = self.addrs.remove(&(addr, len));
+        if removed && addr.is_ipv4() && !self.addrs.iter().any(|(addr, _)| addr.is_ipv4()) {
             self.routes.retain(|route| !route.is_v4());
         }
     }

@@ -27,7 +27,7 @@ const INTERFACE: &str = "model0";
 const SECRET: [u8; 32] = [7; 32];
 /// Steps of one script, and how many scripts.
 const STEPS: usize = 60;
-const SCRIPTS: u64 = 6;
+const SCRIPTS: u64 = 12;
 
 /// Numbers that look random and are the same each time (Knuth's MMIX generator).
 struct Dice(u64);

@@ -91,6 +91,13 @@ fn change(key: NodeKey, wanted: &WantedPeer, have: Option<&PeerState>) -> Option
     })
 }
 
+/// Takes peers away.
+pub(super) fn remove(peers: &mut Peers, keys: &[NodeKey]) {
+    for key in keys {
+        peers.remove(key);
+    }
+}
+
 /// Peers to remove.
 pub(super) fn removals(wanted: &WantedPeers, have: &Peers) -> Vec<NodeKey> {
     have.keys()
