@@ -1,4 +1,5 @@
 //! The parser on the host: what it reads, and that no bytes at all can confuse it.
+#![allow(clippy::unwrap_used, reason = "a test may fail by it")]
 
 use ebpf::packet::{Bytes, Packet, Part, Tuple, What, general, parse};
 use ebpf::reason::Reason;

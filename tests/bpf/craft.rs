@@ -126,7 +126,7 @@ impl Spec {
                 let (id, field) = self.fragment.map_or((0, 0), |part| {
                     (
                         part.id,
-                        part.offset / 8 | if part.more { 0x2000 } else { 0 },
+                        part.offset / 8 + if part.more { 0x2000 } else { 0 },
                     )
                 });
                 let mut bytes = vec![0x45, 0];

@@ -9,6 +9,7 @@
 //!
 //! [`property`] needs neither root nor kernel. Tests named `kernel_…` load the committed object,
 //! attach it to a TUN device in a network namespace of their own, and run packets through it.
+#![allow(clippy::unwrap_used, reason = "a test may fail by it")]
 
 mod bed;
 mod craft;

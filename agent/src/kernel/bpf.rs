@@ -25,33 +25,26 @@
     reason = "bpf(2) and the mapping of the active word take raw pointers; see each SAFETY"
 )]
 
+mod acl;
 mod attach;
 mod place;
 mod policy;
 mod view;
 
-use ebpf::abi::{Active, Counter, Direction, Flow, FlowKey, maps};
-use ebpf::packet::Packet;
-use ebpf::reason::{OUTCOMES, Reason};
-use ebpf::verdict::{Question, Store, Verdict, decide};
-use engine::acl::{Change, Tables};
+use ebpf::abi::{Active, maps};
 use engine::status::FailureKind;
-use policy::Slot;
-use std::fmt::Write as _;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+pub use self::acl::Acl;
 pub use attach::{How, Options};
 
 /// The committed object, aligned as the loader wants it.
 static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../ebpf/acl.bpf.o"));
-
-/// Entries that a dump shows of one table.
-const DUMPED_ENTRIES: usize = 4_096;
 
 /// The programs cannot be attached, or their maps not written.
 #[derive(Debug, thiserror::Error)]
@@ -128,26 +121,6 @@ impl AclError {
     }
 }
 
-/// Programs that are attached to one device, and their maps.
-pub struct Acl {
-    index: u32,
-    how: How,
-    folder: PathBuf,
-    /// Where the maps of this layout are pinned.
-    layout: PathBuf,
-    word: ActiveWord,
-    established: RawMap,
-    opening: RawMap,
-    fragments: RawMap,
-    counters: RawMap,
-    outer: [RawMap; 5],
-    slots: [Option<Slot>; 2],
-    /// By direction.
-    programs: [Option<OwnedFd>; 2],
-    /// Programs that wait for the first policy before they take over from another layout's.
-    waiting: Option<attach::Waiting>,
-}
-
 /// What a test run shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
@@ -155,184 +128,6 @@ pub struct Run {
     pub passes: bool,
     /// Mean time of one run in nanoseconds.
     pub mean_ns: u32,
-}
-
-impl Acl {
-    /// Attaches the programs to the device, or takes over the ones that a former agent left.
-    /// Without a policy yet they drop everything.
-    ///
-    /// # Errors
-    /// [`AclError`]; nothing is attached then that was not before.
-    pub fn attach_or_adopt(interface: &str, index: u32, bpf_dir: &Path) -> Result<Self, AclError> {
-        attach::open(interface, index, bpf_dir, Options::default())
-    }
-
-    /// The same, for tests of other kernels and layouts.
-    ///
-    /// # Errors
-    /// [`AclError`].
-    pub fn open(
-        interface: &str,
-        index: u32,
-        bpf_dir: &Path,
-        options: Options,
-    ) -> Result<Self, AclError> {
-        attach::open(interface, index, bpf_dir, options)
-    }
-
-    /// Whether the programs are attached to the device of this index.
-    #[must_use]
-    pub fn is_attached(&self, index: u32) -> bool {
-        self.index == index && attach::is_attached(self.how, &self.folder, index)
-    }
-
-    /// Writes a policy: by `change` alone if the maps hold the policy before it, whole without.
-    /// Sizes were checked when it was lowered; if the kernel has no memory for it, the old one stays.
-    ///
-    /// # Errors
-    /// [`AclError`]; the old policy stays active.
-    pub fn set(&mut self, tables: &Tables, change: Option<&Change>) -> Result<(), AclError> {
-        policy::set(self, tables, change)?;
-        if let Some(waiting) = self.waiting.take() {
-            attach::take_over(self, waiting)?;
-        }
-        Ok(())
-    }
-
-    /// The active word.
-    #[must_use]
-    pub fn active(&self) -> Active {
-        self.word.load()
-    }
-
-    /// Under which epoch flows are good now; `None` while no policy counts.
-    #[must_use]
-    pub fn epoch(&self) -> Option<u32> {
-        let epoch = self.active().epoch;
-        (epoch != 0).then_some(epoch)
-    }
-
-    /// How the programs are attached.
-    #[must_use]
-    pub fn hook(&self) -> &'static str {
-        match self.how {
-            How::Tcx => "tcx",
-            How::Clsact => "clsact",
-        }
-    }
-
-    /// Packets by direction and verdict, in a fixed order.
-    ///
-    /// # Errors
-    /// [`AclError::Map`].
-    pub fn counters(&self) -> Result<Vec<(Direction, Verdict, u64)>, AclError> {
-        let totals = self.totals()?.into_iter();
-        Ok(totals
-            .map(|(direction, verdict, total)| (direction, verdict, total.packets))
-            .collect())
-    }
-
-    fn totals(&self) -> Result<Vec<(Direction, Verdict, Counter)>, AclError> {
-        let mut totals = Vec::with_capacity(2 * OUTCOMES as usize);
-        for direction in Direction::ALL {
-            for verdict in Verdict::all() {
-                let index = verdict.counter(direction);
-                let mut total = Counter::default();
-                for share in self.counters.get_per_cpu::<_, Counter>(&index)? {
-                    total.packets += share.packets;
-                    total.bytes += share.bytes;
-                }
-                totals.push((direction, verdict, total));
-            }
-        }
-        Ok(totals)
-    }
-
-    /// Whether the loaded policy allows this, by the programs' own evaluator. The question's slot is
-    /// taken from the active word.
-    #[must_use]
-    pub fn explain(&self, question: &Question) -> Verdict {
-        let active = self.active();
-        if active.epoch == 0 {
-            return Verdict::deny(Reason::NoPolicy);
-        }
-        let question = Question {
-            slot: active.slot,
-            ..*question
-        };
-        ebpf::verdict::allows(&view::View::new(self), &question)
-    }
-
-    /// What the programs would do with this packet now. Leaves no state behind.
-    #[must_use]
-    pub fn judge(&self, packet: &Packet, direction: Direction) -> Verdict {
-        decide(&view::View::new(self), packet, direction, now_ns())
-    }
-
-    /// Runs a program on `packet` (an IP packet of at least 14 bytes) by `BPF_PROG_TEST_RUN`: it
-    /// decides, counts and keeps state as for one from the wire. For tests and measurements.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn run(&self, direction: Direction, packet: &[u8], repeat: u32) -> io::Result<Run> {
-        let program = self.programs[direction as usize].as_ref();
-        let program = program.ok_or(io::ErrorKind::NotFound)?;
-        let mut attr = RunAttr {
-            program: fd_number(program),
-            data_size_in: u32::try_from(packet.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
-            data_in: packet.as_ptr() as u64,
-            repeat,
-            ..RunAttr::default()
-        };
-        // SAFETY: the packet lives through the call; no output is asked for.
-        unsafe { bpf(command::PROG_TEST_RUN, &mut attr) }?;
-        Ok(Run {
-            passes: attr.result != DROPPED,
-            mean_ns: attr.duration_ns,
-        })
-    }
-
-    /// Known flows, at most `limit`.
-    ///
-    /// # Errors
-    /// [`AclError::Map`].
-    pub fn flows(&self, limit: usize) -> Result<Vec<(Store, FlowKey, Flow)>, AclError> {
-        let mut flows = Vec::new();
-        for (store, map) in [
-            (Store::Established, &self.established),
-            (Store::Opening, &self.opening),
-        ] {
-            for (key, flow) in map.entries(limit.saturating_sub(flows.len()))? {
-                flows.push((store, key, flow));
-            }
-        }
-        Ok(flows)
-    }
-
-    /// All that the maps hold, as text for a failure's folder.
-    ///
-    /// # Errors
-    /// [`AclError::Map`].
-    pub fn dump(&self) -> Result<String, AclError> {
-        let mut text = format!("active {:?}, attached by {:?}\n", self.active(), self.how);
-        for (direction, verdict, total) in self.totals()? {
-            if total.packets != 0 {
-                let Counter { packets, bytes } = total;
-                let name = direction.name();
-                let _ = writeln!(text, "{name} {verdict:?}: {packets} packets, {bytes} bytes");
-            }
-        }
-        for (store, key, flow) in self.flows(DUMPED_ENTRIES)? {
-            let _ = writeln!(text, "flow {store:?} {key:?} {flow:?}");
-        }
-        for (number, slot) in self.slots.iter().enumerate() {
-            if let Some(slot) = slot {
-                let _ = writeln!(text, "slot {number}");
-                slot.dump(&mut text, DUMPED_ENTRIES)?;
-            }
-        }
-        Ok(text)
-    }
 }
 
 /// Whether something of ours is pinned in this folder.
@@ -541,6 +336,23 @@ fn object_get(path: &Path) -> io::Result<OwnedFd> {
 fn c_path(path: &Path) -> io::Result<std::ffi::CString> {
     use std::os::unix::ffi::OsStrExt as _;
     Ok(std::ffi::CString::new(path.as_os_str().as_bytes())?)
+}
+
+/// Runs `program` on `packet`.
+fn test_run(program: &OwnedFd, packet: &[u8], repeat: u32) -> io::Result<Run> {
+    let mut attr = RunAttr {
+        program: fd_number(program),
+        data_size_in: u32::try_from(packet.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
+        data_in: packet.as_ptr() as u64,
+        repeat,
+        ..RunAttr::default()
+    };
+    // SAFETY: the packet lives through the call; no output is asked for.
+    unsafe { bpf(command::PROG_TEST_RUN, &mut attr) }?;
+    Ok(Run {
+        passes: attr.result != DROPPED,
+        mean_ns: attr.duration_ns,
+    })
 }
 
 /// The interface that a pinned tcx link is attached to; 0 after that is gone.

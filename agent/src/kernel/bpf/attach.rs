@@ -108,7 +108,7 @@ pub(super) fn open(
 }
 
 /// Makes the new programs decide, with the flows of the old ones.
-pub(super) fn take_over(acl: &mut Acl, mut waiting: Waiting) -> Result<(), AclError> {
+pub(super) fn take_over(acl: &Acl, waiting: &mut Waiting) -> Result<(), AclError> {
     copy_flows(acl, &waiting.former);
     let (folder, how) = (acl.folder.clone(), acl.how);
     attach_both(

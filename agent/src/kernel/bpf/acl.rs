@@ -1,0 +1,206 @@
+//! [`Acl`]: programs on one device, with their maps, as the rest of the agent uses them.
+
+use super::policy::{self, Slot};
+use super::{AclError, ActiveWord, How, Options, RawMap, Run, attach, now_ns, test_run, view};
+use ebpf::abi::{Active, Counter, Direction, Flow, FlowKey};
+use ebpf::packet::Packet;
+use ebpf::reason::{OUTCOMES, Reason};
+use ebpf::verdict::{Question, Store, Verdict, decide};
+use engine::acl::{Change, Tables};
+use std::fmt::Write as _;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+/// Entries that a dump shows of one table.
+const DUMPED_ENTRIES: usize = 4_096;
+
+/// Programs that are attached to one device, and their maps.
+pub struct Acl {
+    pub(super) index: u32,
+    pub(super) how: How,
+    pub(super) folder: PathBuf,
+    /// Where the maps of this layout are pinned.
+    pub(super) layout: PathBuf,
+    pub(super) word: ActiveWord,
+    pub(super) established: RawMap,
+    pub(super) opening: RawMap,
+    pub(super) fragments: RawMap,
+    pub(super) counters: RawMap,
+    pub(super) outer: [RawMap; 5],
+    pub(super) slots: [Option<Slot>; 2],
+    /// By direction.
+    pub(super) programs: [Option<OwnedFd>; 2],
+    /// Programs that wait for the first policy before they take over from another layout's.
+    pub(super) waiting: Option<attach::Waiting>,
+}
+
+impl Acl {
+    /// Attaches the programs to the device, or takes over the ones that a former agent left.
+    /// Without a policy yet they drop everything.
+    ///
+    /// # Errors
+    /// [`AclError`]; nothing is attached then that was not before.
+    pub fn attach_or_adopt(interface: &str, index: u32, bpf_dir: &Path) -> Result<Self, AclError> {
+        attach::open(interface, index, bpf_dir, Options::default())
+    }
+
+    /// The same, for tests of other kernels and layouts.
+    ///
+    /// # Errors
+    /// [`AclError`].
+    pub fn open(
+        interface: &str,
+        index: u32,
+        bpf_dir: &Path,
+        options: Options,
+    ) -> Result<Self, AclError> {
+        attach::open(interface, index, bpf_dir, options)
+    }
+
+    /// Whether the programs are attached to the device of this index.
+    #[must_use]
+    pub fn is_attached(&self, index: u32) -> bool {
+        self.index == index && attach::is_attached(self.how, &self.folder, index)
+    }
+
+    /// Writes a policy: by `change` alone if the maps hold the policy before it, whole without.
+    /// Sizes were checked when it was lowered; if the kernel has no memory for it, the old one stays.
+    ///
+    /// # Errors
+    /// [`AclError`]; the old policy stays active.
+    pub fn set(&mut self, tables: &Tables, change: Option<&Change>) -> Result<(), AclError> {
+        policy::set(self, tables, change)?;
+        let Some(mut waiting) = self.waiting.take() else {
+            return Ok(());
+        };
+        let taken = attach::take_over(self, &mut waiting);
+        if taken.is_err() {
+            // The old programs still decide; the next policy tries again.
+            self.waiting = Some(waiting);
+        }
+        taken
+    }
+
+    /// The active word.
+    #[must_use]
+    pub fn active(&self) -> Active {
+        self.word.load()
+    }
+
+    /// Under which epoch flows are good now; `None` while no policy counts.
+    #[must_use]
+    pub fn epoch(&self) -> Option<u32> {
+        let epoch = self.active().epoch;
+        (epoch != 0).then_some(epoch)
+    }
+
+    /// How the programs are attached.
+    #[must_use]
+    pub fn hook(&self) -> &'static str {
+        match self.how {
+            How::Tcx => "tcx",
+            How::Clsact => "clsact",
+        }
+    }
+
+    /// Packets by direction and verdict, in a fixed order.
+    ///
+    /// # Errors
+    /// [`AclError::Map`].
+    pub fn counters(&self) -> Result<Vec<(Direction, Verdict, u64)>, AclError> {
+        let totals = self.totals()?.into_iter();
+        Ok(totals
+            .map(|(direction, verdict, total)| (direction, verdict, total.packets))
+            .collect())
+    }
+
+    fn totals(&self) -> Result<Vec<(Direction, Verdict, Counter)>, AclError> {
+        let mut totals = Vec::with_capacity(2 * OUTCOMES as usize);
+        for direction in Direction::ALL {
+            for verdict in Verdict::all() {
+                let index = verdict.counter(direction);
+                let mut total = Counter::default();
+                for share in self.counters.get_per_cpu::<_, Counter>(&index)? {
+                    total.packets += share.packets;
+                    total.bytes += share.bytes;
+                }
+                totals.push((direction, verdict, total));
+            }
+        }
+        Ok(totals)
+    }
+
+    /// Whether the loaded policy allows this, by the programs' own evaluator. The question's slot is
+    /// taken from the active word.
+    #[must_use]
+    pub fn explain(&self, question: &Question) -> Verdict {
+        let active = self.active();
+        if active.epoch == 0 {
+            return Verdict::deny(Reason::NoPolicy);
+        }
+        let question = Question {
+            slot: active.slot,
+            ..*question
+        };
+        ebpf::verdict::allows(&view::View::new(self), &question)
+    }
+
+    /// What the programs would do with this packet now. Leaves no state behind.
+    #[must_use]
+    pub fn judge(&self, packet: &Packet, direction: Direction) -> Verdict {
+        decide(&view::View::new(self), packet, direction, now_ns())
+    }
+
+    /// Runs a program on `packet` (an IP packet of at least 14 bytes) by `BPF_PROG_TEST_RUN`: it
+    /// decides, counts and keeps state as for one from the wire. For tests and measurements.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn run(&self, direction: Direction, packet: &[u8], repeat: u32) -> io::Result<Run> {
+        let program = self.programs[direction as usize].as_ref();
+        test_run(program.ok_or(io::ErrorKind::NotFound)?, packet, repeat)
+    }
+
+    /// Known flows, at most `limit`.
+    ///
+    /// # Errors
+    /// [`AclError::Map`].
+    pub fn flows(&self, limit: usize) -> Result<Vec<(Store, FlowKey, Flow)>, AclError> {
+        let mut flows = Vec::new();
+        for (store, map) in [
+            (Store::Established, &self.established),
+            (Store::Opening, &self.opening),
+        ] {
+            for (key, flow) in map.entries(limit.saturating_sub(flows.len()))? {
+                flows.push((store, key, flow));
+            }
+        }
+        Ok(flows)
+    }
+
+    /// All that the maps hold, as text for a failure's folder.
+    ///
+    /// # Errors
+    /// [`AclError::Map`].
+    pub fn dump(&self) -> Result<String, AclError> {
+        let mut text = format!("active {:?}, attached by {:?}\n", self.active(), self.how);
+        for (direction, verdict, total) in self.totals()? {
+            if total.packets != 0 {
+                let Counter { packets, bytes } = total;
+                let name = direction.name();
+                let _ = writeln!(text, "{name} {verdict:?}: {packets} packets, {bytes} bytes");
+            }
+        }
+        for (store, key, flow) in self.flows(DUMPED_ENTRIES)? {
+            let _ = writeln!(text, "flow {store:?} {key:?} {flow:?}");
+        }
+        for (number, slot) in self.slots.iter().enumerate() {
+            if let Some(slot) = slot {
+                let _ = writeln!(text, "slot {number}");
+                slot.dump(&mut text, DUMPED_ENTRIES)?;
+            }
+        }
+        Ok(text)
+    }
+}
