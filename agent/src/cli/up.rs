@@ -158,16 +158,6 @@ fn not_up(status: &Status) -> Failure {
             "Check from here that {address} can be reached over TCP and that the coordinator runs."
         ));
     }
-    if joined && !acl.attached {
-        let why = acl.why.as_deref().unwrap_or("not done yet");
-        missing(format!("the ACL programs are not attached: {why}"));
-    }
-    if joined && (!interface.up || interface.addrs.is_empty()) {
-        let name = &interface.name;
-        missing(format!(
-            "the device {name} has no address yet, or is not up"
-        ));
-    }
     for Problem {
         message: problem,
         next: step,
@@ -176,6 +166,18 @@ fn not_up(status: &Status) -> Failure {
     {
         missing(problem.clone());
         next.push(step.clone());
+    }
+    // What is not done yet is worth a word only where nothing says why.
+    let silent = problems.is_empty();
+    if joined && !acl.attached && (silent || acl.why.is_some()) {
+        let why = acl.why.as_deref().unwrap_or("not done yet");
+        missing(format!("the ACL programs are not attached: {why}"));
+    }
+    if joined && silent && (!interface.up || interface.addrs.is_empty()) {
+        let name = &interface.name;
+        missing(format!(
+            "the device {name} has no address yet, or is not up"
+        ));
     }
     next.push(
         "It keeps trying. `weir status` shows how it goes, `weir doctor` checks the machine."
