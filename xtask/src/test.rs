@@ -352,6 +352,18 @@ impl Run {
     }
 }
 
+/// Tests by name, and the kernel that they run in.
+struct Place {
+    name: String,
+    machine: Machine,
+    tests: Vec<String>,
+    /// How many tests one guest gets; fewer make the shares of several guests more even.
+    helping: usize,
+}
+
+/// One guest's work: the place's index, the number of the helping, its tests.
+type Helping<'a> = (usize, usize, &'a [String]);
+
 // Tiers in kernels of their own.
 impl Run {
     fn bpf(&mut self) -> anyhow::Result<()> {
@@ -359,24 +371,40 @@ impl Run {
             return Ok(());
         };
         let names = self.names(&binary)?;
-        match vm::host_for_bpf() {
-            Ok(machine) => self.in_guests("bpf@host", &binary, &names, &machine, 1)?,
-            Err(reason) => self.skips.add("bpf@host", &reason),
-        }
-        match vm::uml_if_ready(&self.args.wish) {
-            Ok(machine) => self.in_guests("bpf@uml", &binary, &names, &machine, 1)?,
-            Err(reason) => self.skips.add("bpf@uml", &reason),
-        }
         let stock: Vec<String> = names
-            .into_iter()
+            .iter()
             .filter(|name| name.contains("kernel_"))
+            .cloned()
             .collect();
-        for line in vm::STOCK_KERNELS {
-            let place = format!("bpf@tcg-{line}");
-            match vm::stock(line) {
-                Ok(machine) => self.in_guests(&place, &binary, &stock, &machine, 1)?,
-                Err(reason) => self.skips.add(&place, &reason),
+        // The slow ones first: the quick one then fills the time that one of them has left.
+        let mut wanted: Vec<(String, Result<Machine, String>, Vec<String>)> = vm::STOCK_KERNELS
+            .iter()
+            .map(|line| (format!("bpf@tcg-{line}"), vm::stock(line), stock.clone()))
+            .collect();
+        wanted.push((
+            "bpf@uml".into(),
+            vm::uml_if_ready(&self.args.wish),
+            names.clone(),
+        ));
+        let host = vec![("bpf@host".to_owned(), vm::host_for_bpf(), names)];
+        // Alone: it is the one whose program measures time.
+        for (wanted, guests) in [(host, 1), (wanted, house::processors().min(2))] {
+            let mut places = Vec::new();
+            for (name, machine, tests) in wanted {
+                match machine {
+                    Ok(machine) => {
+                        let helping = tests.len();
+                        places.push(Place {
+                            name,
+                            machine,
+                            tests,
+                            helping,
+                        });
+                    }
+                    Err(reason) => self.skips.add(&name, &reason),
+                }
             }
+            self.in_guests(&binary, &places, guests)?;
         }
         Ok(())
     }
@@ -385,8 +413,8 @@ impl Run {
         let Some(binary) = self.tier_binary("lab") else {
             return Ok(());
         };
-        let names = self.names(&binary)?;
-        if names.is_empty() {
+        let tests = self.names(&binary)?;
+        if tests.is_empty() {
             return Ok(());
         }
         let machine = match vm::pick(&self.args.wish) {
@@ -401,7 +429,17 @@ impl Run {
             Machine::Uml { .. } => house::processors().clamp(1, LAB_GUESTS),
             Machine::Host | Machine::Qemu { .. } => 1,
         };
-        self.in_guests("lab", &binary, &names, &machine, guests)
+        let helping = match guests {
+            1 => tests.len(),
+            several => tests.len().div_ceil(several * HELPINGS),
+        };
+        let lab = Place {
+            name: "lab".into(),
+            machine,
+            tests,
+            helping,
+        };
+        self.in_guests(&binary, &[lab], guests)
     }
 
     /// The names of a binary's tests that are asked for.
@@ -416,91 +454,88 @@ impl Run {
             binary.name()
         );
         let text = String::from_utf8_lossy(&out.stdout);
-        Ok(text
-            .lines()
-            .filter_map(|line| line.strip_suffix(": test"))
-            .map(str::to_owned)
-            .collect())
+        let names = text.lines().filter_map(|line| line.strip_suffix(": test"));
+        Ok(names.map(str::to_owned).collect())
     }
 
-    /// Runs tests by name in `guests` guests at once, a helping at a time.
+    /// Runs the places' tests in at most `guests` guests at once, a helping at a time.
     fn in_guests(
         &mut self,
-        place: &str,
         binary: &TestBinary,
-        names: &[String],
-        machine: &Machine,
+        places: &[Place],
         guests: usize,
     ) -> anyhow::Result<()> {
-        if names.is_empty() {
-            return Ok(());
+        let helpings = places.iter().enumerate().flat_map(|(index, place)| {
+            let chunks = place.tests.chunks(place.helping.max(1)).enumerate();
+            chunks.map(move |(number, tests)| (index, number, tests))
+        });
+        let queue: Mutex<Vec<Helping>> = Mutex::new(helpings.collect::<Vec<_>>());
+        if let Ok(mut queue) = queue.lock() {
+            queue.reverse();
         }
-        let start = Instant::now();
-        let size = if guests == 1 {
-            names.len()
-        } else {
-            names.len().div_ceil(guests * HELPINGS)
-        };
-        let helpings: Vec<(usize, &[String])> = names.chunks(size.max(1)).enumerate().collect();
-        let queue = Mutex::new(helpings.into_iter());
         let done = Mutex::new(Vec::new());
-        let progress = Progress::new(place, names.len());
+        let names: Vec<&str> = places.iter().map(|place| place.name.as_str()).collect();
+        let progress = Progress::new(&names.join(" "), places.iter().map(|p| p.tests.len()).sum());
         let run = &*self;
         std::thread::scope(|scope| {
             for _ in 0..guests {
                 scope.spawn(|| {
                     // The lock guards the queue only while a helping is taken.
-                    let next = || queue.lock().ok().and_then(|mut queue| queue.next());
-                    while let Some((number, names)) = next() {
-                        let outcome = run.helping(place, number, binary, names, machine, &progress);
+                    let next = || queue.lock().ok().and_then(|mut queue| queue.pop());
+                    while let Some((index, number, tests)) = next() {
+                        let start = Instant::now();
+                        let place = &places[index];
+                        let outcome = run.helping(place, number, binary, tests, &progress);
                         if let Ok(mut done) = done.lock() {
-                            done.push((names, outcome));
+                            done.push((index, tests, outcome, start.elapsed()));
                         }
                     }
                 });
             }
         });
         progress.clear();
-        let mut total = Report {
-            complete: true,
-            ..Report::default()
-        };
-        for (names, outcome) in done.into_inner().unwrap_or_default() {
+        let done = done.into_inner().unwrap_or_default();
+        let mut totals: Vec<(Report, Duration)> = places
+            .iter()
+            .map(|_| (Report::begun(), Duration::ZERO))
+            .collect();
+        for (index, tests, outcome, time) in done {
             let mut report = outcome?;
-            report.complete_with(names, place);
-            report.complete = true;
-            total.absorb(report);
+            report.complete_with(tests, &places[index].name);
+            totals[index].0.absorb(report);
+            totals[index].1 += time;
         }
-        if place == "lab" {
-            self.lab_times.clone_from(&total.times);
+        for (place, (report, time)) in places.iter().zip(totals) {
+            if place.name == "lab" {
+                self.lab_times.clone_from(&report.times);
+            }
+            self.join_logs(&place.name)?;
+            self.settle(&place.name, report, &place.tests, time);
         }
-        self.join_logs(place)?;
-        self.settle(place, total, names, start.elapsed());
         Ok(())
     }
 
     /// One guest with one libtest process.
     fn helping(
         &self,
-        place: &str,
+        place: &Place,
         number: usize,
         binary: &TestBinary,
-        names: &[String],
-        machine: &Machine,
+        tests: &[String],
         progress: &Progress,
     ) -> anyhow::Result<Report> {
         let mut command = vec![binary.path.display().to_string()];
         command.extend(["--exact", "--test-threads=1"].map(String::from));
-        command.extend_from_slice(names);
-        let mut job = vm::Job::new(machine.clone(), command)?;
-        job.env.extend(self.env(place)?);
+        command.extend_from_slice(tests);
+        let mut job = vm::Job::new(place.machine.clone(), command)?;
+        job.env.extend(self.env(&place.name)?);
         job.env.insert(
             "CARGO_MANIFEST_DIR".into(),
             binary.folder.display().to_string(),
         );
         job.cwd.clone_from(&binary.folder);
         job.timeout = self.limit();
-        let part = format!("{place}.{number}");
+        let part = format!("{}.{number}", place.name);
         let errors = File::create(self.errors(&part))?;
         let mut guest = job.start(Stdio::piped(), errors.into())?;
         let stdout = guest
@@ -511,10 +546,8 @@ impl Run {
         let log = File::create(self.log(&part))?;
         let report = libtest::read(stdout, log, |name, _| progress.ended(name))?;
         let code = guest.wait()?;
-        Ok(Report {
-            complete: report.complete && (code == 0 || !report.failed.is_empty()),
-            ..report
-        })
+        let complete = report.complete && (code == 0 || !report.failed.is_empty());
+        Ok(Report { complete, ..report })
     }
 
     /// One log for all guests of a place.
@@ -637,19 +670,19 @@ fn file_name(place: &str) -> String {
 }
 
 /// A line on the terminal that says where we are; nothing elsewhere.
-struct Progress<'a> {
-    place: &'a str,
+struct Progress {
+    place: String,
     all: usize,
     // How many tests ended: two guests report at once.
     ended: Mutex<usize>,
     shown: bool,
 }
 
-impl<'a> Progress<'a> {
-    fn new(place: &'a str, all: usize) -> Progress<'a> {
+impl Progress {
+    fn new(place: &str, all: usize) -> Progress {
         let shown = std::io::stderr().is_terminal();
         Progress {
-            place,
+            place: place.to_owned(),
             all,
             ended: Mutex::new(0),
             shown,

@@ -20,6 +20,14 @@ pub struct Report {
 }
 
 impl Report {
+    /// Nothing yet, to absorb others into.
+    pub fn begun() -> Report {
+        Report {
+            complete: true,
+            ..Report::default()
+        }
+    }
+
     /// Adds another process's report.
     pub fn absorb(&mut self, other: Report) {
         self.passed += other.passed;
@@ -42,6 +50,7 @@ impl Report {
         if given.is_empty() || self.failed.is_empty() {
             self.failed.insert(format!("{name} (the process died)"));
         }
+        self.complete = true;
     }
 }
 
