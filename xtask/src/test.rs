@@ -13,7 +13,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
@@ -22,9 +22,10 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 use crate::build::{self, TestBinary};
-use crate::vm::{self, Machine};
+use crate::vm;
 use crate::{deps, ebpf, house, setup, tidy};
 
+mod guests;
 mod libtest;
 mod skips;
 
@@ -34,12 +35,8 @@ use skips::Skips;
 /// No test process of ours takes so long unless it hangs. `--full` runs long ones.
 const PROCESS: Duration = Duration::from_secs(20 * 60);
 const FULL_PROCESS: Duration = Duration::from_secs(120 * 60);
-/// How many guests run lab tests side by side at most; each takes a processor and 2 GB.
-const LAB_GUESTS: usize = 4;
-/// How many helpings each guest's share of the lab is cut into, so that none ends long last.
-const HELPINGS: usize = 4;
-/// How many of the slowest lab tests are named at the end.
-const SLOWEST: usize = 5;
+/// How many of the slowest tests in guests are named at the end.
+const SLOWEST: usize = 8;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -81,7 +78,8 @@ struct Run {
     failed: Vec<String>,
     skips: Skips,
     phases: Vec<(&'static str, Duration)>,
-    lab_times: Vec<(String, Duration)>,
+    /// How long each test in a guest took.
+    times: Vec<(String, Duration)>,
 }
 
 impl Run {
@@ -100,7 +98,7 @@ impl Run {
             failed: Vec::new(),
             skips: Skips::default(),
             phases: Vec::new(),
-            lab_times: Vec::new(),
+            times: Vec::new(),
         })
     }
 
@@ -151,9 +149,8 @@ impl Run {
         for (name, time) in &self.phases {
             println!("  {name:8} {:5.0} s", time.as_secs_f64());
         }
-        self.lab_times
-            .sort_by_key(|(_, time)| std::cmp::Reverse(*time));
-        for (name, time) in self.lab_times.iter().take(SLOWEST) {
+        self.times.sort_by_key(|(_, time)| std::cmp::Reverse(*time));
+        for (name, time) in self.times.iter().take(SLOWEST) {
             println!("  slow     {:5.0} s  {name}", time.as_secs_f64());
         }
         if self.skips.len() > 0 {
@@ -349,221 +346,6 @@ impl Run {
             binary.integration && binary.package == "tests" && binary.target == target
         };
         self.binaries.iter().find(found).cloned()
-    }
-}
-
-/// Tests by name, and the kernel that they run in.
-struct Place {
-    name: String,
-    machine: Machine,
-    tests: Vec<String>,
-    /// How many tests one guest gets; fewer make the shares of several guests more even.
-    helping: usize,
-}
-
-/// One guest's work: the place's index, the number of the helping, its tests.
-type Helping<'a> = (usize, usize, &'a [String]);
-
-// Tiers in kernels of their own.
-impl Run {
-    fn bpf(&mut self) -> anyhow::Result<()> {
-        let Some(binary) = self.tier_binary("bpf") else {
-            return Ok(());
-        };
-        let names = self.names(&binary)?;
-        let stock: Vec<String> = names
-            .iter()
-            .filter(|name| name.contains("kernel_"))
-            .cloned()
-            .collect();
-        // The slow ones first: the quick one then fills the time that one of them has left.
-        let mut wanted: Vec<(String, Result<Machine, String>, Vec<String>)> = vm::STOCK_KERNELS
-            .iter()
-            .map(|line| (format!("bpf@tcg-{line}"), vm::stock(line), stock.clone()))
-            .collect();
-        wanted.push((
-            "bpf@uml".into(),
-            vm::uml_if_ready(&self.args.wish),
-            names.clone(),
-        ));
-        let host = vec![("bpf@host".to_owned(), vm::host_for_bpf(), names)];
-        // Alone: it is the one whose program measures time.
-        for (wanted, guests) in [(host, 1), (wanted, house::processors().min(2))] {
-            let mut places = Vec::new();
-            for (name, machine, tests) in wanted {
-                match machine {
-                    Ok(machine) => {
-                        let helping = tests.len();
-                        places.push(Place {
-                            name,
-                            machine,
-                            tests,
-                            helping,
-                        });
-                    }
-                    Err(reason) => self.skips.add(&name, &reason),
-                }
-            }
-            self.in_guests(&binary, &places, guests)?;
-        }
-        Ok(())
-    }
-
-    fn lab(&mut self) -> anyhow::Result<()> {
-        let Some(binary) = self.tier_binary("lab") else {
-            return Ok(());
-        };
-        let tests = self.names(&binary)?;
-        if tests.is_empty() {
-            return Ok(());
-        }
-        let machine = match vm::pick(&self.args.wish) {
-            Ok(machine) => machine,
-            Err(error) => {
-                self.skips.add("lab", &format!("{error:#}"));
-                return Ok(());
-            }
-        };
-        // Only UML guests are quick to start and take one processor each.
-        let guests = match machine {
-            Machine::Uml { .. } => house::processors().clamp(1, LAB_GUESTS),
-            Machine::Host | Machine::Qemu { .. } => 1,
-        };
-        let helping = match guests {
-            1 => tests.len(),
-            several => tests.len().div_ceil(several * HELPINGS),
-        };
-        let lab = Place {
-            name: "lab".into(),
-            machine,
-            tests,
-            helping,
-        };
-        self.in_guests(&binary, &[lab], guests)
-    }
-
-    /// The names of a binary's tests that are asked for.
-    fn names(&self, binary: &TestBinary) -> anyhow::Result<Vec<String>> {
-        let out = Command::new(&binary.path)
-            .args(["--list", "--format", "terse"])
-            .args(&self.args.filter)
-            .output()?;
-        anyhow::ensure!(
-            out.status.success(),
-            "{} cannot list its tests",
-            binary.name()
-        );
-        let text = String::from_utf8_lossy(&out.stdout);
-        let names = text.lines().filter_map(|line| line.strip_suffix(": test"));
-        Ok(names.map(str::to_owned).collect())
-    }
-
-    /// Runs the places' tests in at most `guests` guests at once, a helping at a time.
-    fn in_guests(
-        &mut self,
-        binary: &TestBinary,
-        places: &[Place],
-        guests: usize,
-    ) -> anyhow::Result<()> {
-        let helpings = places.iter().enumerate().flat_map(|(index, place)| {
-            let chunks = place.tests.chunks(place.helping.max(1)).enumerate();
-            chunks.map(move |(number, tests)| (index, number, tests))
-        });
-        let queue: Mutex<Vec<Helping>> = Mutex::new(helpings.collect::<Vec<_>>());
-        if let Ok(mut queue) = queue.lock() {
-            queue.reverse();
-        }
-        let done = Mutex::new(Vec::new());
-        let names: Vec<&str> = places.iter().map(|place| place.name.as_str()).collect();
-        let progress = Progress::new(&names.join(" "), places.iter().map(|p| p.tests.len()).sum());
-        let run = &*self;
-        std::thread::scope(|scope| {
-            for _ in 0..guests {
-                scope.spawn(|| {
-                    // The lock guards the queue only while a helping is taken.
-                    let next = || queue.lock().ok().and_then(|mut queue| queue.pop());
-                    while let Some((index, number, tests)) = next() {
-                        let start = Instant::now();
-                        let place = &places[index];
-                        let outcome = run.helping(place, number, binary, tests, &progress);
-                        if let Ok(mut done) = done.lock() {
-                            done.push((index, tests, outcome, start.elapsed()));
-                        }
-                    }
-                });
-            }
-        });
-        progress.clear();
-        let done = done.into_inner().unwrap_or_default();
-        let mut totals: Vec<(Report, Duration)> = places
-            .iter()
-            .map(|_| (Report::begun(), Duration::ZERO))
-            .collect();
-        for (index, tests, outcome, time) in done {
-            let mut report = outcome?;
-            report.complete_with(tests, &places[index].name);
-            totals[index].0.absorb(report);
-            totals[index].1 += time;
-        }
-        for (place, (report, time)) in places.iter().zip(totals) {
-            if place.name == "lab" {
-                self.lab_times.clone_from(&report.times);
-            }
-            self.join_logs(&place.name)?;
-            self.settle(&place.name, report, &place.tests, time);
-        }
-        Ok(())
-    }
-
-    /// One guest with one libtest process.
-    fn helping(
-        &self,
-        place: &Place,
-        number: usize,
-        binary: &TestBinary,
-        tests: &[String],
-        progress: &Progress,
-    ) -> anyhow::Result<Report> {
-        let mut command = vec![binary.path.display().to_string()];
-        command.extend(["--exact", "--test-threads=1"].map(String::from));
-        command.extend_from_slice(tests);
-        let mut job = vm::Job::new(place.machine.clone(), command)?;
-        job.env.extend(self.env(&place.name)?);
-        job.env.insert(
-            "CARGO_MANIFEST_DIR".into(),
-            binary.folder.display().to_string(),
-        );
-        job.cwd.clone_from(&binary.folder);
-        job.timeout = self.limit();
-        let part = format!("{}.{number}", place.name);
-        let errors = File::create(self.errors(&part))?;
-        let mut guest = job.start(Stdio::piped(), errors.into())?;
-        let stdout = guest
-            .guard
-            .stdout
-            .take()
-            .context("the guest has no stdout")?;
-        let log = File::create(self.log(&part))?;
-        let report = libtest::read(stdout, log, |name, _| progress.ended(name))?;
-        let code = guest.wait()?;
-        let complete = report.complete && (code == 0 || !report.failed.is_empty());
-        Ok(Report { complete, ..report })
-    }
-
-    /// One log for all guests of a place.
-    fn join_logs(&self, place: &str) -> anyhow::Result<()> {
-        for of in [Run::log, Run::errors] {
-            let mut whole = File::create(of(self, place))?;
-            for number in 0.. {
-                let part = of(self, &format!("{place}.{number}"));
-                let Ok(bytes) = std::fs::read(&part) else {
-                    break;
-                };
-                whole.write_all(&bytes)?;
-                std::fs::remove_file(&part)?;
-            }
-        }
-        Ok(())
     }
 }
 

@@ -101,66 +101,52 @@ pub fn argv(job: &Job, folder: &Folder) -> Vec<String> {
         return Vec::new();
     };
     let mut argv = vec![qemu.display().to_string()];
-    let mut add = |words: &[&str]| argv.extend(words.iter().map(|&word| word.to_owned()));
-    match accel {
-        Accel::Kvm => add(&["-accel", "kvm", "-cpu", "host"]),
+    let mut add = |words: &str| argv.extend(words.split(' ').map(str::to_owned));
+    add(match (accel, icount) {
+        (Accel::Kvm, _) => "-accel kvm -cpu host",
+        (Accel::Tcg, false) => "-accel tcg,thread=multi,tb-size=1024 -cpu max,-la57",
         // One thread and no idling: virtual time is then a count of instructions.
-        Accel::Tcg if *icount => add(&["-accel", "tcg,thread=single,tb-size=1024"]),
-        Accel::Tcg => add(&["-accel", "tcg,thread=multi,tb-size=1024"]),
-    }
-    if *accel == Accel::Tcg {
-        add(&["-cpu", "max,-la57"]);
-    }
-    if *icount {
-        add(&["-icount", "shift=0,sleep=off"]);
-    }
+        (Accel::Tcg, true) => {
+            "-accel tcg,thread=single,tb-size=1024 -cpu max,-la57 -icount shift=0,sleep=off"
+        }
+    });
     let cpus = if *icount { 1 } else { job.cpus };
-    add(&[
-        "-machine",
-        "q35",
-        "-smp",
-        &cpus.to_string(),
-        "-m",
-        &job.mem_mib.to_string(),
-    ]);
-    add(&[
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-        "-no-reboot",
-    ]);
-    add(&[
-        "-serial",
-        &format!("file:{}", folder.kernel_log().display()),
-    ]);
-    add(&["-kernel", &image.display().to_string()]);
-    add(&["-initrd", &initramfs.display().to_string()]);
-    add(&["-append", &kernel_words(job, &folder.path)]);
-    add(&["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]);
+    add(&format!("-machine q35 -smp {cpus} -m {}", job.mem_mib));
+    add("-nodefaults -no-user-config -display none -no-reboot");
+    add("-device virtio-rng-pci -device virtio-serial-pci");
     for (number, stream) in [(1, "out"), (2, "err")] {
-        add(&["-add-fd", &format!("fd={{{stream}}},set={number}")]);
-        add(&[
-            "-chardev",
-            &format!("file,id={stream},path=/dev/fdset/{number},append=on"),
-        ]);
-        add(&[
-            "-device",
-            &format!("virtserialport,chardev={stream},name={stream},nr={number}"),
-        ]);
+        add(&format!("-add-fd fd={{{stream}}},set={number}"));
+        add(&format!(
+            "-chardev file,id={stream},path=/dev/fdset/{number},append=on"
+        ));
+        add(&format!(
+            "-device virtserialport,chardev={stream},name={stream},nr={number}"
+        ));
     }
-    add(&[
-        "-chardev",
-        &format!("file,id=rc,path={}/io/rc", folder.path.display()),
-    ]);
-    add(&["-device", "virtserialport,chardev=rc,name=rc,nr=3"]);
+    add("-device virtserialport,chardev=rc,name=rc,nr=3");
     if job.tty.is_some() {
         // Re-opens the terminal that is our stdin, for both directions.
-        add(&["-chardev", "serial,id=tty,path=/proc/self/fd/{in}"]);
-        add(&["-device", "virtconsole,chardev=tty,name=tty,nr=4"]);
+        add("-chardev serial,id=tty,path=/proc/self/fd/{in}");
+        add("-device virtconsole,chardev=tty,name=tty,nr=4");
+    }
+    let work = escaped(&folder.path);
+    let log = escaped(&folder.kernel_log());
+    for (option, value) in [
+        ("-chardev", format!("file,id=rc,path={work}/io/rc")),
+        ("-serial", format!("file:{log}")),
+        ("-kernel", image.display().to_string()),
+        ("-initrd", initramfs.display().to_string()),
+        ("-append", kernel_words(job, &folder.path)),
+    ] {
+        argv.extend([option.to_owned(), value]);
     }
     shares(job, &mut argv);
     argv
+}
+
+/// A path among QEMU's options, where a comma separates and a doubled one is itself.
+fn escaped(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
 }
 
 fn shares(job: &Job, argv: &mut Vec<String>) {
@@ -168,8 +154,7 @@ fn shares(job: &Job, argv: &mut Vec<String>) {
     let rw = job.rw.iter().enumerate();
     let rw = rw.map(|(index, path)| (path.clone(), format!("rw{}", index + 1), ""));
     for (path, tag, mode) in std::iter::once(root).chain(rw) {
-        // A comma separates QEMU's options; doubled it is itself.
-        let path = path.display().to_string().replace(',', ",,");
+        let path = escaped(&path);
         argv.extend([
             "-fsdev".into(),
             format!("local,id={tag},path={path},security_model=none,{mode}multidevs=remap"),
