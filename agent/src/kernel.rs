@@ -13,10 +13,11 @@ pub mod route;
 pub mod watch;
 pub mod wireguard;
 
-use engine::plan::{Acl, Device, Observed, Policy, Present, Step};
+use engine::plan::{Acl, Device, Observed, PeerChange, Policy, Present, Step};
 use engine::status::FailureKind;
-use proto::key::KEY_BYTES;
+use proto::key::{KEY_BYTES, NodeKey};
 use route::{Link, Routes, SwitchError, Switches};
+use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
 use tokio::sync::{mpsc, oneshot};
@@ -27,6 +28,8 @@ pub const OLDEST_KERNEL: (u32, u32) = (6, 1);
 /// Up to this many peers the device's packets are spread over the processors by `threaded`. Each
 /// peer costs a kernel thread then: 5,001 of them were seen to take 128 MiB.
 pub const MAX_THREADED_PEERS: usize = 512;
+/// Any persistent keepalive that is not 0 sends the first packet; this one is not kept.
+const GREETING_SECONDS: u16 = 25;
 /// Jobs that may wait. The engine has at most one in flight; the rest are questions.
 const QUEUE: usize = 16;
 
@@ -311,6 +314,7 @@ impl Kernel {
                 let index = self.index().await?;
                 self.wireguard()?.remove_peers(index, keys)?;
             }
+            Step::Greet(peers) => self.greet(peers).await?,
             Step::AddAddr(addr) => self.routes.add_addr(self.index().await?, *addr).await?,
             Step::RemoveAddr(addr, len) => {
                 let index = self.index().await?;
@@ -375,6 +379,28 @@ impl Kernel {
             &self.config.interface,
             &self.config.bpf_dir,
         )?)
+    }
+
+    /// A persistent keepalive that is switched on has the kernel send an empty packet at once
+    /// (`set_peer` in drivers/net/wireguard/netlink.c), which begins a handshake.
+    async fn greet(&mut self, peers: &[(NodeKey, u16)]) -> Result<(), StepError> {
+        let index = self.index().await?;
+        let with = |keepalive: fn(u16) -> u16| -> Vec<PeerChange> {
+            let change = |(key, last): &(NodeKey, u16)| PeerChange {
+                key: *key,
+                create: false,
+                replace_allowed_ips: false,
+                allowed_ips: BTreeSet::new(),
+                endpoint: None,
+                keepalive: Some(keepalive(*last)),
+            };
+            peers.iter().map(change).collect()
+        };
+        let wireguard = self.wireguard()?;
+        for keepalive in [|_| 0, |_| GREETING_SECONDS, |last| last] {
+            wireguard.set_peers(index, &with(keepalive))?;
+        }
+        Ok(())
     }
 
     async fn configure(&mut self, listen_port: u16) -> Result<(), StepError> {

@@ -50,6 +50,8 @@ pub struct Engine {
     offered: Option<VerifiedNetmap>,
     /// The netmap in force.
     trusted: Option<VerifiedNetmap>,
+    /// Whether the newest netmap came from the coordinator and not from the disk.
+    unkept: bool,
     lowered: acl::Acl,
     policy: Option<Arc<Policy>>,
     links: Option<Links>,
@@ -83,6 +85,7 @@ impl Engine {
             claimed: None,
             offered: None,
             trusted: None,
+            unkept: false,
             lowered: acl::Acl::default(),
             policy: None,
             links: None,
@@ -118,6 +121,7 @@ impl Engine {
             Input::Cached(netmap) => {
                 if self.claimed.is_none() {
                     self.claim(*netmap);
+                    self.unkept = false;
                 }
             }
             Input::Forget => self.forget(),
@@ -275,6 +279,7 @@ impl Engine {
 
     /// A netmap is claimed: it is checked, and then offered to the next plan, or refused.
     fn claim(&mut self, netmap: Netmap) {
+        self.unkept = true;
         self.claimed = Some(netmap.clone());
         let last = self.offered.as_ref().or(self.trusted.as_ref());
         match verify(netmap, self.me, last) {
@@ -318,8 +323,10 @@ impl Engine {
                 tables,
             }));
         }
-        self.outbox
-            .push_back(Output::Persist(Box::new(offered.netmap().clone())));
+        if std::mem::take(&mut self.unkept) {
+            let netmap = Box::new(offered.netmap().clone());
+            self.outbox.push_back(Output::Persist(netmap));
+        }
         self.trusted = Some(offered);
         self.refresh_paths();
     }

@@ -15,7 +15,7 @@
 //! old policy holds and after it the new one. A prefix that changes its owner is taken from the old
 //! owner *before* the swap, or the old owner could for a moment use what policy gives the new one.
 //! Then: swap, set peers, remove peers (their addresses mean nothing to the new acl any more),
-//! addresses, up, routes. A device that is new is made *down* and gets its programs before its
+//! addresses, up, routes, a greeting to the peers. A device that is new is made *down* and gets its programs before its
 //! first peer or address; one that is found up without programs is taken down first.
 //!
 //! **Foreign state is never touched.** Only the device of our name is ours, with all that is on it,
@@ -36,6 +36,9 @@ mod peers;
 mod routes;
 
 pub use routes::{LiveRoute, Overlap, Routing};
+
+/// Most peers that are greeted: each costs a handshake, and those beyond will notice by themselves.
+pub const MAX_GREETED: usize = 1_024;
 
 /// What the kernel should hold. `None`: nothing of ours.
 pub type Desired = Option<Wanted>;
@@ -237,6 +240,10 @@ pub enum Step {
     AddRoute(Prefix),
     /// No longer routes a prefix into the device.
     RemoveRoute(Prefix),
+    /// Sends each peer an empty packet, and leaves it with this persistent keepalive. A device that
+    /// comes up has lost all its sessions, and peers that have not would send into nothing for 15 s
+    /// (`KEEPALIVE_TIMEOUT + REKEY_TIMEOUT`) before they notice; so we call first.
+    Greet(Vec<(NodeKey, u16)>),
     /// Switches forwarding on for an interface, noting what was there.
     Forward(Forwarding),
     /// Restores what was there.
@@ -330,6 +337,15 @@ impl Plan<'_> {
         self.set_peers(wanted);
         self.address(wanted);
         self.route(wanted);
+        if self.steps.contains(&Step::SetUp(true)) {
+            self.greet(wanted);
+        }
+    }
+
+    fn greet(&mut self, wanted: &Wanted) {
+        let peers = wanted.peers.iter().take(MAX_GREETED);
+        let peers: Vec<_> = peers.map(|(key, peer)| (*key, peer.keepalive)).collect();
+        self.step_if(!peers.is_empty(), Step::Greet(peers));
     }
 
     /// Programs, key and policy: everything that must hold before a peer is touched.
@@ -458,6 +474,7 @@ impl Observed {
                 }
             }
             Step::SetAcl(policy) => self.acl = Acl::Attached(Some(policy.serial)),
+            Step::Greet(_) => {}
             Step::DetachAcl => self.acl = Acl::Absent,
             Step::Forward(forwarding) => {
                 self.forwarding.insert(forwarding.clone());
@@ -510,6 +527,7 @@ impl Present {
             | Step::AttachAcl
             | Step::SetAcl(_)
             | Step::DetachAcl
+            | Step::Greet(_)
             | Step::Forward(_)
             | Step::RestoreForwarding(_) => {}
         }
@@ -573,6 +591,7 @@ impl fmt::Display for Step {
             Self::RemoveAddr(addr, len) => write!(f, "remove address {addr}/{len}"),
             Self::AddRoute(route) => write!(f, "add route {route}"),
             Self::RemoveRoute(route) => write!(f, "remove route {route}"),
+            Self::Greet(peers) => write!(f, "greet {} peer(s)", peers.len()),
             Self::Forward(Forwarding { side, family }) => {
                 write!(f, "forward {family} from {side}")
             }

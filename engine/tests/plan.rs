@@ -455,6 +455,11 @@ fn check(name: &str, desired: &Desired, observed: &Observed) {
                     writeln!(text, "  {:02x}…", key.0[0]).unwrap();
                 }
             }
+            Step::Greet(peers) => {
+                for (key, keepalive) in peers {
+                    writeln!(text, "  {:02x}…, keepalive {keepalive}", key.0[0]).unwrap();
+                }
+            }
             Step::SetAcl(policy) => writeln!(text, "  number {}", policy.serial).unwrap(),
             _ => {}
         }

@@ -211,6 +211,21 @@ fn a_netmap_becomes_a_device_with_peers() {
 }
 
 #[test]
+fn the_cache_is_not_written_back_and_a_changed_one_is() {
+    let mut driver = Driver::new();
+    driver.input(Input::Cached(Box::new(netmap(3, &[2]))));
+    assert_eq!(driver.kernel.present().unwrap().peers.len(), 1);
+    let kept = |driver: &Driver| {
+        let told = driver.told.iter();
+        told.filter(|output| matches!(output, Output::Persist(_)))
+            .count()
+    };
+    assert_eq!(kept(&driver), 0);
+    driver.input(full(4, &[2, 3]));
+    assert_eq!(kept(&driver), 1);
+}
+
+#[test]
 fn a_delta_on_the_wrong_base_asks_for_everything() {
     let mut driver = Driver::new();
     driver.input(full(5, &[2]));
