@@ -31,7 +31,8 @@ fn uml_is_ready(name: &str) -> bool {
                 .create(true)
                 .append(true)
                 .open(list);
-            writeln!(file.unwrap(), "{name}\t{reason}").unwrap();
+            let mut file = file.expect("the list of skips opens");
+            writeln!(file, "{name}\t{reason}").expect("the list of skips is written");
         }
     }
     ready
@@ -48,7 +49,7 @@ fn vm(options: &[&str], script: &str) -> Command {
 }
 
 fn run(options: &[&str], script: &str) -> Output {
-    vm(options, script).output().unwrap()
+    vm(options, script).output().expect("xtask starts")
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -221,15 +222,20 @@ fn begun() -> (Child, BufReader<std::process::ChildStdout>, PathBuf) {
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
-        .unwrap();
-    let mut stdout = BufReader::new(xtask.stdout.take().unwrap());
+        .expect("xtask starts");
+    let mut stdout = BufReader::new(xtask.stdout.take().expect("stdout is piped"));
     let mut line = String::new();
-    stdout.read_line(&mut line).unwrap();
+    stdout
+        .read_line(&mut line)
+        .expect("the guest says its command line");
     let folder = line
         .split_whitespace()
         .find_map(|word| word.strip_prefix("init="))
-        .unwrap();
-    let folder = Path::new(folder).parent().unwrap().to_owned();
+        .expect("the guest has an init");
+    let folder = Path::new(folder)
+        .parent()
+        .expect("init lies in a folder")
+        .to_owned();
     (xtask, stdout, folder)
 }
 
@@ -237,7 +243,7 @@ fn begun() -> (Child, BufReader<std::process::ChildStdout>, PathBuf) {
 fn alive(folder: &Path) -> Vec<String> {
     let folder = folder.display().to_string();
     let processes = std::fs::read_dir("/proc")
-        .unwrap()
+        .expect("/proc is there")
         .flatten()
         .map(|entry| entry.path());
     let named = |path: &PathBuf| {
