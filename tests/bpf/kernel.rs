@@ -16,7 +16,7 @@ fn kernel_programs_decide_every_packet_as_the_evaluator_on_the_host() {
         return;
     };
     let stories = if std::env::var_os("WEIR_FULL").is_some() {
-        400
+        100
     } else {
         12
     };
