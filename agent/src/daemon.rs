@@ -430,9 +430,10 @@ impl Daemon {
         self.note("settings_not_kept", kept.err());
     }
 
-    /// The netmap was written, or was not. A new one on the disk makes good for a damaged one.
+    /// The netmap was written, or was not. One that the coordinator has just sent makes good for a
+    /// damaged one; the last good one, written again, does not.
     fn kept(&mut self, result: Result<(), StateError>) {
-        if result.is_ok() {
+        if result.is_ok() && self.link.connected {
             self.note("netmap_damaged", None);
         }
         self.note("netmap_not_kept", result.err());
