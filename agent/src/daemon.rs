@@ -411,7 +411,8 @@ impl Daemon {
         }
     }
 
-    /// Forgets network, settings and identity; a new identity takes its place.
+    /// Forgets network, settings and identity. A new identity takes its place, in memory until this
+    /// machine joins again.
     fn purge(&mut self) -> Result<(), Box<dyn Error>> {
         self.link.close();
         self.netmaps.send_replace(None);
@@ -419,7 +420,7 @@ impl Daemon {
         self.settings = Settings::default();
         self.trouble.clear();
         self.identity.borrow().wipe()?;
-        let identity = Arc::new(Identity::load_or_create(&self.config.state_dir)?);
+        let identity = Arc::new(Identity::fresh(&self.config.state_dir)?);
         self.identity.send_replace(Arc::clone(&identity));
         self.engine = new_engine(&self.config, &identity);
         Ok(())

@@ -31,6 +31,8 @@ pub struct Identity {
     node: NodeSecret,
     machine: MachineId,
     certificate: Arc<CertifiedKey>,
+    /// The machine key, PKCS#8, to be kept.
+    pkcs8: Zeroizing<Vec<u8>>,
     path: PathBuf,
 }
 
@@ -59,15 +61,37 @@ impl Identity {
     /// [`IdentityError`]; a file that is there is then as it was.
     pub fn load_or_create(folder: &Path) -> Result<Self, IdentityError> {
         let path = folder.join(FILE_NAME);
-        let keys = match file::read(&path)? {
-            Some(keys) => keys,
-            None => {
-                let keys = new_keys()?;
-                file::write_new(folder, &path, &keys)?;
-                keys
-            }
+        if let Some(keys) = file::read(&path)? {
+            return Self::from_keys(keys, path);
+        }
+        let new = Self::fresh(folder)?;
+        new.keep()?;
+        Ok(new)
+    }
+
+    /// A new identity for `folder`, in memory only until [`Self::keep`].
+    ///
+    /// # Errors
+    /// [`IdentityError`].
+    pub fn fresh(folder: &Path) -> Result<Self, IdentityError> {
+        Self::from_keys(new_keys()?, folder.join(FILE_NAME))
+    }
+
+    /// Writes the identity into its folder, if it is not there yet. To be called before anyone else
+    /// learns of it.
+    ///
+    /// # Errors
+    /// [`IdentityError::File`].
+    pub fn keep(&self) -> Result<(), IdentityError> {
+        if self.path.exists() {
+            return Ok(());
+        }
+        let keys = file::Keys {
+            node: Zeroizing::new(*self.node.expose()),
+            machine: self.pkcs8.clone(),
         };
-        Self::from_keys(keys, path)
+        let folder = self.path.parent().unwrap_or(Path::new("."));
+        Ok(file::write_new(folder, &self.path, &keys)?)
     }
 
     /// Whether `folder` keeps an identity: whether this machine ever was set up.
@@ -89,6 +113,7 @@ impl Identity {
             node: NodeSecret::from_bytes(*keys.node),
             machine,
             certificate: Arc::new(CertifiedKey::new(vec![certificate], signing)),
+            pkcs8: keys.machine,
             path,
         })
     }

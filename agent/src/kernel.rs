@@ -397,9 +397,11 @@ impl Kernel {
             peers.iter().map(change).collect()
         };
         let wireguard = self.wireguard()?;
-        for keepalive in [|_| 0, |_| GREETING_SECONDS, |last| last] {
-            wireguard.set_peers(index, &with(keepalive))?;
+        if peers.iter().any(|(_, last)| *last != 0) {
+            wireguard.set_peers(index, &with(|_| 0))?;
         }
+        wireguard.set_peers(index, &with(|_| GREETING_SECONDS))?;
+        wireguard.set_peers(index, &with(|last| last))?;
         Ok(())
     }
 

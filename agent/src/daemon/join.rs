@@ -163,6 +163,10 @@ impl Daemon {
                 }
             },
         };
+        if let Err(error) = self.identity.borrow().keep() {
+            let next = "Make room or access for the state folder, then try again.";
+            return send(reply, refused(RefusedCode::Failed, &chain(&error), next));
+        }
         let renamed = hostname.is_some() || routes.is_some();
         if let Some(hostname) = hostname {
             self.settings.hostname = Some(hostname);
