@@ -18,6 +18,9 @@ const PORTED: [Protocol; 3] = [Protocol::TCP, Protocol::UDP, Protocol::SCTP];
 /// Words of one page.
 const WORD_BITS: u16 = 64;
 
+/// What goes into one table.
+type Entries<K, V> = Vec<(K, V)>;
+
 /// Protocols and ports, canonical.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct PortSet {
@@ -65,7 +68,7 @@ impl PortSet {
     }
 
     /// Its entries under the id `set`.
-    pub(super) fn entries(&self, set: SetId) -> (Vec<(PortsKey, Ports)>, Vec<(PageKey, Page)>) {
+    pub(super) fn entries(&self, set: SetId) -> (Entries<PortsKey, Ports>, Entries<PageKey, Page>) {
         let (mut ports, mut pages) = (Vec::new(), Vec::new());
         if self.any {
             ports.push((
