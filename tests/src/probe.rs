@@ -17,10 +17,10 @@ use rustix::net::{AddressFamily, Protocol, SocketFlags, SocketType, ipproto};
 use crate::host::Host;
 use crate::packet;
 
-/// How long a permitted connection may take. The first one waits for a WireGuard handshake; towards
-/// a host that was rebooted, for the kernel to notice that its session is gone, which takes it 15 s
-/// without an answer (`KEEPALIVE_TIMEOUT` + `REKEY_TIMEOUT`).
-pub const PASS_BOUND: Duration = Duration::from_secs(30);
+/// How long a permitted connection may take: the first one waits for a WireGuard handshake, whose
+/// first message may be lost and is sent again after five seconds. Less than the 15 s after which
+/// WireGuard itself notices that a peer's session is gone (`KEEPALIVE_TIMEOUT` + `REKEY_TIMEOUT`).
+pub const PASS_BOUND: Duration = Duration::from_secs(12);
 /// How long a denied one is given. What passes here takes milliseconds.
 pub const DENY_BOUND: Duration = Duration::from_millis(1500);
 
