@@ -3,15 +3,15 @@
 //! ```text
 //! STATE-DIR/            0700
 //!   netmap              the netmap in force, for a start without the coordinator
-//!   netmap.old          the one before it, should `netmap` be unreadable
 //!   settings            up or down, name, routes, which coordinator
-//!   settings.old
+//!   netmap.copy         the same once more, should the first be unreadable
+//!   settings.copy
 //! ```
 //! (The `identity` module keeps its own file here.) A file is a line with its SHA-256, then JSON:
-//! a flipped bit is an unreadable file and not another address. It is replaced whole: the new one
-//! is written and synced under another name, the present one becomes `.old`, the new one takes its
-//! place, the folder is synced. Power can fail anywhere in between; one good file is always left.
-//! A disk that is full fails the writing and leaves what was there.
+//! a flipped bit is an unreadable file and not another address. Each is replaced whole: written and
+//! synced under another name, renamed into place, the folder synced; first the file, then its copy.
+//! Power can fail anywhere in between; one of the two is always whole, the newest or the one before
+//! it. A disk that is full fails the writing and leaves what was there.
 
 use data_encoding::HEXLOWER;
 use proto::key::Fingerprint;
@@ -153,7 +153,7 @@ impl StateDir {
     #[must_use]
     pub fn has_netmap(&self) -> bool {
         let path = self.folder.join(NETMAP);
-        path.exists() || old(&path).exists()
+        path.exists() || copy(&path).exists()
     }
 
     /// Forgets the netmap: it is of a network that this node left.
@@ -185,7 +185,7 @@ impl StateDir {
             Ok(None) => None,
             Err(error) => Some(error),
         };
-        let value = read(&old(&path)).unwrap_or_default();
+        let value = read(&copy(&path)).unwrap_or_default();
         Loaded { value, problem }
     }
 
@@ -195,25 +195,26 @@ impl StateDir {
             path: path.clone(),
             source,
         })?;
+        self.replace(&path, &json)
+            .and_then(|()| self.replace(&copy(&path), &json))
+            .map_err(at(&path))
+    }
+
+    fn replace(&self, path: &Path, json: &[u8]) -> io::Result<()> {
         let new = path.with_extension("new");
-        let written = write(&new, &json).and_then(|()| {
-            match fs::rename(&path, old(&path)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
-            fs::rename(&new, &path)?;
-            File::open(&self.folder)?.sync_all()
-        });
+        let written = write(&new, json)
+            .and_then(|()| fs::rename(&new, path))
+            .and_then(|()| File::open(&self.folder)?.sync_all());
         if written.is_err() {
             // What is half written would only take room.
             let _ = fs::remove_file(&new);
         }
-        written.map_err(at(&path))
+        written
     }
 
     fn remove(&self, name: &str) -> Result<(), StateError> {
         let path = self.folder.join(name);
-        for path in [path.with_extension("new"), old(&path), path] {
+        for path in [path.with_extension("new"), copy(&path), path] {
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(at(&path)(error));
@@ -225,8 +226,8 @@ impl StateDir {
     }
 }
 
-fn old(path: &Path) -> PathBuf {
-    path.with_extension("old")
+fn copy(path: &Path) -> PathBuf {
+    path.with_extension("copy")
 }
 
 fn write(path: &Path, json: &[u8]) -> io::Result<()> {
@@ -308,10 +309,9 @@ mod tests {
     }
 
     #[test]
-    fn any_flipped_bit_is_noticed_and_the_one_before_is_used() {
+    fn any_flipped_bit_is_noticed_and_nothing_is_lost() {
         let (_guard, state) = folder();
-        state.keep_settings(&settings("before")).unwrap();
-        state.keep_settings(&settings("after")).unwrap();
+        state.keep_settings(&settings("a")).unwrap();
         let path = state.folder.join(SETTINGS);
         let good = fs::read(&path).unwrap();
         for position in 0..good.len() {
@@ -319,21 +319,26 @@ mod tests {
             bad[position] ^= 1;
             fs::write(&path, &bad).unwrap();
             let loaded = state.settings();
-            assert_eq!(loaded.value, Some(settings("before")), "byte {position}");
+            assert_eq!(loaded.value, Some(settings("a")), "byte {position}");
             assert!(matches!(loaded.problem, Some(StateError::Damaged { .. })));
         }
         fs::write(&path, b"").unwrap();
-        assert_eq!(state.settings().value, Some(settings("before")));
+        assert_eq!(state.settings().value, Some(settings("a")));
+        fs::write(copy(&path), b"").unwrap();
+        let loaded = state.settings();
+        assert!(loaded.value.is_none() && loaded.problem.is_some());
     }
 
     #[test]
-    fn a_crash_between_the_renames_loses_nothing() {
+    fn a_crash_before_the_copy_is_written_loses_nothing() {
         let (_guard, state) = folder();
         state.keep_settings(&settings("a")).unwrap();
         let path = state.folder.join(SETTINGS);
-        fs::rename(&path, old(&path)).unwrap();
+        let before = fs::read(copy(&path)).unwrap();
+        state.keep_settings(&settings("b")).unwrap();
+        fs::write(copy(&path), before).unwrap();
         let loaded = state.settings();
-        assert_eq!(loaded.value, Some(settings("a")));
+        assert_eq!(loaded.value, Some(settings("b")));
         assert!(loaded.problem.is_none());
     }
 
