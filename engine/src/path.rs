@@ -64,32 +64,54 @@ pub struct Surroundings<'a> {
     /// would reach ourselves.
     pub own: &'a BTreeSet<IpAddr>,
     /// Networks that our interfaces are in, the WireGuard device's excepted.
-    pub on_link: &'a BTreeSet<Prefix>,
+    pub on_link: &'a Cover,
     /// Where the host's own routes lead, the WireGuard device's excepted.
-    pub routed: &'a BTreeSet<Prefix>,
+    pub routed: &'a Cover,
     /// What is reached through the tunnel: an endpoint in there would be a loop.
-    pub tunnelled: &'a BTreeSet<Prefix>,
+    pub tunnelled: &'a Cover,
+}
+
+/// The addresses of many prefixes: a question costs one look-up for each length in use, however
+/// many prefixes there are.
+#[derive(Clone, Debug, Default)]
+pub struct Cover {
+    prefixes: BTreeSet<Prefix>,
+    lengths: BTreeSet<u8>,
+}
+
+impl FromIterator<Prefix> for Cover {
+    fn from_iter<I: IntoIterator<Item = Prefix>>(prefixes: I) -> Self {
+        let prefixes: BTreeSet<Prefix> = prefixes.into_iter().collect();
+        let lengths = prefixes.iter().map(Prefix::len).collect();
+        Self { prefixes, lengths }
+    }
+}
+
+impl Cover {
+    /// Whether a prefix contains `addr`.
+    #[must_use]
+    pub fn contains(&self, addr: IpAddr) -> bool {
+        self.lengths.iter().any(|len| {
+            let around = Prefix::containing(addr, *len);
+            around.is_ok_and(|around| self.prefixes.contains(&around))
+        })
+    }
 }
 
 /// The candidates that can be used, best first. The order that the coordinator gave decides among
 /// equals, so the result is the same wherever it is computed.
 #[must_use]
 pub fn rank(candidates: &[SocketAddr], host: Surroundings<'_>) -> Vec<SocketAddr> {
-    let inside = |prefixes: &BTreeSet<Prefix>, candidate: &SocketAddr| {
-        prefixes
-            .iter()
-            .any(|prefix| prefix.contains(candidate.ip()))
-    };
     let mut seen = BTreeSet::new();
     let mut ranked: Vec<(Rank, SocketAddr)> = candidates
         .iter()
         .filter(|candidate| is_usable(candidate) && seen.insert(**candidate))
         .filter(|candidate| !host.own.contains(&candidate.ip()))
-        .filter(|candidate| !inside(host.tunnelled, candidate))
+        .filter(|candidate| !host.tunnelled.contains(candidate.ip()))
         .map(|candidate| {
-            let rank = if inside(host.on_link, candidate) {
+            let rank = if host.on_link.contains(candidate.ip()) {
                 Rank::OnLink
-            } else if inside(host.routed, candidate) {
+            } else if host.routed.contains(candidate.ip()) {
                 Rank::Routed
             } else {
                 Rank::Unrouted
@@ -303,7 +325,7 @@ mod tests {
 
     #[test]
     fn loops_and_unusable_candidates_are_left_out_and_near_ones_come_first() {
-        let prefix = |text: &str| BTreeSet::from([text.parse::<Prefix>().unwrap()]);
+        let prefix = |text: &str| Cover::from_iter([text.parse().unwrap()]);
         let candidates = [
             "100.64.0.1:1",
             "198.51.100.1:1",

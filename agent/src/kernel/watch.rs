@@ -15,12 +15,16 @@ use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 /// Changes come in bursts (an interface comes up, a routing daemon converges): this long after the
 /// first of a burst the host is read.
 const SETTLE: Duration = Duration::from_millis(200);
+
+/// A host with a million routes takes long to read, and its routes never rest: it is read for at
+/// most one part in this many of the time.
+const SHARE: u32 = 20;
 
 /// Sends the host's links to `links` now and after every change, until nobody listens.
 ///
@@ -36,7 +40,9 @@ pub async fn run(interface: &str, links: mpsc::Sender<Links>) -> io::Result<()> 
     ])?;
     tokio::spawn(connection);
     loop {
+        let start = Instant::now();
         let now = read(&handle, interface).await?;
+        let took = start.elapsed();
         if links.send(now).await.is_err() {
             return Ok(());
         }
@@ -48,7 +54,7 @@ pub async fn run(interface: &str, links: mpsc::Sender<Links>) -> io::Result<()> 
             }
             () = links.closed() => return Ok(()),
         }
-        tokio::time::sleep(SETTLE).await;
+        tokio::time::sleep(SETTLE.max(took * SHARE)).await;
         while changes.try_recv().is_ok() {}
     }
 }
