@@ -1,9 +1,10 @@
 //! `cargo xtask lab [TOPOLOGY]`: a network of namespaces to play with, in a kernel that has
 //! WireGuard. The topology and the shell are the program `lab` of the package `tests`.
 
-use std::io::IsTerminal;
 use std::process::Stdio;
 use std::time::Duration;
+
+use anyhow::Context;
 
 use crate::{build, setup, vm};
 
@@ -26,6 +27,13 @@ pub struct Args {
 }
 
 pub fn run_verb(args: Args) -> anyhow::Result<u8> {
+    let wants_shell = args.command.is_empty() && args.topology.as_deref() != Some("list");
+    let terminal = match wants_shell {
+        true => Some(vm::terminal().context(
+            "a shell needs a terminal; or give a command: cargo xtask lab TOPOLOGY -- CMD",
+        )?),
+        false => None,
+    };
     setup::ensure(&[setup::Purpose::Build, setup::Purpose::Lab])?;
     let programs = build::programs()?;
     let mut command = vec![programs.join("lab").display().to_string()];
@@ -39,8 +47,7 @@ pub fn run_verb(args: Args) -> anyhow::Result<u8> {
             .status()?;
         return Ok(if status.success() { 0 } else { 1 });
     }
-    let shell = args.command.is_empty();
-    if !shell {
+    if !args.command.is_empty() {
         command.push("--".into());
         command.extend(args.command);
     }
@@ -48,12 +55,6 @@ pub fn run_verb(args: Args) -> anyhow::Result<u8> {
     job.env
         .insert("WEIR_BIN_DIR".into(), programs.display().to_string());
     job.timeout = A_DAY;
-    if shell {
-        anyhow::ensure!(
-            std::io::stdin().is_terminal(),
-            "a shell needs a terminal; give a command instead: cargo xtask lab TOPOLOGY -- CMD"
-        );
-        job.tty = Some(vm::terminal()?);
-    }
+    job.tty = terminal;
     job.start(Stdio::inherit(), Stdio::inherit())?.wait()
 }

@@ -68,7 +68,11 @@ pub fn machine() -> anyhow::Result<Machine> {
     if !kernel.is_file() {
         // Two xtasks must not build the same kernel at the same time.
         let lock = fs::File::create(store.join("lock"))?;
-        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)?;
+        let at_once = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+        if rustix::fs::flock(&lock, at_once).is_err() {
+            eprintln!("xtask vm: waiting for another xtask that builds the UML kernel");
+            rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)?;
+        }
         if !kernel.is_file() {
             build(&store, &kernel)?;
         }
