@@ -203,8 +203,10 @@ impl Daemon {
         let settings = self.state.settings();
         self.note("settings_damaged", settings.problem);
         let netmap = self.state.netmap();
+        // After damage all of it is asked for, so that it is written anew.
+        let known = netmap.value.as_ref().filter(|_| netmap.problem.is_none());
+        let generation = known.map(|netmap| netmap.generation);
         self.note("netmap_damaged", netmap.problem);
-        let generation = netmap.value.as_ref().map(|netmap| netmap.generation);
         let Some(settings) = settings.value else {
             // Nobody ever said what is to be: nothing is touched.
             return;
@@ -428,13 +430,16 @@ impl Daemon {
 
     fn keep_settings(&mut self) {
         let kept = self.state.keep_settings(&self.settings);
+        if kept.is_ok() {
+            self.note("settings_damaged", None);
+        }
         self.note("settings_not_kept", kept.err());
     }
 
-    /// The netmap was written, or was not. One that the coordinator has just sent makes good for a
-    /// damaged one; the last good one, written again, does not.
+    /// A netmap was written, or was not. Only those that the coordinator sent are: one on the disk
+    /// makes good for a damaged one.
     fn kept(&mut self, result: Result<(), StateError>) {
-        if result.is_ok() && self.link.connected {
+        if result.is_ok() {
             self.note("netmap_damaged", None);
         }
         self.note("netmap_not_kept", result.err());
