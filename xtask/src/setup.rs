@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::Context;
 
@@ -272,6 +272,20 @@ fn install(family: Family, packages: &BTreeSet<&str>) -> anyhow::Result<()> {
     let status = command.status().context("cannot run the package manager")?;
     anyhow::ensure!(status.success(), "`{shown}` failed; its words are above");
     Ok(())
+}
+
+/// Lets apt read its package lists anew, if we may without asking. What comes of it shows in
+/// what apt then knows.
+pub fn refresh_lists() {
+    let (program, first) = match rustix::process::geteuid().is_root() {
+        true => ("apt-get", None),
+        false => ("sudo", Some(["-n", "apt-get"])),
+    };
+    let mut command = Command::new(program);
+    command
+        .args(first.into_iter().flatten())
+        .args(["-q", "update"]);
+    let _ = command.stdout(Stdio::null()).stderr(Stdio::null()).status();
 }
 
 /// The distributions that we know the packages of.

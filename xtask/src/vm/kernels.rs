@@ -12,7 +12,7 @@ use anyhow::Context;
 use sha2::{Digest, Sha256};
 
 use super::guest;
-use crate::house;
+use crate::{house, setup};
 
 /// The lines of kernels that are tested. The first is the default.
 pub const VERSIONS: [&str; 2] = ["6.12", "6.1"];
@@ -138,19 +138,27 @@ fn fetch(store: &Path, line: &str) -> anyhow::Result<()> {
 
 /// The newest signed generic kernel of a line that apt knows. Cloud kernels lack 9p.
 fn newest_package(line: &str) -> anyhow::Result<String> {
+    if let Some(package) = known_package(line)? {
+        return Ok(package);
+    }
+    // A fresh machine has no package lists at all.
+    setup::refresh_lists();
+    known_package(line)?.with_context(|| {
+        format!("apt knows no stock kernel {line} here (Debian 12 with bookworm-security has both)")
+    })
+}
+
+fn known_package(line: &str) -> anyhow::Result<Option<String>> {
     let pattern = format!("^linux-image-{}\\..*-amd64$", line.replace('.', "\\."));
     let found = Command::new("apt-cache")
         .args(["search", "--names-only", &pattern])
         .output()
         .context("stock kernels come as Debian packages, and there is no apt-cache here")?;
     let text = String::from_utf8_lossy(&found.stdout);
-    newest(
-        text.lines()
-            .filter_map(|found| found.split_whitespace().next()),
-    )
-    .with_context(|| {
-        format!("apt knows no stock kernel {line} here (Debian 12 with bookworm-security has both)")
-    })
+    let names = text
+        .lines()
+        .filter_map(|found| found.split_whitespace().next());
+    Ok(newest(names))
 }
 
 fn newest<'a>(packages: impl Iterator<Item = &'a str>) -> Option<String> {
