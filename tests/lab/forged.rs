@@ -103,30 +103,6 @@ fn assert_drops_exactly(from: &Host, src: [IpAddr; 2], to: &Node) -> anyhow::Res
     Ok(())
 }
 
-/// Takes a node's programs off its device, as an attacker with root on it could.
-fn disarm(node: &Node) -> anyhow::Result<()> {
-    node.kill();
-    remove_pins(&node.host.folder.join("bpf"))?;
-    let detached = || {
-        let shown = node.host.output("bpftool net show dev weir0");
-        shown.is_ok_and(|output| !output.stdout.contains("weir0"))
-    };
-    wait_until("the programs are off the device", SPREAD_BOUND, detached)
-}
-
-fn remove_pins(folder: &std::path::Path) -> anyhow::Result<()> {
-    for entry in std::fs::read_dir(folder)? {
-        let path = entry?.path();
-        if path.is_dir() {
-            remove_pins(&path)?;
-            std::fs::remove_dir(path)?;
-        } else {
-            std::fs::remove_file(path)?;
-        }
-    }
-    Ok(())
-}
-
 /// ```text
 ///  hub   a   b   c
 ///   │    │   │   │
@@ -140,7 +116,7 @@ fn with_the_senders_programs_gone_the_receiver_drops_and_counts_exactly() -> any
     let (a, b) = (mesh.node("a"), mesh.node("b"));
     let sources = [a.v4()?, a.v6()?];
     assert_answers(&expect(&mesh, "a", "b", &[(Talk::Tcp(80), true)])?);
-    disarm(&a)?;
+    a.disarm()?;
     assert_drops_exactly(&a.host, sources, &b)?;
     // What policy permits still passes: the receiver was not closed by the storm.
     assert_answers(&expect(

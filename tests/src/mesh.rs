@@ -328,6 +328,22 @@ impl Node {
         self.process().kill();
     }
 
+    /// Ends the agent and takes its programs off the device, as an attacker with root on that host
+    /// could. The device stays as it is.
+    ///
+    /// # Errors
+    /// If they stay on the device.
+    pub fn disarm(&self) -> anyhow::Result<()> {
+        self.kill();
+        // A folder of a bpffs goes only when it is empty, and a link goes with its last pin.
+        std::fs::remove_dir_all(self.host.folder.join("bpf/weir"))?;
+        let detached = || {
+            let shown = self.host.output("bpftool net show dev weir0");
+            shown.is_ok_and(|output| !output.stdout.contains("weir0"))
+        };
+        wait_until("the programs are off the device", SPREAD_BOUND, detached)
+    }
+
     /// Starts the agent again.
     ///
     /// # Errors

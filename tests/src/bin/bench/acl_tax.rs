@@ -1,10 +1,11 @@
 //! The ACL's tax: what one gigabyte through kernel WireGuard costs with our programs on the device
 //! and without them.
 //!
-//! Two pairs of hosts in one lab, the same in all else: `a` and `b` run agents, `c` and `d` have a
-//! WireGuard device made by hand. The transfers alternate. Throughput does not resolve a few per
-//! cent on shared machines, so the cost is counted in the time that the processor was busy; under
-//! QEMU's `-icount shift=0` a nanosecond of that clock *is* one guest instruction.
+//! One pair of hosts, `a` and `b`; the programs come off their devices and go on again, in turns,
+//! and the agents are dead whenever something is counted: the programs are the only difference.
+//! Throughput does not resolve a few per cent on shared machines, so the cost is counted in the
+//! time that the processor was busy; under QEMU's `-icount shift=0` a nanosecond of that clock *is*
+//! one guest instruction.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
@@ -17,7 +18,6 @@ use tests::host::Host;
 use tests::lab::Lab;
 use tests::mesh::{Join, Mesh};
 use tests::packet;
-use tests::process;
 use tests::topology::Topology;
 
 /// The port that everything crosses.
@@ -34,7 +34,7 @@ const POLICY: &str = r#"{
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// Transfers of each kind; they alternate
+    /// Rounds with the programs and without them; they alternate
     #[arg(long, default_value_t = 5)]
     rounds: usize,
     /// Size of one transfer, in megabytes
@@ -57,7 +57,7 @@ struct Round {
 
 /// Measures, prints a table, and returns the document.
 pub fn run(args: &Args) -> anyhow::Result<Value> {
-    let lab = Lab::without_captures("acl-tax", &Topology::star(&["a", "b", "c", "d"]))?;
+    let lab = Lab::without_captures("acl-tax", &Topology::star(&["a", "b"]))?;
     let join = |host| Join {
         host,
         owner: "--tag tag:bench",
@@ -65,12 +65,37 @@ pub fn run(args: &Args) -> anyhow::Result<Value> {
     };
     let mesh = Mesh::start(&lab, POLICY, &[join("a"), join("b")])?;
     mesh.settled(&[("a", 1), ("b", 1)])?;
-    let acl = (lab.host("a"), lab.host("b"), mesh.node("b").v4()?);
-    let bare = bare_pair(lab.host("c"), lab.host("d"))?;
+    let pair = Pair {
+        from: lab.host("a"),
+        to: lab.host("b"),
+        dst: mesh.node("b").v4()?,
+    };
+    let nodes = [mesh.node("a"), mesh.node("b")];
 
     let bytes = args.megabytes * 1_000_000;
-    let bulk = |pair: &Pair| bulk(pair, bytes);
-    let small = |pair: &Pair| small(pair, args.datagrams);
+    let (mut large, mut little) = (Vec::new(), Vec::new());
+    for round in 1..=args.rounds {
+        for node in &nodes {
+            if round > 1 {
+                node.restart()?;
+            }
+            node.until("it is up", |status| status["phase"] == "up")?;
+        }
+        nodes.iter().for_each(|node| node.kill());
+        let acl = pair.costs(bytes, args.datagrams)?;
+        nodes.iter().try_for_each(|node| node.disarm())?;
+        let bare = pair.costs(bytes, args.datagrams)?;
+        large.push(Round {
+            bare: bare.0,
+            acl: acl.0,
+        });
+        little.push(Round {
+            bare: bare.1,
+            acl: acl.1,
+        });
+        eprintln!("round {round} of {}", args.rounds);
+    }
+    lab.passed();
     let unit = if args.icount {
         "instructions"
     } else {
@@ -79,81 +104,33 @@ pub fn run(args: &Args) -> anyhow::Result<Value> {
     let per_gb = |cost: u64| cost as f64 * 1e9 / bytes as f64;
     let per_datagram = |cost: u64| cost as f64 / args.datagrams as f64;
     let rows = [
-        summary(
-            "bulk TCP, per GB",
-            unit,
-            &rounds(args.rounds, &bare, &acl, bulk)?,
-            per_gb,
-        ),
-        summary(
-            "64-byte UDP, per datagram",
-            unit,
-            &rounds(args.rounds, &bare, &acl, small)?,
-            per_datagram,
-        ),
+        summary("bulk TCP, per GB", unit, &large, per_gb),
+        summary("64-byte UDP, per datagram", unit, &little, per_datagram),
     ];
-    lab.passed();
     Ok(json!({ "bench": "acl-tax", "unit": unit, "rows": rows }))
 }
 
-/// Sender, receiver, and the receiver's address in the tunnel.
-type Pair = (Arc<Host>, Arc<Host>, IpAddr);
-
-/// Two hosts with WireGuard made by hand, as the agent makes it.
-fn bare_pair(c: Arc<Host>, d: Arc<Host>) -> anyhow::Result<Pair> {
-    let mut keys = Vec::new();
-    for host in [&c, &d] {
-        let private = host.run("wg genkey")?.stdout;
-        let public = host
-            .run_with("wg pubkey", &private)?
-            .stdout
-            .trim()
-            .to_owned();
-        host.run("ip link add weir0 mtu 1420 type wireguard")?;
-        host.run_with(
-            "wg set weir0 listen-port 51820 private-key /dev/stdin",
-            &private,
-        )?;
-        keys.push(public);
-    }
-    for (number, (host, other, key)) in [(1, (&c, &d, &keys[1])), (2, (&d, &c, &keys[0]))] {
-        let (endpoint, theirs) = (other.v4(), 3 - number);
-        let allowed = format!("100.127.0.{theirs}/32");
-        host.run(&format!(
-            "wg set weir0 peer {key} endpoint {endpoint}:51820 allowed-ips {allowed}"
-        ))?;
-        host.ip(&format!(
-            "addr add 100.127.0.{number}/24 dev weir0\nlink set weir0 up"
-        ))?;
-        // As the agent does once there is a peer: it moves work from softirqs to a thread, which
-        // alone changes the cost by a quarter.
-        let mut threaded = host.whole("tee /sys/class/net/weir0/threaded")?;
-        let output = host.enter(|| process::run(&mut threaded, "1", STALL_BOUND));
-        output?.success()?;
-    }
-    Ok((c, d, "100.127.0.2".parse()?))
+/// Two hosts and the receiver's address in the tunnel.
+struct Pair {
+    from: Arc<Host>,
+    to: Arc<Host>,
+    dst: IpAddr,
 }
 
-/// Alternates the two kinds, after one transfer of each that is not counted.
-fn rounds(
-    count: usize,
-    bare: &Pair,
-    acl: &Pair,
-    measure: impl Fn(&Pair) -> anyhow::Result<u64>,
-) -> anyhow::Result<Vec<Round>> {
-    measure(bare)?;
-    measure(acl)?;
-    let round = |_| {
-        Ok(Round {
-            bare: measure(bare)?,
-            acl: measure(acl)?,
-        })
-    };
-    (0..count).map(round).collect()
+impl Pair {
+    /// What a bulk transfer and a round of small datagrams cost, after a little of each that is
+    /// not counted: it brings the session up and fills the caches.
+    fn costs(&self, bytes: u64, datagrams: u64) -> anyhow::Result<(u64, u64)> {
+        /// Not counted, of both kinds.
+        const WARM_UP: (u64, u64) = (1_000_000, 200);
+        bulk(self, WARM_UP.0)?;
+        small(self, WARM_UP.1)?;
+        Ok((bulk(self, bytes)?, small(self, datagrams)?))
+    }
 }
 
 /// One TCP stream.
-fn bulk((from, to, dst): &Pair, bytes: u64) -> anyhow::Result<u64> {
+fn bulk(Pair { from, to, dst }: &Pair, bytes: u64) -> anyhow::Result<u64> {
     let listener = to.listen(*dst, PORT)?;
     let target = SocketAddr::new(*dst, PORT);
     let mut sender = from.enter(|| TcpStream::connect_timeout(&target, STALL_BOUND))?;
@@ -182,7 +159,7 @@ fn bulk((from, to, dst): &Pair, bytes: u64) -> anyhow::Result<u64> {
 }
 
 /// Small datagrams there and back, one at a time: nothing is queued, nothing is lost.
-fn small((from, to, dst): &Pair, datagrams: u64) -> anyhow::Result<u64> {
+fn small(Pair { from, to, dst }: &Pair, datagrams: u64) -> anyhow::Result<u64> {
     let far = to.udp(*dst, PORT)?;
     let near: UdpSocket = from.udp(packet::unspecified(*dst), 0)?;
     near.connect((*dst, PORT))?;
