@@ -282,6 +282,15 @@ fn pair(text: &str) -> Result<(String, String), String> {
 pub fn pick(wish: &Wish) -> anyhow::Result<Machine> {
     let say = |machine: &Machine, why: &str| eprintln!("xtask vm: {}: {why}", machine.name());
     let line = wish.kernel.as_deref();
+    let stock = !matches!(wish.backend, Some(Backend::Host | Backend::Uml));
+    anyhow::ensure!(
+        stock || (line.is_none() && !wish.icount),
+        "--kernel and --icount are for kvm and tcg: host and uml have one kernel each"
+    );
+    anyhow::ensure!(
+        wish.backend != Some(Backend::Kvm) || !wish.icount,
+        "--icount counts emulated instructions: use --backend tcg"
+    );
     let machine = match wish.backend {
         Some(Backend::Host) => Machine::Host,
         Some(Backend::Kvm) => qemu::machine(Accel::Kvm, line, false)?,
