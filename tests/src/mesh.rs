@@ -17,7 +17,7 @@ use crate::wait_until;
 /// How long a server or an agent may take to start. Generous, for slow machines.
 const START_BOUND: Duration = Duration::from_secs(30);
 /// How long a change may take from the coordinator to every kernel.
-pub const SPREAD_BOUND: Duration = Duration::from_secs(20);
+pub const SPREAD_BOUND: Duration = Duration::from_secs(40);
 /// The port that a lab's coordinator listens on.
 const PORT: u16 = 8443;
 
