@@ -24,17 +24,18 @@ fn key(n: u8) -> NodeKey {
     NodeKey([n; 32])
 }
 
-/// Addresses of peers, and a subnet behind one.
+/// Addresses of peers in both families, and a subnet behind one.
 fn remote(n: u8) -> Prefix {
     match n {
-        0..4 => Prefix::host(IpAddr::from([100, 64, 0, n])),
-        _ => Prefix::containing(IpAddr::from([10, n, 0, 0]), 16).unwrap(),
+        0..3 => Prefix::host(IpAddr::from([100, 64, 0, n])),
+        3 => Prefix::containing(IpAddr::from([10, n, 0, 0]), 16).unwrap(),
+        _ => format!("fd00:0:0:{n}::/64").parse().unwrap(),
     }
 }
 
 fn local(n: u8) -> IpAddr {
     match n {
-        0 => IpAddr::from([100, 64, 1, 0]),
+        0..2 => IpAddr::from([100, 64, 1, n]),
         _ => "fd00::1".parse().unwrap(),
     }
 }
@@ -48,7 +49,8 @@ fn policy(serial: u64) -> Arc<Policy> {
 }
 
 /// Who owns which prefix, which local addresses there are, and which pairs policy allows. As in
-/// life, policy knows only prefixes that somebody owns and addresses that this node has.
+/// life, policy knows only prefixes that somebody owns and addresses that this node has, and no
+/// flow has one end in IPv4 and the other in IPv6.
 #[derive(Clone, Debug, PartialEq)]
 struct World {
     owners: BTreeMap<u8, u8>,
@@ -62,16 +64,19 @@ struct World {
 fn world() -> impl Strategy<Value = World> {
     (
         prop::collection::btree_map(0u8..6, 0u8..4, 0..6),
-        prop::collection::btree_set(0u8..2, 0..3),
-        prop::collection::btree_set((0u8..6, 0u8..2), 0..12),
+        prop::collection::btree_set(0u8..3, 0..4),
+        prop::collection::btree_set((0u8..6, 0u8..3), 0..18),
         prop::collection::btree_set(0u8..6, 0..6),
         prop::collection::btree_set(0u8..4, 0..4),
         1u16..3,
     )
         .prop_map(|(owners, locals, allowed, routes, mut peers, port)| {
             peers.extend(owners.values());
-            let known =
-                |(remote, local): &(u8, u8)| owners.contains_key(remote) && locals.contains(local);
+            let known = |(from, to): &(u8, u8)| {
+                owners.contains_key(from)
+                    && locals.contains(to)
+                    && remote(*from).is_v4() == local(*to).is_ipv4()
+            };
             World {
                 allowed: allowed.into_iter().filter(known).collect(),
                 routes,
@@ -176,7 +181,7 @@ fn routed(state: &Observed, from: u8) -> bool {
 }
 
 fn flows() -> impl Iterator<Item = (u8, u8, u8)> {
-    (0..4).flat_map(|peer| (0..6).flat_map(move |from| (0..2).map(move |to| (peer, from, to))))
+    (0..4).flat_map(|peer| (0..6).flat_map(move |from| (0..3).map(move |to| (peer, from, to))))
 }
 
 /// The states that a plan goes through, single peers apart, each with the policy that decides.
