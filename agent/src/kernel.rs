@@ -128,7 +128,8 @@ pub struct Kernel {
     policy: Option<u64>,
     /// How many peers the device has, as far as is known.
     peers: usize,
-    threaded: bool,
+    /// What this process wrote there; an earlier one may have left either.
+    threaded: Option<bool>,
 }
 
 /// Starts the kernel's thread. It ends when the sender of jobs is dropped.
@@ -186,7 +187,7 @@ impl Kernel {
             acl: None,
             policy: None,
             peers: 0,
-            threaded: false,
+            threaded: None,
             config,
         })
     }
@@ -313,6 +314,8 @@ impl Kernel {
             Step::RemovePeers(keys) => {
                 let index = self.index().await?;
                 self.wireguard()?.remove_peers(index, keys)?;
+                self.peers = self.peers.saturating_sub(keys.len());
+                self.spread();
             }
             Step::Greet(peers) => self.greet(peers).await?,
             Step::AddAddr(addr) => self.routes.add_addr(self.index().await?, *addr).await?,
@@ -331,7 +334,7 @@ impl Kernel {
 
     async fn create(&mut self, mtu: u32) -> Result<(), StepError> {
         let created = self.routes.create(&self.config.interface, mtu).await;
-        (self.peers, self.threaded) = (0, false);
+        (self.peers, self.threaded) = (0, None);
         created.map_err(|error| match error.raw_os_error() {
             Some(libc::EOPNOTSUPP) => StepError::NoWireGuard,
             _ => error.into(),
@@ -421,14 +424,14 @@ impl Kernel {
     /// Lets the kernel decrypt on all processors, where the peers are few enough. Possible only once
     /// there is a peer. Best effort: without it packets flow as well, on one processor.
     fn spread(&mut self) {
-        let wanted = (1..=MAX_THREADED_PEERS).contains(&self.peers);
-        if self.threaded == wanted {
+        let wanted = are_few(self.peers);
+        if self.threaded == Some(wanted) {
             return;
         }
         let file = format!("/sys/class/net/{}/threaded", self.config.interface);
         let written = std::fs::write(file, if wanted { "1" } else { "0" });
         if written.is_ok() {
-            self.threaded = wanted;
+            self.threaded = Some(wanted);
         }
     }
 
@@ -488,6 +491,11 @@ pub fn is_supported(release: &str) -> bool {
     version >= OLDEST_KERNEL
 }
 
+/// Whether so many peers are worth a kernel thread each.
+fn are_few(peers: usize) -> bool {
+    (1..=MAX_THREADED_PEERS).contains(&peers)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -500,5 +508,11 @@ mod tests {
         for new in ["6.1.0-18-amd64", "6.12.57", "7.0-rc1", "10.2"] {
             assert!(is_supported(new), "{new}");
         }
+    }
+
+    #[test]
+    fn a_peer_costs_a_thread_only_where_peers_are_few() {
+        let spread = [0, 1, 512, 513, 10_000].map(are_few);
+        assert_eq!(spread, [false, true, true, false, false]);
     }
 }

@@ -177,3 +177,40 @@ fn fill(path: &std::path::Path) -> anyhow::Result<()> {
     while file.write_all(&[0; 1]).is_ok() {}
     Ok(())
 }
+
+/// The kernel decrypts the packets of a few peers on all processors (`threaded`), from the first
+/// peer on; an agent that finds it otherwise puts it right when peers change.
+///
+/// ```text
+///  hub   a   b   c
+///   │    │   │   │
+///  ─┴────┴───┴───┴── internet
+/// ```
+#[test]
+fn packets_of_a_few_peers_are_spread_over_the_processors() -> anyhow::Result<()> {
+    let lab = Lab::new("threaded", &Topology::star(&["a", "b", "c"]))?;
+    let mut mesh = Mesh::start(&lab, POLICY, &TRIO[..1])?;
+    let a = mesh.node("a");
+    a.until("a is up", |status| status["phase"] == "up")?;
+    let file = "/sys/class/net/weir0/threaded";
+    let threaded = || -> anyhow::Result<String> {
+        let mut cat = a.host.whole(&format!("cat {file}"))?;
+        Ok(tests::process::run(&mut cat, "", SPREAD_BOUND)?.stdout)
+    };
+    let is = |wanted: &str| threaded().is_ok_and(|now| now.trim() == wanted);
+    assert!(is("0"), "nobody sends yet");
+    mesh.join(&lab, &TRIO[1..2])?;
+    mesh.settled(&[("a", 1), ("b", 1)])?;
+    wait_until("b's packets are spread", SPREAD_BOUND, || is("1"))?;
+
+    a.kill();
+    let mut off = a.host.whole(&format!("dd of={file}"))?;
+    tests::process::run(&mut off, "0", SPREAD_BOUND)?;
+    assert!(is("0"), "switched off by hand");
+    a.restart()?;
+    mesh.join(&lab, &TRIO[2..])?;
+    mesh.settled(&[("a", 2), ("b", 2), ("c", 2)])?;
+    wait_until("packets are spread again", SPREAD_BOUND, || is("1"))?;
+    lab.passed();
+    Ok(())
+}
