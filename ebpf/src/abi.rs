@@ -13,10 +13,12 @@
 //! | `PAIRS` | 2 × hash | [`PairKey`] | [`SetId`] | agent |
 //! | `PORTS` | 2 × hash | [`PortsKey`] | [`Ports`] | agent |
 //! | `PAGES` | 2 × hash | [`PageKey`] | [`Page`] | agent |
-//! | `OPENING`, `ESTABLISHED` | LRU hash | [`FlowKey`] | [`Flow`] | programs |
+//! | `ESTABLISHED`, `OPENING`, `SURPLUS` | LRU hash | [`FlowKey`] | [`Flow`] | programs |
+//! | `SHARES` | array | [`Identity::share`] | [`Share`] | programs, agent (recount) |
 //! | `FRAGMENTS` | LRU hash | [`FragmentKey`] | [`Fragment`] | programs |
 //! | `QUOTA` | array | 0 | [`Quota`] | programs |
 //! | `COUNTERS` | per-CPU array | [`crate::verdict::Verdict::counter`] | [`Counter`] | programs |
+//! | `EVENTS` | ring buffer | - | [`Dropped`] | programs |
 //!
 //! *Changing a layout.* Raise [`ABI_VERSION`]. Fields of [`Flow`] are only ever appended (a shorter
 //! old value is copied and the rest is zero), so that an upgrade carries flows over.
@@ -24,18 +26,27 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Version of all layouts below. Maps of another version are never adopted, only copied from.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Slots of every policy table. One is active, the other is filled for the next change.
 pub const SLOTS: u32 = 2;
 
-/// Flows that have seen packets of both sides. About 110 bytes each.
+/// Flows that proved to last. An entry of a flow table takes 120 bytes: 40 of key, 16 of value, 48
+/// of the kernel's own, and 16 of its bucket; all three tables together 11.8 MB.
 pub const ESTABLISHED_FLOWS: u32 = 65_536;
-/// Flows that wait for their first reply. Apart, so that a flood of first packets cannot evict
-/// established flows.
+/// Flows that have not proved it yet. Apart, so that a flood of short flows cannot evict those
+/// that last.
 pub const OPENING_FLOWS: u32 = 16_384;
+/// Flows that are over, and those of peers that open too many at once. Apart, so that such a peer
+/// cannot evict what others open.
+pub const SURPLUS_FLOWS: u32 = 16_384;
+/// Shares that peers' flows are counted by. Beyond so many peers, two may have one share.
+pub const SHARES: u32 = 4_096;
 /// Fragmented datagrams whose first fragment passed.
 pub const FRAGMENTED_DATAGRAMS: u32 = 4_096;
+/// Bytes of dropped packets' events that wait for a reader: about 1,360 of them. A power of two, and
+/// a whole page on every supported machine.
+pub const EVENT_BYTES: u32 = 131_072;
 
 /// A number that differs between layouts whose maps cannot be shared: their version, the sizes of
 /// what they hold, and how many entries the fixed ones have.
@@ -50,9 +61,14 @@ pub const fn layout() -> u32 {
         size_of::<FragmentKey>(),
         size_of::<Fragment>(),
         size_of::<Quota>(),
+        size_of::<Share>(),
         size_of::<Counter>(),
+        size_of::<Dropped>(),
+        EVENT_BYTES as usize,
         ESTABLISHED_FLOWS as usize,
         OPENING_FLOWS as usize,
+        SURPLUS_FLOWS as usize,
+        SHARES as usize,
         FRAGMENTED_DATAGRAMS as usize,
         crate::reason::OUTCOMES as usize,
     ];
@@ -80,21 +96,37 @@ pub mod maps {
     pub const PORTS: &str = "PORTS";
     /// Bitmaps of large port sets.
     pub const PAGES: &str = "PAGES";
-    /// Flows without a reply.
+    /// Flows that have not proved to last.
     pub const OPENING: &str = "OPENING";
-    /// Flows with a reply.
+    /// Flows that last.
     pub const ESTABLISHED: &str = "ESTABLISHED";
+    /// Flows that are over, or too many of one peer.
+    pub const SURPLUS: &str = "SURPLUS";
+    /// How many flows each peer has.
+    pub const SHARES: &str = "SHARES";
     /// Fragmented datagrams.
     pub const FRAGMENTS: &str = "FRAGMENTS";
     /// Picked-up flows of the current window.
     pub const QUOTA: &str = "QUOTA";
     /// Packets and bytes by outcome.
     pub const COUNTERS: &str = "COUNTERS";
+    /// What is told of dropped packets.
+    pub const EVENTS: &str = "EVENTS";
 
     /// The outer maps of the policy tables, indexed by slot.
     pub const SLOTTED: [&str; 5] = [IDENTITIES, PREFIXES, PAIRS, PORTS, PAGES];
     /// Every other map.
-    pub const PLAIN: [&str; 6] = [ACTIVE, OPENING, ESTABLISHED, FRAGMENTS, QUOTA, COUNTERS];
+    pub const PLAIN: [&str; 9] = [
+        ACTIVE,
+        OPENING,
+        ESTABLISHED,
+        SURPLUS,
+        SHARES,
+        FRAGMENTS,
+        QUOTA,
+        COUNTERS,
+        EVENTS,
+    ];
 }
 
 /// Names of the programs in the object.
@@ -291,6 +323,15 @@ pub struct Identity {
     pub as_destination: u32,
     /// One of [`side`].
     pub side: u32,
+    /// Which of [`SHARES`] its flows count against; 0 for what is not a peer's.
+    pub share: u32,
+}
+
+/// The share of a peer, by the number of its node: always the same, and another for each peer as
+/// long as the network has not had [`SHARES`] of them. Share 0 is all peers together.
+#[must_use]
+pub const fn share_of(node: u64) -> u32 {
+    1 + (node % (SHARES as u64 - 1)) as u32
 }
 
 /// Who initiates to whom, in which direction.
@@ -420,6 +461,8 @@ pub mod flow_flags {
     pub const RESET: u8 = 4;
     /// Its beginning was not seen (a pure ACK began it here).
     pub const PICKED_UP: u8 = 8;
+    /// The other side answered.
+    pub const ANSWERED: u8 = 16;
 }
 
 /// State of a flow. Fields are only ever appended.
@@ -435,8 +478,8 @@ pub struct Flow {
     pub initiator: u8,
     /// Bits of [`flow_flags`].
     pub flags: u8,
-    /// Always 0.
-    pub zero: [u8; 2],
+    /// [`Identity::share`] of the peer; 0 if that is not known.
+    pub share: u16,
 }
 
 /// A datagram in fragments.
@@ -482,6 +525,20 @@ pub struct Quota {
     pub used: u64,
 }
 
+/// What a peer has of the flow tables. The numbers bound, they do not keep accounts: two CPUs may
+/// lose a count to each other, evictions are not seen, and the agent counts anew now and then.
+#[derive(Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[cfg_attr(not(target_arch = "bpf"), derive(Debug))]
+#[repr(C)]
+pub struct Share {
+    /// When the window began.
+    pub since_ns: u64,
+    /// Flows opened in it.
+    pub opened: u32,
+    /// Flows in `ESTABLISHED`.
+    pub established: u32,
+}
+
 /// One outcome's share of the traffic, on one CPU.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -494,9 +551,83 @@ pub struct Counter {
     pub bytes: u64,
 }
 
+/// How much of a dropped packet could be read.
+pub mod known {
+    /// Nothing but its length.
+    pub const NOTHING: u8 = 0;
+    /// The addresses and the protocol of its first header.
+    pub const ADDRESSES: u8 = 1;
+    /// All that decides.
+    pub const ALL: u8 = 2;
+}
+
+/// What is told of a dropped packet. Never what it carries.
+#[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[cfg_attr(not(target_arch = "bpf"), derive(Debug))]
+#[repr(C)]
+pub struct Dropped {
+    /// When, on the coarse monotonic clock.
+    pub time_ns: u64,
+    /// Source address.
+    pub src: Addr,
+    /// Destination address.
+    pub dst: Addr,
+    /// Who has the source address, as the active tables know it.
+    pub source: Identity,
+    /// Who has the destination address.
+    pub destination: Identity,
+    /// Length in bytes, IP header included.
+    pub len: u32,
+    /// Source port; identifier of an ICMP question or answer.
+    pub src_port: u16,
+    /// Destination port.
+    pub dst_port: u16,
+    /// [`crate::verdict::Verdict::code`].
+    pub verdict: u8,
+    /// [`Direction`].
+    pub direction: u8,
+    /// One of [`known`]: what of the fields below and above means anything.
+    pub known: u8,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// TCP flags, or 0.
+    pub tcp_flags: u8,
+    /// ICMP type; 0 in packets of other protocols.
+    pub icmp_type: u8,
+    /// 1: a fragment after the first, which has no ports.
+    pub later_fragment: u8,
+    /// Always 0.
+    pub zero: u8,
+}
+
+/// The kind of packet that an event last told of, in one place of a small table by kind.
+#[derive(Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[cfg_attr(not(target_arch = "bpf"), derive(Debug))]
+#[repr(C)]
+pub struct Told {
+    /// A hash of what makes packets alike.
+    pub kind: u32,
+    /// The window in which it was told.
+    pub window: u32,
+}
+
+/// What may still be told of one outcome.
+#[derive(Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[cfg_attr(not(target_arch = "bpf"), derive(Debug))]
+#[repr(C)]
+pub struct Allowance {
+    /// The window that is counted.
+    pub window: u32,
+    /// Events in it.
+    pub told: u32,
+}
+
 const _: () = {
+    assert!(size_of::<Dropped>() == 88);
+    assert!(size_of::<Told>() == 8);
+    assert!(size_of::<Allowance>() == 8);
     assert!(size_of::<Addr>() == 16);
-    assert!(size_of::<Identity>() == 12);
+    assert!(size_of::<Identity>() == 16);
     assert!(size_of::<PairKey>() == 12);
     assert!(size_of::<PortsKey>() == 8);
     assert!(size_of::<Ports>() == 32);
@@ -507,5 +638,7 @@ const _: () = {
     assert!(size_of::<FragmentKey>() == 40);
     assert!(size_of::<Fragment>() == 16);
     assert!(size_of::<Quota>() == 16);
+    assert!(size_of::<Share>() == 16);
+    assert!(SHARES <= u16::MAX as u32);
     assert!(size_of::<Counter>() == 16);
 };

@@ -3,6 +3,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`abi`] | layouts of all maps, their names, [`abi::ABI_VERSION`] |
+//! | [`event`] | what is told of dropped packets, and how often |
 //! | [`packet`] | bytes to [`packet::Packet`]; what cannot be read is a reason to drop |
 //! | [`verdict`] | [`verdict::decide`]: flow state and policy to a verdict |
 //! | [`reason`] | why a packet passed or not, with stable names |
@@ -18,6 +19,7 @@
 #![no_std]
 
 pub mod abi;
+pub mod event;
 pub mod packet;
 pub mod reason;
 pub mod verdict;

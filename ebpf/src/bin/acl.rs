@@ -1,8 +1,8 @@
 //! The two classifiers on a node's WireGuard device: `ingress` for what peers send, `egress` for
 //! what goes to them.
 //!
-//! Both read the IP header at offset 0, ask [`ebpf::verdict::judge`], count the outcome, and drop
-//! what is not accepted. An accepted packet goes on to whatever else is attached (`TCX_NEXT`, which
+//! Both read the IP header at offset 0, ask [`ebpf::verdict::decide`], count the outcome, and drop
+//! what is not accepted; of some drops they tell ([`ebpf::event`]). An accepted packet goes on to whatever else is attached (`TCX_NEXT`, which
 //! clsact calls `TC_ACT_UNSPEC`): weir adds a refusal to the host's own filters, never a permission.
 //!
 //! Kept within what an interpreter of Linux 6.1 runs: no callbacks, no kfuncs, no tail calls.
@@ -20,21 +20,24 @@
 )]
 
 use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::bindings::{
+    BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_RB_NO_WAKEUP, TC_ACT_SHOT, TC_ACT_UNSPEC,
+};
 use aya_ebpf::btf_maps::lpm_trie::Key;
-use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, LruHashMap, PerCpuArray};
+use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use aya_ebpf::helpers::{bpf_ktime_get_coarse_ns, bpf_skb_load_bytes};
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
 use core::ptr::NonNull;
 use ebpf::abi::{
-    Active, Addr, Counter, Direction, ESTABLISHED_FLOWS, FRAGMENTED_DATAGRAMS, Flow, FlowKey,
-    Fragment, FragmentKey, Identity, OPENING_FLOWS, Page, PageKey, PairKey, Ports, PortsKey, Quota,
-    SLOTS, SetId,
+    Active, Addr, Allowance, Counter, Direction, Dropped, ESTABLISHED_FLOWS, EVENT_BYTES,
+    FRAGMENTED_DATAGRAMS, Flow, FlowKey, Fragment, FragmentKey, Identity, OPENING_FLOWS, Page,
+    PageKey, PairKey, Ports, PortsKey, Quota, SLOTS, SetId, Told,
 };
-use ebpf::packet::{Bytes, Packet, general};
+use ebpf::event;
+use ebpf::packet::{Bytes, Packet, general, parse};
 use ebpf::reason::{OUTCOMES, Reason};
-use ebpf::verdict::{self, Store, Tables, Verdict, judge, take_quota};
+use ebpf::verdict::{self, Store, Tables, Verdict, decide, take_quota};
 
 const SLOTS_LEN: usize = SLOTS as usize;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -67,6 +70,15 @@ static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { FRAGMENTED_DATAGRAMS as us
 static QUOTA: Array<Quota, 1> = Array::new();
 #[btf_map]
 static COUNTERS: PerCpuArray<Counter, { 2 * OUTCOMES as usize }> = PerCpuArray::new();
+/// What is told of dropped packets: see [`ebpf::event`].
+#[btf_map]
+static EVENTS: RingBuf<Dropped, { EVENT_BYTES as usize }> = RingBuf::new();
+/// The kinds of packets that this CPU told of lately, by kind.
+#[btf_map]
+static TOLD: PerCpuArray<Told, { event::KINDS as usize }> = PerCpuArray::new();
+/// What this CPU may still tell, by counter.
+#[btf_map]
+static ALLOWANCES: PerCpuArray<Allowance, { 2 * OUTCOMES as usize }> = PerCpuArray::new();
 /// The packet at hand. Not on the stack, because it is large and because the verifier would follow
 /// every value that it may have. One a CPU is enough: bottom halves are off while a classifier runs.
 #[btf_map]
@@ -297,17 +309,75 @@ fn classify(ctx: &TcContext, direction: Direction) -> i32 {
     let now_ns = unsafe { bpf_ktime_get_coarse_ns() };
     let len = ctx.len();
     let bytes = InPlace { skb: ctx.skb.skb };
-    let verdict = match PACKET.get_ptr_mut(0) {
-        // SAFETY: this CPU's element, which nobody else touches meanwhile.
-        Some(packet) => judge(&Maps, &bytes, unsafe { &mut *packet }, direction, now_ns),
-        None => Verdict::deny(Reason::NoPolicy),
+    let (read, verdict) = match PACKET.get_ptr_mut(0) {
+        Some(packet) => {
+            // SAFETY: this CPU's element, which nobody else touches meanwhile.
+            let packet = unsafe { &mut *packet };
+            let read = parse(&bytes, packet);
+            if read.passes() {
+                (true, decide(&Maps, packet, direction, now_ns))
+            } else {
+                (false, read)
+            }
+        }
+        None => (false, Verdict::deny(Reason::NoPolicy)),
     };
     count(verdict.counter(direction), len);
     if verdict.passes() {
-        TC_ACT_UNSPEC
-    } else {
-        TC_ACT_SHOT
+        return TC_ACT_UNSPEC;
     }
+    acl_tell(
+        ctx.skb.skb,
+        verdict.code(),
+        direction as u32,
+        u32::from(read),
+        now_ns,
+    );
+    TC_ACT_SHOT
+}
+
+/// Tells of a dropped packet, if it is its turn. A global function, because drops are rare and the
+/// verifier has enough to follow without it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn acl_tell(
+    skb: *mut __sk_buff,
+    code: u32,
+    direction: u32,
+    read: u32,
+    now_ns: u64,
+) -> u32 {
+    let direction = if direction == Direction::Ingress as u32 {
+        Direction::Ingress
+    } else {
+        Direction::Egress
+    };
+    let verdict = Verdict::from_code(code);
+    let packet = match PACKET.get_ptr_mut(0) {
+        // SAFETY: this CPU's element, which nobody else touches meanwhile.
+        Some(packet) if read != 0 => Some(unsafe { &*packet }),
+        Some(_) | None => None,
+    };
+    let (counter, window) = (verdict.counter(direction), event::window(now_ns));
+    let kind = event::kind(counter, packet);
+    let Some(told) = TOLD.get_ptr_mut(kind % event::KINDS) else {
+        return 0;
+    };
+    // SAFETY: this CPU's element, which nobody else touches meanwhile.
+    if !event::is_news(unsafe { &mut *told }, kind, window) {
+        return 0;
+    }
+    let Some(allowance) = ALLOWANCES.get_ptr_mut(counter) else {
+        return 0;
+    };
+    // SAFETY: as above.
+    if !event::take(unsafe { &mut *allowance }, window) {
+        return 0;
+    }
+    let dropped = event::describe(&Maps, &ByCall { skb }, packet, verdict, direction, now_ns);
+    // Full where nobody reads. The reader looks by itself: nothing here wakes it.
+    let _ = EVENTS.output(&dropped, u64::from(BPF_RB_NO_WAKEUP));
+    1
 }
 
 #[inline(always)]

@@ -1,0 +1,177 @@
+//! What is told of dropped packets, and how often.
+//!
+//! Every packet is counted; of those that are dropped, some are told of in a ring buffer, for
+//! `weir monitor`. Packets are of one *kind* if they have the same outcome, direction, addresses,
+//! protocol and destination port. Of each kind the first one in a window is told ([`Told`]), and of
+//! each outcome no more than [`EVENTS_PER_WINDOW`] ([`Allowance`]); both are kept by every CPU on
+//! its own. So a flood of one kind costs a hash and one look-up a packet, and whoever floods under
+//! one reason leaves the others their say.
+//!
+//! Nobody may be reading. Then the buffer is full after a while and events are lost, without harm:
+//! the counters are exact, and the reader tells from them what it was not shown.
+
+use crate::abi::{Addr, Allowance, Direction, Dropped, Identity, Told, known, side};
+use crate::packet::{Bytes, Packet, What, protocol};
+use crate::verdict::{Tables, Verdict};
+
+/// A window is 2^30 ns, about a second: found by a shift.
+pub const WINDOW_SHIFT: u32 = 30;
+/// Most events of one outcome and direction in a window, on one CPU: more than a person reads,
+/// little enough to cost nothing.
+pub const EVENTS_PER_WINDOW: u32 = 32;
+/// Kinds that one CPU remembers. Kinds that share a place are told more often, never less.
+pub const KINDS: u32 = 512;
+
+/// The window of a time.
+#[inline(always)]
+#[must_use]
+pub const fn window(now_ns: u64) -> u32 {
+    (now_ns >> WINDOW_SHIFT) as u32
+}
+
+/// What kind of packet it is: equal for packets that are told of once a window. `None` for `packet`
+/// if it could not be read.
+#[inline(always)]
+#[must_use]
+pub fn kind(counter: u32, packet: Option<&Packet>) -> u32 {
+    let mut hash = u64::from(counter) + 1;
+    if let Some(packet) = packet {
+        let tuple = &packet.tuple;
+        hash = mix(hash, tuple.src.words[0], tuple.src.words[1]);
+        hash = mix(hash, tuple.src.words[2], tuple.src.words[3]);
+        hash = mix(hash, tuple.dst.words[0], tuple.dst.words[1]);
+        hash = mix(hash, tuple.dst.words[2], tuple.dst.words[3]);
+        let rest = u32::from(tuple.dst_port) << 16 | u32::from(tuple.protocol);
+        hash = mix(hash, rest, u32::from(packet.tcp_flags));
+    }
+    (hash >> 32) as u32 ^ hash as u32
+}
+
+/// The multiplier is 2^64 divided by the golden ratio (Knuth, TAOCP 3, 6.4).
+#[inline(always)]
+const fn mix(hash: u64, one: u32, two: u32) -> u64 {
+    let word = (one as u64) << 32 | two as u64;
+    (hash ^ word)
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        .rotate_left(29)
+}
+
+/// Whether this kind is new in its window; if so, it is not any more.
+#[inline(always)]
+pub fn is_news(told: &mut Told, kind: u32, window: u32) -> bool {
+    if told.kind == kind && told.window == window {
+        return false;
+    }
+    *told = Told { kind, window };
+    true
+}
+
+/// Whether one more event of this outcome fits the window; if so, it is taken.
+#[inline(always)]
+pub fn take(allowance: &mut Allowance, window: u32) -> bool {
+    if allowance.window != window {
+        *allowance = Allowance { window, told: 0 };
+    }
+    if allowance.told >= EVENTS_PER_WINDOW {
+        return false;
+    }
+    allowance.told += 1;
+    true
+}
+
+/// All that is told of a packet; `packet` is `None` if it could not be read to the end of what
+/// decides.
+#[inline(always)]
+pub fn describe<T: Tables, B: Bytes>(
+    tables: &T,
+    bytes: &B,
+    packet: Option<&Packet>,
+    verdict: Verdict,
+    direction: Direction,
+    now_ns: u64,
+) -> Dropped {
+    let mut event = Dropped {
+        time_ns: now_ns,
+        src: Addr { words: [0; 4] },
+        dst: Addr { words: [0; 4] },
+        source: NOBODY,
+        destination: NOBODY,
+        len: bytes.len(),
+        src_port: 0,
+        dst_port: 0,
+        verdict: verdict.code() as u8,
+        direction: direction as u8,
+        known: known::NOTHING,
+        protocol: 0,
+        tcp_flags: 0,
+        icmp_type: 0,
+        later_fragment: 0,
+        zero: 0,
+    };
+    let header = addresses(bytes, &mut event);
+    if let Some(packet) = packet {
+        event.known = known::ALL;
+        event.protocol = packet.tuple.protocol;
+        event.src_port = packet.tuple.src_port;
+        event.dst_port = packet.tuple.dst_port;
+        event.tcp_flags = packet.tcp_flags;
+        event.later_fragment = u8::from(packet.tuple.what == What::LaterFragment);
+        let icmp = matches!(event.protocol, protocol::ICMP | protocol::ICMPV6);
+        if icmp && event.later_fragment == 0 {
+            event.icmp_type = match bytes.words::<1>(header) {
+                Some([word]) => word.to_ne_bytes()[0],
+                None => 0,
+            };
+        }
+    }
+    let active = tables.active();
+    if event.known != known::NOTHING && active.epoch != 0 {
+        event.source = owner(tables, active.slot, &event.src);
+        event.destination = owner(tables, active.slot, &event.dst);
+    }
+    event
+}
+
+const NOBODY: Identity = Identity {
+    as_source: 0,
+    as_destination: 0,
+    side: side::NOBODY,
+};
+
+#[inline(always)]
+fn owner<T: Tables>(tables: &T, slot: u32, addr: &Addr) -> Identity {
+    let exact = tables.identity(slot, addr);
+    match exact {
+        Some(identity) => identity,
+        None => tables.route(slot, addr).unwrap_or(NOBODY),
+    }
+}
+
+/// Reads the first header's addresses and protocol, and returns where the next header begins.
+#[inline(always)]
+fn addresses<B: Bytes>(bytes: &B, event: &mut Dropped) -> u32 {
+    let Some([first, _, third, src, dst]) = bytes.words::<5>(0) else {
+        return 0;
+    };
+    let first = first.to_ne_bytes()[0];
+    match first >> 4 {
+        4 => {
+            event.src = Addr::from_v4_word(src);
+            event.dst = Addr::from_v4_word(dst);
+            event.protocol = third.to_ne_bytes()[1];
+            event.known = known::ADDRESSES;
+            u32::from(first & 0x0f) * 4
+        }
+        6 => {
+            let Some([_, second, s0, s1, s2, s3, d0, d1, d2, d3]) = bytes.words::<10>(0) else {
+                return 0;
+            };
+            event.src.words = [s0, s1, s2, s3];
+            event.dst.words = [d0, d1, d2, d3];
+            event.protocol = second.to_ne_bytes()[2];
+            event.known = known::ADDRESSES;
+            40
+        }
+        _ => 0,
+    }
+}
