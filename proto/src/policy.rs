@@ -48,7 +48,7 @@ mod ssh;
 mod syntax;
 mod trial;
 
-pub use compile::{Change, Compiled, Effect, Endpoint, TooLarge, diff};
+pub use compile::{Change, Compiled, Diff, Effect, Endpoint, Pairs, TooLarge, diff};
 pub use diagnostic::{Code, Diagnostic, Diagnostics, MAX_DIAGNOSTICS};
 pub use directory::{Directory, DirectoryNode, DirectoryUser};
 pub use document::{

@@ -28,7 +28,7 @@ use std::collections::{BTreeMap, BTreeSet};
 mod diff;
 mod lookup;
 
-pub use diff::{Change, Effect, Endpoint, TooLarge, diff};
+pub use diff::{Change, Diff, Effect, Endpoint, Pairs, TooLarge, diff};
 pub(super) use lookup::internet;
 use lookup::{PrefixIndex, Roster};
 

@@ -1,24 +1,32 @@
 //! What a change of policy opens and closes: who may start what with whom, before and after.
 //!
-//! Both policies are compiled for the same network. Its endpoints are the addresses of nodes, and
-//! the stretches of subnet routes that no selector of either policy tells apart. Endpoints that
-//! nothing in either policy tells apart share a *class*, and the answer is computed between
-//! classes. Only pairs that a changed rule speaks of are looked at: what both policies say changes
-//! nothing.
+//! Both policies are compiled for the same network. Its endpoints ([`ends`]) are nodes, the
+//! stretches of subnet routes that no selector of either policy tells apart, and what lies beyond
+//! exit nodes. Endpoints that the same rules of both policies select as a source share a *source
+//! class*, likewise destinations, and the answer is computed between classes. Only pairs that a
+//! changed rule speaks of are looked at: what both policies say changes nothing.
+//!
+//! Rules to `autogroup:self` would give every user a class of his own. Instead a pair of classes
+//! has two answers, one for nodes of one user and one for all others, and a change says for which
+//! of them it holds ([`Pairs`]).
 
-use super::super::addrset::AddrSet;
-use super::super::directory::{Directory, DirectoryNode};
-use super::lookup::PrefixIndex;
-use super::{Compiled, SelectorId};
-use crate::filter::{Label, Selector, Service};
-use crate::id::NodeId;
-use crate::net::{PortRange, Prefix, Protocol};
+use super::super::directory::Directory;
+use super::Compiled;
+use crate::filter::{Label, Service};
+use ends::Census;
+use services::Services;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
-use std::net::IpAddr;
+
+mod ends;
+mod services;
+mod text;
+
+pub use ends::Endpoint;
 
 /// Most pairs of classes that are compared; a change that touches more is too large to tell.
 const MAX_PAIRS: usize = 4_000_000;
+/// Most entries of the lists by class, all together: bounds memory at some hundred megabytes.
+const MAX_LISTED: usize = 32_000_000;
 
 /// Whether a change lets more or less through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -29,536 +37,470 @@ pub enum Effect {
     Closes,
 }
 
-/// One difference: the same services between every endpoint of `srcs` and every one of `dsts`.
+/// For which pairs of a source and a destination a change holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Pairs {
+    /// For all.
+    All,
+    /// Where both are nodes of one user.
+    OneUser,
+    /// For all but those.
+    OtherUsers,
+}
+
+/// One difference: the same services from every endpoint of `srcs` to every one of `dsts`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Change {
+    /// Who initiates: indices into [`Diff::ends`], sorted.
+    pub srcs: Vec<u32>,
+    /// To whom.
+    pub dsts: Vec<u32>,
     /// More or less.
     pub effect: Effect,
-    /// Who initiates.
-    pub srcs: Vec<Endpoint>,
-    /// To whom.
-    pub dsts: Vec<Endpoint>,
+    /// For which pairs.
+    pub pairs: Pairs,
+    /// Between their IPv4 addresses.
+    pub v4: bool,
+    /// Between their IPv6 addresses.
+    pub v6: bool,
     /// What; no two overlap.
     pub services: Vec<Service>,
 }
 
-/// Where packets come from or go to.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Endpoint {
-    /// The node's name, or the prefix behind a router.
-    pub name: String,
-    /// One address of the node, or exactly the stretch behind a router.
-    pub addrs: Vec<Prefix>,
+/// All that differs. Pairs of one endpoint with itself do not exist.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Diff {
+    /// Every endpoint of the network.
+    pub ends: Vec<Endpoint>,
+    /// The differences, by source.
+    pub changes: Vec<Change>,
+    groups: Vec<text::Group>,
 }
 
-/// A change touches too many pairs to be told.
+/// A change touches too much to be told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the change touches more than {MAX_PAIRS} pairs of endpoints that policy tells apart")]
+#[error(
+    "the change is too large to be told: more than {MAX_PAIRS} pairs of endpoints that policy \
+     tells apart; compare in smaller steps"
+)]
 pub struct TooLarge;
 
-/// Everything that differs between `old` and `new`, both compiled for `directory`. Pairs of one
-/// endpoint with itself, and of two families, do not exist.
+/// Everything that differs between `old` and `new`, both compiled for `directory`.
 ///
 /// # Errors
 /// [`TooLarge`].
-pub fn diff(
-    old: &Compiled,
-    new: &Compiled,
-    directory: &Directory,
-) -> Result<Vec<Change>, TooLarge> {
-    let classes = classes(old, new, directory);
-    let before = View::new(old, classes.iter().map(|class| (class, &class.old)));
-    let after = View::new(new, classes.iter().map(|class| (class, &class.new)));
-    let mut outcomes = Outcomes::default();
-    for (src, dsts) in candidates(&classes, &before, &after)? {
-        for dst in dsts {
-            outcomes.note(&before, &after, src, dst);
-        }
-    }
-    let mut out = Vec::new();
-    let ends = |set: &[usize]| -> Vec<Endpoint> {
-        let all = set
-            .iter()
-            .flat_map(|class| classes[*class].ends.iter().cloned());
-        all.collect::<BTreeSet<Endpoint>>().into_iter().collect()
+pub fn diff(old: &Compiled, new: &Compiled, directory: &Directory) -> Result<Diff, TooLarge> {
+    let policies = [old, new];
+    let census = Census::new(policies, directory);
+    let users = Users::new(policies, &census.ends);
+    let sources = classes(policies, &census, &users, Role::Source)?;
+    let destinations = classes(policies, &census, &users, Role::Destination)?;
+    let views = [0, 1].map(|it| view(it, policies[it], &sources, &destinations));
+    let rows = rows(&views, &sources, &destinations, &users)?;
+    let mut outcomes = Outcomes {
+        views: &views,
+        users: &users,
+        found: BTreeMap::new(),
+        known: BTreeMap::new(),
     };
-    for ((effect, services), pairs) in outcomes.found {
-        for (dsts, srcs) in rectangles(&pairs) {
-            out.push(Change {
-                effect,
-                srcs: ends(&srcs),
-                dsts: ends(&dsts),
-                services: services.list(),
-            });
+    for (src, row) in rows.iter().enumerate() {
+        for dst in row {
+            let pair = (src as u32, *dst);
+            outcomes.note(pair, &sources[src], &destinations[*dst as usize]);
         }
     }
-    out.sort();
-    Ok(out)
+    Ok(Diff {
+        changes: changes(&outcomes.found, &sources, &destinations),
+        groups: text::groups(policies, &census.ends),
+        ends: census.ends,
+    })
 }
 
-/// Rules and own services that decide about a pair, in both policies.
-type Deciding = (Vec<u32>, Vec<u32>, Option<u32>);
-
-/// What was found so far. Few pairs are decided by different rules, so answers are kept.
-#[derive(Default)]
-struct Outcomes {
-    found: BTreeMap<(Effect, Services), Vec<(usize, usize)>>,
-    known: BTreeMap<Deciding, Vec<(Effect, Services)>>,
+/// Who the endpoints' users are, and what their own nodes may do among themselves.
+struct Users {
+    /// By endpoint.
+    of: Vec<Option<u32>>,
+    /// By user: which of `services`; `None` if there is nothing in either policy.
+    own: Vec<Option<u32>>,
+    /// In the old policy and in the new.
+    services: Vec<[Services; 2]>,
 }
 
-impl Outcomes {
-    fn note(&mut self, before: &View, after: &View, src: usize, dst: usize) {
-        let own = before.same_user(src, dst);
-        let deciding = (before.common(src, dst), after.common(src, dst), own);
-        let known = self
-            .known
-            .entry(deciding)
-            .or_insert_with_key(|(old, new, own)| {
-                let (old, new) = (before.services(old, *own), after.services(new, *own));
-                let both = [
-                    (Effect::Opens, new.without(&old)),
-                    (Effect::Closes, old.without(&new)),
-                ];
-                both.into_iter()
-                    .filter(|(_, services)| !services.0.is_empty())
-                    .collect()
-            });
-        for outcome in known.iter() {
-            match self.found.get_mut(outcome) {
-                Some(pairs) => pairs.push((src, dst)),
-                None => {
-                    self.found.insert(outcome.clone(), vec![(src, dst)]);
-                }
+impl Users {
+    fn new(policies: [&Compiled; 2], ends: &[Endpoint]) -> Self {
+        let mut numbers: BTreeMap<&str, u32> = BTreeMap::new();
+        let mut of = Vec::new();
+        for end in ends {
+            let next = numbers.len() as u32;
+            let login = end.user.as_deref();
+            of.push(login.map(|login| *numbers.entry(login).or_insert(next)));
+        }
+        let mut own = vec![None; numbers.len()];
+        let mut known: BTreeMap<[Services; 2], u32> = BTreeMap::new();
+        for (login, number) in numbers {
+            let services = policies.map(|policy| among_own(policy, login));
+            if services.iter().any(|services| !services.is_empty()) {
+                let next = known.len() as u32;
+                own[number as usize] = Some(*known.entry(services).or_insert(next));
             }
         }
+        let mut numbered: Vec<([Services; 2], u32)> = known.into_iter().collect();
+        numbered.sort_by_key(|(_, number)| *number);
+        let services = numbered.into_iter().map(|(services, _)| services).collect();
+        Self { of, own, services }
+    }
+
+    fn own_of(&self, end: u32) -> Option<u32> {
+        self.of[end as usize].and_then(|user| self.own[user as usize])
     }
 }
 
-/// The sources of each set of destinations: as few blocks as equal rows allow.
-fn rectangles(pairs: &[(usize, usize)]) -> BTreeMap<Vec<usize>, Vec<usize>> {
-    let mut out: BTreeMap<Vec<usize>, Vec<usize>> = BTreeMap::new();
-    for row in pairs.chunk_by(|one, other| one.0 == other.0) {
-        let dsts = row.iter().map(|(_, dst)| *dst).collect();
-        out.entry(dsts)
-            .or_default()
-            .extend(row.first().map(|(src, _)| *src));
-    }
-    out
+/// What a user's own nodes may do among themselves.
+fn among_own(policy: &Compiled, login: &str) -> Services {
+    let label = policy.labels.iter().position(|name| name == login);
+    let label = label.map(|number| Label(number as u32));
+    let named = |users: &Option<BTreeSet<Label>>| match (users, label) {
+        (None, _) => true,
+        (Some(users), Some(label)) => users.contains(&label),
+        (Some(_), None) => false,
+    };
+    let rules = policy.self_rules.iter().filter(|rule| named(&rule.users));
+    Services::of(rules.flat_map(|rule| &rule.services))
 }
 
-/// Endpoints that nothing tells apart.
+#[derive(Clone, Copy)]
+enum Role {
+    Source,
+    Destination,
+}
+
+/// Faces that the same rules select in one role.
 struct Class {
     v4: bool,
-    /// Behind a router, not a node's own.
-    routed: bool,
-    /// Selectors that match it in each policy.
-    old: Vec<SelectorId>,
-    new: Vec<SelectorId>,
-    /// Its user, where one of the policies has rules among a user's own nodes.
-    login: Option<String>,
-    ends: Vec<Endpoint>,
+    /// As in [`Users::own`], the same for all of them.
+    own: Option<u32>,
+    /// The rules, in the old policy and in the new, sorted.
+    rules: [Vec<u32>; 2],
+    /// Endpoints, sorted.
+    ends: Vec<u32>,
+    /// Their users, sorted.
+    users: Vec<u32>,
 }
 
-fn classes(old: &Compiled, new: &Compiled, directory: &Directory) -> Vec<Class> {
-    let (old_lookup, new_lookup) = (old.lookup(), new.lookup());
-    let with_self = !old.self_rules.is_empty() || !new.self_rules.is_empty();
-    let mut out: BTreeMap<_, Vec<Endpoint>> = BTreeMap::new();
-    let mut add = |end: Endpoint, addr: IpAddr, node: Option<(&NodeId, &DirectoryNode)>| {
-        let id = node.map(|(id, _)| *id);
-        let login = node
-            .and_then(|(_, node)| node.login())
-            .filter(|_| with_self);
-        let signature = (
-            addr.is_ipv4(),
-            node.is_none(),
-            old.matching(&old_lookup, addr, id),
-            new.matching(&new_lookup, addr, id),
-            login.map(str::to_owned),
-        );
-        out.entry(signature).or_default().push(end);
-    };
-    let mut owned = BTreeSet::new();
-    for (id, node) in &directory.nodes {
-        for addr in &node.addrs {
-            owned.insert(Prefix::host(*addr));
-            let end = Endpoint {
-                name: node.name.clone(),
-                addrs: vec![Prefix::host(*addr)],
+fn classes(
+    policies: [&Compiled; 2],
+    census: &Census,
+    users: &Users,
+    role: Role,
+) -> Result<Vec<Class>, TooLarge> {
+    let mut listed = 0;
+    let mut rules = Vec::with_capacity(census.matched.len());
+    for matched in &census.matched {
+        let lists = [0, 1].map(|it| {
+            let by_selector = match role {
+                Role::Source => &policies[it].as_src,
+                Role::Destination => &policies[it].as_dst,
             };
-            add(end, *addr, Some((id, node)));
+            let ids = matched.selectors[it].iter();
+            let mut rules: Vec<u32> = ids
+                .flat_map(|id| &by_selector[*id as usize])
+                .copied()
+                .collect();
+            super::unique(&mut rules);
+            // Such a rule opens routes, never the router itself.
+            if matches!(role, Role::Destination) && !matched.routed {
+                rules.retain(|rule| policies[it].rules[*rule as usize].via.is_empty());
+            }
+            rules
+        });
+        listed += lists[0].len() + lists[1].len();
+        if listed > MAX_LISTED {
+            return Err(TooLarge);
+        }
+        rules.push(lists);
+    }
+    let mut out: BTreeMap<_, Vec<u32>> = BTreeMap::new();
+    for face in &census.faces {
+        let (own, rules) = (users.own_of(face.end), &rules[face.matched]);
+        if own.is_some() || rules.iter().any(|rules| !rules.is_empty()) {
+            out.entry((face.v4, own, rules)).or_default().push(face.end);
         }
     }
-    for end in stretches(old, new, directory, &owned) {
-        if let Some(first) = end.addrs.first() {
-            add(end.clone(), first.addr(), None);
+    let class = |((v4, own, rules), mut ends): ((bool, _, &[Vec<u32>; 2]), Vec<u32>)| {
+        super::unique(&mut ends);
+        let mut users: Vec<u32> = ends
+            .iter()
+            .filter_map(|end| users.of[*end as usize])
+            .collect();
+        super::unique(&mut users);
+        let rules = rules.clone();
+        Class {
+            v4,
+            own,
+            rules,
+            ends,
+            users,
         }
-    }
-    let class = |((v4, routed, old, new, login), ends)| Class {
-        v4,
-        routed,
-        old,
-        new,
-        login,
-        ends,
     };
-    out.into_iter().map(class).collect()
+    Ok(out.into_iter().map(class).collect())
 }
 
-/// The subnet routes, cut where a prefix selector of either policy begins or ends, without the
-/// addresses of nodes.
-fn stretches(
-    old: &Compiled,
-    new: &Compiled,
-    directory: &Directory,
-    owned: &BTreeSet<Prefix>,
-) -> Vec<Endpoint> {
-    let routes = directory
-        .nodes
-        .values()
-        .flat_map(DirectoryNode::subnet_routes);
-    let routes: BTreeSet<Prefix> = routes.copied().collect();
-    let whole = AddrSet::of(&routes).without(&AddrSet::of(owned));
-    let mut cuts = routes;
-    for selector in old.selectors.iter().chain(&new.selectors) {
-        if let Selector::Prefix(prefix) = selector
-            && prefix.len() > 0
-            && whole.overlaps(prefix)
-        {
-            cuts.insert(*prefix);
-        }
-    }
-    let mut out = Vec::new();
-    for cut in &cuts {
-        // Prefixes nest or are disjoint, so the next ones tell what is cut out of this one.
-        let smaller = cuts
-            .range(cut..)
-            .skip(1)
-            .take_while(|other| cut.covers(other));
-        let rest = AddrSet::of([cut]).without(&AddrSet::of(smaller.clone()));
-        let addrs = rest.intersection(&whole).prefixes();
-        if addrs.is_empty() {
-            continue;
-        }
-        let name = if addrs == [*cut] {
-            cut.to_string()
-        } else {
-            format!("the rest of {cut}")
-        };
-        out.push(Endpoint { name, addrs });
-    }
-    out
-}
-
-/// Selectors by what they match.
-struct Lookup {
-    prefixes: PrefixIndex,
-    labels: BTreeMap<Label, SelectorId>,
-}
-
-impl Compiled {
-    fn lookup(&self) -> Lookup {
-        let label = |(id, selector): (usize, &Selector)| match selector {
-            Selector::Label(label) => Some((*label, id as SelectorId)),
-            Selector::Prefix(_) => None,
-        };
-        Lookup {
-            prefixes: PrefixIndex::new(&self.selectors),
-            labels: self
-                .selectors
-                .iter()
-                .enumerate()
-                .filter_map(label)
-                .collect(),
-        }
-    }
-
-    /// The selectors that match one address.
-    fn matching(&self, lookup: &Lookup, addr: IpAddr, owner: Option<NodeId>) -> Vec<SelectorId> {
-        let mut out = Vec::new();
-        lookup.prefixes.containing(addr, &mut out);
-        let facts = owner.and_then(|owner| self.facts(owner));
-        let labels = facts.into_iter().flat_map(|facts| &facts.labels);
-        out.extend(labels.filter_map(|label| lookup.labels.get(label)));
-        super::unique(&mut out);
-        out
-    }
-
-    /// What a user's own nodes may do among themselves.
-    fn among_own(&self, login: &str) -> Services {
-        let label = self.labels.iter().position(|name| name == login);
-        let label = label.map(|number| Label(number as u32));
-        let named = |users: &Option<BTreeSet<Label>>| match (users, label) {
-            (None, _) => true,
-            (Some(users), Some(label)) => users.contains(&label),
-            (Some(_), None) => false,
-        };
-        let rules = self.self_rules.iter().filter(|rule| named(&rule.users));
-        Services::of(rules.flat_map(|rule| &rule.services))
-    }
-}
-
-/// One policy over classes.
-struct View {
-    rules: Vec<ClassRule>,
-    /// By class: the rules that have it as a source, and as a destination.
-    as_src: Vec<Vec<u32>>,
-    as_dst: Vec<Vec<u32>>,
-    /// By class: its user.
-    users: Vec<Option<u32>>,
-    /// By user: what the user's own nodes may do among themselves.
-    own: Vec<Services>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// A rule over classes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct ClassRule {
-    srcs: BTreeSet<usize>,
-    dsts: BTreeSet<usize>,
+    srcs: Vec<u32>,
+    dsts: Vec<u32>,
     services: Services,
 }
 
-impl View {
-    fn new<'c>(
-        compiled: &Compiled,
-        classes: impl Iterator<Item = (&'c Class, &'c Vec<SelectorId>)>,
-    ) -> Self {
-        let mut members: BTreeMap<SelectorId, BTreeSet<usize>> = BTreeMap::new();
-        let (mut routed, mut users, mut own) = (BTreeSet::new(), Vec::new(), Vec::new());
-        let mut numbers: BTreeMap<&str, u32> = BTreeMap::new();
-        for (number, (class, selectors)) in classes.enumerate() {
-            for selector in selectors {
-                members.entry(*selector).or_default().insert(number);
-            }
-            if class.routed {
-                routed.insert(number);
-            }
-            users.push(class.login.as_deref().map(|login| {
-                *numbers.entry(login).or_insert_with(|| {
-                    own.push(compiled.among_own(login));
-                    own.len() as u32 - 1
-                })
-            }));
-        }
-        let all = |ids: &[SelectorId]| -> BTreeSet<usize> {
-            ids.iter()
-                .filter_map(|id| members.get(id))
-                .flatten()
-                .copied()
-                .collect()
-        };
-        let rules = compiled.rules.iter().map(|rule| {
-            let mut dsts = all(&rule.dsts);
-            if !rule.via.is_empty() {
-                dsts.retain(|class| routed.contains(class));
-            }
-            ClassRule {
-                srcs: all(&rule.srcs),
-                dsts,
-                services: Services::of(&rule.services),
-            }
-        });
-        let rules: Vec<ClassRule> = rules.collect();
-        let (mut as_src, mut as_dst) =
-            (vec![Vec::new(); users.len()], vec![Vec::new(); users.len()]);
-        for (number, rule) in rules.iter().enumerate() {
-            rule.srcs
-                .iter()
-                .for_each(|class| as_src[*class].push(number as u32));
-            rule.dsts
-                .iter()
-                .for_each(|class| as_dst[*class].push(number as u32));
-        }
-        Self {
-            rules,
-            as_src,
-            as_dst,
-            users,
-            own,
+/// The rules of the policy `it` over classes.
+fn view(it: usize, policy: &Compiled, sources: &[Class], destinations: &[Class]) -> Vec<ClassRule> {
+    let services = policy.rules.iter().map(|rule| Services::of(&rule.services));
+    let rule = |services| ClassRule {
+        services,
+        ..ClassRule::default()
+    };
+    let mut out: Vec<ClassRule> = services.map(rule).collect();
+    for (number, class) in sources.iter().enumerate() {
+        for rule in &class.rules[it] {
+            out[*rule as usize].srcs.push(number as u32);
         }
     }
-
-    /// The rules that let one class start something with another, sorted.
-    fn common(&self, src: usize, dst: usize) -> Vec<u32> {
-        let (one, other) = (&self.as_src[src], &self.as_dst[dst]);
-        let (short, long) = if one.len() < other.len() {
-            (one, other)
-        } else {
-            (other, one)
-        };
-        short
-            .iter()
-            .copied()
-            .filter(|rule| long.binary_search(rule).is_ok())
-            .collect()
+    for (number, class) in destinations.iter().enumerate() {
+        for rule in &class.rules[it] {
+            out[*rule as usize].dsts.push(number as u32);
+        }
     }
-
-    /// The user whose nodes both classes are.
-    fn same_user(&self, src: usize, dst: usize) -> Option<u32> {
-        self.users[src].filter(|user| self.users[dst] == Some(*user))
-    }
-
-    fn services(&self, rules: &[u32], own: Option<u32>) -> Services {
-        let rules = rules
-            .iter()
-            .map(|rule| &self.rules[*rule as usize].services);
-        Services::union(rules.chain(own.map(|user| &self.own[user as usize])))
-    }
+    out
 }
 
-/// The pairs of classes that something in only one of the policies speaks of, by source. Users
-/// have the same numbers in both views: classes are numbered once.
-fn candidates(
-    classes: &[Class],
-    before: &View,
-    after: &View,
-) -> Result<BTreeMap<usize, BTreeSet<usize>>, TooLarge> {
-    let mut out: BTreeMap<usize, BTreeSet<usize>> = BTreeMap::new();
-    let mut pairs = 0;
-    let mut add = |src: usize, dsts: &mut dyn Iterator<Item = usize>| {
-        let row = out.entry(src).or_default();
-        let had = row.len();
-        let alone = classes[src].ends.len() == 1;
-        let fits = |dst: &usize| classes[src].v4 == classes[*dst].v4 && (src != *dst || !alone);
-        row.extend(dsts.filter(fits));
-        pairs += row.len() - had;
-        if pairs > MAX_PAIRS {
-            Err(TooLarge)
-        } else {
-            Ok(())
-        }
-    };
-    let old: BTreeSet<&ClassRule> = before.rules.iter().collect();
-    let new: BTreeSet<&ClassRule> = after.rules.iter().collect();
-    for rule in old.symmetric_difference(&new) {
-        for src in &rule.srcs {
-            add(*src, &mut rule.dsts.iter().copied())?;
+/// The pairs of classes that something in only one of the policies speaks of: by source, the
+/// destinations, sorted.
+fn rows(
+    views: &[Vec<ClassRule>; 2],
+    sources: &[Class],
+    destinations: &[Class],
+    users: &Users,
+) -> Result<Vec<Vec<u32>>, TooLarge> {
+    let named = views
+        .each_ref()
+        .map(|rules| rules.iter().collect::<BTreeSet<_>>());
+    let changed = [(0, 1), (1, 0)].map(|(one, other)| -> Vec<bool> {
+        let rules: &Vec<ClassRule> = &views[one];
+        rules
+            .iter()
+            .map(|rule| !named[other].contains(rule))
+            .collect()
+    });
+    let mut by_own: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+    for (number, class) in destinations.iter().enumerate() {
+        if let Some(own) = class.own {
+            by_own.entry(own).or_default().push(number as u32);
         }
     }
-    let mut changed: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
-    for (class, user) in before.users.iter().enumerate() {
-        if let Some(user) =
-            user.filter(|user| before.own[*user as usize] != after.own[*user as usize])
+    let (mut out, mut pairs, mut listed) = (Vec::with_capacity(sources.len()), 0, 0);
+    let mut united: BTreeMap<BTreeSet<&Vec<u32>>, Vec<u32>> = BTreeMap::new();
+    for class in sources {
+        let lists = [0, 1].map(|it| {
+            let rules = class.rules[it].iter().map(|rule| *rule as usize);
+            rules
+                .filter(|rule| changed[it][*rule])
+                .map(|rule| &views[it][rule].dsts)
+                .collect::<Vec<_>>()
+        });
+        let lists: BTreeSet<&Vec<u32>> = lists.into_iter().flatten().collect();
+        let row = united.entry(lists).or_insert_with_key(|lists| {
+            let mut row: Vec<u32> = lists.iter().copied().flatten().copied().collect();
+            listed += row.len();
+            super::unique(&mut row);
+            row
+        });
+        let same_family = |dst: &&u32| destinations[**dst as usize].v4 == class.v4;
+        let mut row: Vec<u32> = row.iter().filter(same_family).copied().collect();
+        if let Some(own) = class.own
+            && users.services[own as usize][0] != users.services[own as usize][1]
         {
-            changed.entry(user).or_default().push(class);
+            let own = by_own.get(&own).into_iter().flatten();
+            row.extend(own.filter(same_family));
+            super::unique(&mut row);
         }
-    }
-    for own in changed.values() {
-        for src in own {
-            add(*src, &mut own.iter().copied())?;
+        pairs += row.len();
+        if pairs > MAX_PAIRS || listed > MAX_LISTED {
+            return Err(TooLarge);
         }
+        out.push(row);
     }
     Ok(out)
 }
 
-/// A set of services: by protocol, port ranges that neither overlap nor touch.
-#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-struct Services(BTreeMap<Protocol, Vec<(u16, u16)>>);
+/// Pairs of classes by what changes between them.
+type Found = BTreeMap<(Effect, Pairs, Services), Vec<(u32, u32)>>;
 
-impl Services {
-    fn of<'s>(services: impl IntoIterator<Item = &'s Service>) -> Self {
-        let mut out = Self::default();
-        for service in services {
-            let protocols = match service.protocol {
-                Some(protocol) => protocol..=protocol,
-                None => Protocol(0)..=Protocol(u8::MAX),
-            };
-            for number in protocols.start().0..=protocols.end().0 {
-                let protocol = Protocol(number);
-                let all = if protocol.has_ports() {
-                    service.ports
-                } else {
-                    PortRange::ALL
-                };
-                out.0
-                    .entry(protocol)
-                    .or_default()
-                    .push((all.first(), all.last()));
-            }
+/// Rules that decide about a pair in both policies, and what its users may do among their own.
+type Deciding = ([Vec<u32>; 2], Option<(u32, Mix)>);
+
+/// Which pairs of nodes two classes of equal [`Class::own`] have.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Mix {
+    OneUser,
+    Both,
+}
+
+/// What was found so far. Few pairs are decided by different rules, so answers are kept.
+struct Outcomes<'v> {
+    views: &'v [Vec<ClassRule>; 2],
+    users: &'v Users,
+    found: Found,
+    known: BTreeMap<Deciding, Vec<(Effect, Pairs, Services)>>,
+}
+
+impl Outcomes<'_> {
+    fn note(&mut self, pair: (u32, u32), src: &Class, dst: &Class) {
+        if src.ends.len() == 1 && src.ends == dst.ends {
+            return;
         }
-        out.tidy();
-        out
-    }
-
-    fn union<'s>(sets: impl Iterator<Item = &'s Self>) -> Self {
-        let mut out = Self::default();
-        for (protocol, ports) in sets.flat_map(|set| &set.0) {
-            out.0.entry(*protocol).or_default().extend(ports);
-        }
-        out.tidy();
-        out
-    }
-
-    fn tidy(&mut self) {
-        for ports in self.0.values_mut() {
-            ports.sort_unstable();
-            let mut merged: Vec<(u16, u16)> = Vec::with_capacity(ports.len());
-            for (first, last) in ports.drain(..) {
-                match merged.last_mut() {
-                    Some((_, end)) if first <= end.saturating_add(1) => *end = last.max(*end),
-                    _ => merged.push((first, last)),
+        let common = [0, 1].map(|it| common(&src.rules[it], &dst.rules[it]));
+        let own = src.own.filter(|own| dst.own == Some(*own));
+        let own = own.and_then(|own| Some((own, mix(src, dst, &self.users.of)?)));
+        let (views, users) = (self.views, self.users);
+        let known = self
+            .known
+            .entry((common, own))
+            .or_insert_with_key(|(common, own)| answers(views, users, common, *own));
+        for outcome in known.iter() {
+            match self.found.get_mut(outcome) {
+                Some(pairs) => pairs.push(pair),
+                None => {
+                    self.found.insert(outcome.clone(), vec![pair]);
                 }
             }
-            *ports = merged;
         }
-    }
-
-    fn without(&self, other: &Self) -> Self {
-        let mut out = Self::default();
-        for (protocol, ports) in &self.0 {
-            let taken = other.0.get(protocol).map_or(&[][..], Vec::as_slice);
-            let mut left = Vec::new();
-            for &(first, last) in ports {
-                let mut start = Some(first);
-                for &(low, high) in taken
-                    .iter()
-                    .filter(|(low, high)| *low <= last && *high >= first)
-                {
-                    if let Some(at) = start
-                        && at < low
-                    {
-                        left.push((at, low - 1));
-                    }
-                    start = high.checked_add(1).filter(|next| *next <= last);
-                }
-                left.extend(start.map(|at| (at, last)));
-            }
-            if !left.is_empty() {
-                out.0.insert(*protocol, left);
-            }
-        }
-        out
-    }
-
-    fn list(&self) -> Vec<Service> {
-        let one = |protocol: &Protocol, (first, last): &(u16, u16)| {
-            let ports = PortRange::new(*first, *last).ok()?;
-            Some(Service {
-                protocol: Some(*protocol),
-                ports,
-            })
-        };
-        let all = self.0.iter();
-        all.flat_map(|(protocol, ports)| ports.iter().filter_map(|range| one(protocol, range)))
-            .collect()
     }
 }
 
-impl fmt::Display for Change {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names = |ends: &[Endpoint]| {
-            let names: BTreeSet<&str> = ends.iter().map(|end| end.name.as_str()).collect();
-            names.into_iter().collect::<Vec<_>>().join(", ")
+/// What is in both lists, which are sorted.
+fn common(one: &[u32], other: &[u32]) -> Vec<u32> {
+    let (few, many) = if one.len() < other.len() {
+        (one, other)
+    } else {
+        (other, one)
+    };
+    let shared = few.iter().filter(|rule| many.binary_search(rule).is_ok());
+    shared.copied().collect()
+}
+
+/// Whether the two classes have pairs of different nodes of one user, and others; `None` if they
+/// have only others.
+fn mix(src: &Class, dst: &Class, of: &[Option<u32>]) -> Option<Mix> {
+    let nodes = |class: &Class, user: u32| -> Vec<u32> {
+        let ends = class.ends.iter().copied();
+        ends.filter(|end| of[*end as usize] == Some(user)).collect()
+    };
+    let mut shared = common(&src.users, &dst.users).into_iter();
+    let pair = |user: u32| {
+        let (srcs, dsts) = (nodes(src, user), nodes(dst, user));
+        srcs.len() > 1 || srcs != dsts
+    };
+    shared.any(pair).then_some(())?;
+    let alone = src.users.len() == 1 && src.users == dst.users;
+    Some(if alone { Mix::OneUser } else { Mix::Both })
+}
+
+fn answers(
+    views: &[Vec<ClassRule>; 2],
+    users: &Users,
+    common: &[Vec<u32>; 2],
+    own: Option<(u32, Mix)>,
+) -> Vec<(Effect, Pairs, Services)> {
+    let across = [0, 1].map(|it| {
+        let rules = common[it].iter();
+        Services::union(rules.map(|rule| &views[it][*rule as usize].services))
+    });
+    let differ = |[old, new]: &[Services; 2], effect| match effect {
+        Effect::Opens => new.without(old),
+        Effect::Closes => old.without(new),
+    };
+    let mut out = Vec::new();
+    for effect in [Effect::Opens, Effect::Closes] {
+        let others = differ(&across, effect);
+        let Some((own, mix)) = own else {
+            out.push((effect, Pairs::All, others));
+            continue;
         };
-        let service = |service: &Service| match service.protocol {
-            Some(protocol) if !protocol.has_ports() => protocol.to_string(),
-            Some(protocol) => format!("{protocol} {}", service.ports),
-            None => "everything".to_owned(),
-        };
-        let services: Vec<String> = self.services.iter().map(service).collect();
-        let effect = match self.effect {
-            Effect::Opens => "opens",
-            Effect::Closes => "closes",
-        };
-        let (srcs, dsts) = (names(&self.srcs), names(&self.dsts));
-        write!(f, "{effect} {srcs} -> {dsts}: {}", services.join(", "))
+        let own = &users.services[own as usize];
+        let within = [0, 1].map(|it| Services::union([&across[it], &own[it]].into_iter()));
+        let same = differ(&within, effect);
+        match mix {
+            Mix::OneUser => out.push((effect, Pairs::All, same)),
+            Mix::Both => {
+                let (only_same, only_others) = (same.without(&others), others.without(&same));
+                out.push((effect, Pairs::All, same.without(&only_same)));
+                out.push((effect, Pairs::OneUser, only_same));
+                out.push((effect, Pairs::OtherUsers, only_others));
+            }
+        }
+    }
+    out.retain(|(_, _, services)| !services.is_empty());
+    out
+}
+
+/// The changes between endpoints, the same ones of both families in one.
+fn changes(found: &Found, sources: &[Class], destinations: &[Class]) -> Vec<Change> {
+    let mut out: BTreeMap<Change, (bool, bool)> = BTreeMap::new();
+    for ((effect, pairs, services), met) in found {
+        for (srcs, dsts) in rectangles(met) {
+            let Some(v4) = srcs.first().map(|class| sources[*class as usize].v4) else {
+                continue;
+            };
+            let change = Change {
+                srcs: ends(sources, &srcs),
+                dsts: ends(destinations, &dsts),
+                effect: *effect,
+                pairs: *pairs,
+                v4: false,
+                v6: false,
+                services: services.list(),
+            };
+            let families = out.entry(change).or_default();
+            families.0 |= v4;
+            families.1 |= !v4;
+        }
+    }
+    let all = out.into_iter();
+    all.map(|(change, (v4, v6))| Change { v4, v6, ..change })
+        .collect()
+}
+
+/// The endpoints of some classes, sorted.
+fn ends(classes: &[Class], some: &[u32]) -> Vec<u32> {
+    let classes = some.iter().map(|class| &classes[*class as usize]);
+    let mut out: Vec<u32> = classes.flat_map(|class| &class.ends).copied().collect();
+    super::unique(&mut out);
+    out
+}
+
+/// Pairs as few blocks of sources and destinations: by equal rows or by equal columns, whichever
+/// are fewer. Classes of two families are in no pair, so no block mixes them.
+fn rectangles(pairs: &[(u32, u32)]) -> Vec<(Vec<u32>, Vec<u32>)> {
+    let blocks = |pairs: &[(u32, u32)]| {
+        let mut out: BTreeMap<Vec<u32>, Vec<u32>> = BTreeMap::new();
+        for row in pairs.chunk_by(|one, other| one.0 == other.0) {
+            let of_row = row.iter().map(|(_, column)| *column).collect();
+            let row = row.first().map(|(row, _)| *row);
+            out.entry(of_row).or_default().extend(row);
+        }
+        out
+    };
+    let by_row = blocks(pairs);
+    let mut turned: Vec<(u32, u32)> = pairs.iter().map(|(src, dst)| (*dst, *src)).collect();
+    turned.sort_unstable();
+    let by_column = blocks(&turned);
+    if by_row.len() <= by_column.len() {
+        by_row
+            .into_iter()
+            .map(|(dsts, srcs)| (srcs, dsts))
+            .collect()
+    } else {
+        by_column.into_iter().collect()
     }
 }
