@@ -28,7 +28,9 @@
 //! | `ipset` | what each ipset stands for |
 //! | `directory` | the network's users and nodes, as policy sees them |
 //! | `compile` | document + directory → filters, labels, visibility |
+//! | `compile::diff` | who may reach more or less after a change |
 //! | `explain` | which rule allows a connection, or which came closest |
+//! | `format` | the one way to write a policy |
 //! | `trial` | the policy's own `tests` and `sshTests` |
 //! | `render`, `ssh`, `attrs`, `offline` | the hosted control plane's form of all that |
 
@@ -40,6 +42,7 @@ mod diagnostic;
 mod directory;
 mod document;
 mod explain;
+mod format;
 mod ipset;
 mod offline;
 mod render;
@@ -56,6 +59,7 @@ pub use document::{
     Span, Spanned, SshAction, SshRule, SshTest, SshUser, Test,
 };
 pub use explain::{Explainer, Explanation, Flow, NearMiss, RuleMatch, RulePlace, explain};
+pub use format::format;
 pub use offline::{OfflineError, compile_offline, read_topology};
 pub use selector::{Autogroup, Protocols, Role, Target};
 pub use syntax::{MAX_TEXT_BYTES, parse};

@@ -10,7 +10,7 @@ use super::document::{Policy, Source, Span, Spanned};
 use super::selector::Target;
 use jsonc_parser::ast;
 use jsonc_parser::common::{Range, Ranged};
-use jsonc_parser::{CollectOptions, ParseOptions, parse_to_ast};
+use jsonc_parser::{CollectOptions, ParseOptions, ParseResult, parse_to_ast};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -27,35 +27,7 @@ pub const MAX_TEXT_BYTES: usize = 32 << 20;
 /// Every fault of the file, in the order of the text.
 pub fn parse(text: &str) -> Result<Policy, Diagnostics> {
     let source = Source::new(text.get(..MAX_TEXT_BYTES).unwrap_or(text));
-    if text.len() > MAX_TEXT_BYTES {
-        let message = format!("the policy is longer than {MAX_TEXT_BYTES} bytes");
-        return Err(source
-            .fault(Span::default(), Code::Syntax, message, "")
-            .into());
-    }
-    let options = ParseOptions {
-        allow_comments: true,
-        allow_trailing_commas: true,
-        allow_loose_object_property_names: false,
-        allow_missing_commas: false,
-        allow_single_quoted_strings: false,
-        allow_hexadecimal_numbers: false,
-        allow_unary_plus_numbers: false,
-        allow_bare_decimal_point_numbers: false,
-        allow_non_finite_numbers: false,
-        allow_extended_string_escapes: false,
-    };
-    let root = match parse_to_ast(text, &CollectOptions::default(), &options) {
-        Ok(parsed) => parsed.value,
-        Err(error) => {
-            let message = format!(
-                "this is no HuJSON: {}",
-                lower_first(&error.kind().to_string())
-            );
-            let fault = source.fault(span(error.range()), Code::Syntax, message, "");
-            return Err(fault.into());
-        }
-    };
+    let root = read(&source, text, &CollectOptions::default())?.value;
     let Some(root) = root else {
         let hint = "write at least `{\"acls\": []}`, which denies everything";
         let fault = source.fault(Span::default(), Code::Syntax, "the policy is empty", hint);
@@ -74,6 +46,40 @@ pub fn parse(text: &str) -> Result<Policy, Diagnostics> {
     super::check::check(&policy, &mut faults);
     policy.ipset_addrs = super::ipset::resolve(&policy, &mut faults);
     faults.into_result(policy)
+}
+
+/// Reads HuJSON, whatever it says.
+pub(super) fn read<'t>(
+    source: &Source,
+    text: &'t str,
+    collect: &CollectOptions,
+) -> Result<ParseResult<'t>, Diagnostics> {
+    if text.len() > MAX_TEXT_BYTES {
+        let message = format!("the policy is longer than {MAX_TEXT_BYTES} bytes");
+        return Err(source
+            .fault(Span::default(), Code::Syntax, message, "")
+            .into());
+    }
+    let options = ParseOptions {
+        allow_comments: true,
+        allow_trailing_commas: true,
+        allow_loose_object_property_names: false,
+        allow_missing_commas: false,
+        allow_single_quoted_strings: false,
+        allow_hexadecimal_numbers: false,
+        allow_unary_plus_numbers: false,
+        allow_bare_decimal_point_numbers: false,
+        allow_non_finite_numbers: false,
+        allow_extended_string_escapes: false,
+    };
+    parse_to_ast(text, collect, &options).map_err(|error| {
+        let message = format!(
+            "this is no HuJSON: {}",
+            lower_first(&error.kind().to_string())
+        );
+        let fault = source.fault(span(error.range()), Code::Syntax, message, "");
+        fault.into()
+    })
 }
 
 fn lower_first(text: &str) -> String {
@@ -290,7 +296,7 @@ fn kind(value: &ast::Value<'_>) -> &'static str {
 }
 
 /// The tree as plain JSON, without places.
-fn json(value: &ast::Value<'_>) -> Value {
+pub(super) fn json(value: &ast::Value<'_>) -> Value {
     match value {
         ast::Value::StringLit(text) => Value::String(text.value.clone().into_owned()),
         ast::Value::NumberLit(number) => {
