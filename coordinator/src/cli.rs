@@ -175,6 +175,12 @@ pub enum PolicyCommand {
         /// HuJSON; `-` is standard input
         file: PathBuf,
     },
+    /// Tell who may reach more or less if this became the policy; exits with 0 if nobody, with 1
+    /// if somebody
+    Diff {
+        /// HuJSON; `-` is standard input
+        file: PathBuf,
+    },
     /// Print the policy as it was written
     Get,
 }
@@ -243,11 +249,18 @@ pub enum CallError {
 }
 
 impl Command {
-    /// What to ask the running coordinator; `None` for `serve`, which is not a question.
+    /// Whether exit code 1 is an answer, so that 2 tells of trouble, as diff(1) has it.
+    #[must_use]
+    pub fn compares(&self) -> bool {
+        matches!(self, Self::Policy(PolicyCommand::Diff { .. }))
+    }
+
+    /// What to ask the running coordinator; `None` for `serve`, which is not a question. With
+    /// `compare`, a new policy comes back with who may reach more or less.
     ///
     /// # Errors
     /// If a file that the command names cannot be read.
-    pub fn verb(self) -> Result<Option<Verb>, CallError> {
+    pub fn verb(self, compare: bool) -> Result<Option<Verb>, CallError> {
         Ok(Some(match self {
             Self::Serve(_) => return Ok(None),
             Self::Network(NetworkCommand::Create { name, v4, v6 }) => {
@@ -275,6 +288,11 @@ impl Command {
                 }
             }
             Self::Policy(PolicyCommand::Set { file }) => Verb::PolicySet {
+                text: read_policy(&file)?,
+                file: file.display().to_string(),
+                compare,
+            },
+            Self::Policy(PolicyCommand::Diff { file }) => Verb::PolicyDiff {
                 text: read_policy(&file)?,
                 file: file.display().to_string(),
             },

@@ -1,4 +1,5 @@
-//! `weir-coordinator`: argv → verb → exit code (0 done, 1 refused or failed, 2 wrong use).
+//! `weir-coordinator`: argv → verb → exit code (0 done, 1 refused or failed, 2 wrong use; of
+//! `policy diff`: 0 the same, 1 different, 2 trouble).
 
 use anyhow::Context;
 use clap::Parser;
@@ -15,6 +16,7 @@ use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    let trouble = if cli.command.compares() { 2 } else { 1 };
     let done = tokio::runtime::Runtime::new()
         .context("cannot start")
         .and_then(|runtime| runtime.block_on(run(cli)));
@@ -23,7 +25,7 @@ fn main() -> ExitCode {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("weir-coordinator: {error:#}");
-            ExitCode::FAILURE
+            ExitCode::from(trouble)
         }
     }
 }
@@ -38,7 +40,9 @@ async fn run(cli: Cli) -> anyhow::Result<bool> {
     if let Command::Serve(flags) = command {
         return serve(state_dir, flags).await.map(|()| true);
     }
-    let Some(verb) = command.verb()? else {
+    // What a new policy changes is for whoever looks at it, and for programs that ask.
+    let compare = json || io::stdout().is_terminal();
+    let Some(verb) = command.verb(compare)? else {
         return Ok(true);
     };
     let answer = cli::call(&state_dir, &Request { network, verb }).await?;

@@ -21,7 +21,7 @@ use proto::control::{TOKEN_SECRET_BYTES, TokenSecret};
 use proto::id::{NetworkId, NodeId};
 use proto::net::Prefix;
 use proto::netmap::Owner;
-use proto::policy::{self, Diagnostics};
+use proto::policy::{self, Compiled, Diagnostics, Diff, Directory, TooLarge};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
@@ -417,7 +417,7 @@ pub fn owner_text(owner: &Owner) -> String {
 }
 
 /// Replaces the policy, if it is right, compiles for the nodes as they are, and passes its own
-/// tests. The text is kept as it is, with its comments.
+/// tests. The text is kept as it is, with its comments. Returns what was in force before, and where.
 ///
 /// # Errors
 /// [`CommandError::Policy`] with every fault, line and column.
@@ -427,27 +427,94 @@ pub async fn set_policy(
     actor: &Actor,
     network: NetworkId,
     text: &str,
-) -> Result<(), CommandError> {
+) -> Result<InForce, CommandError> {
     let parsed = policy::parse(text).map_err(CommandError::Policy)?;
     policy::check_write(&parsed).map_err(|fault| CommandError::Policy(fault.into()))?;
     let mut change = Change::begin(store, network, now).await?;
     let before = change.tx.policy(network).await?;
-    if before.as_deref() == Some(text) {
-        return Ok(());
+    let same = before.as_deref() == Some(text);
+    if !same {
+        change.tx.set_policy(&change.network, text).await?;
     }
-    change.tx.set_policy(&change.network, text).await?;
     let missing = StoreError::Corrupt { column: "network" };
     let rows = change.tx.load(network, None).await?.ok_or(missing)?;
     let snapshot = Snapshot::build(rows).map_err(CommandError::Policy)?;
-    policy::run_tests(&parsed, &snapshot.directory()).map_err(CommandError::Policy)?;
-    let note = Note {
-        action: "policy.set",
-        subject: "policy",
-        before: before.unwrap_or_default(),
-        after: text.to_owned(),
-    };
-    change.commit(actor, note).await?;
-    Ok(())
+    let directory = snapshot.directory();
+    if !same {
+        policy::run_tests(&parsed, &directory).map_err(CommandError::Policy)?;
+        let note = Note {
+            action: "policy.set",
+            subject: "policy",
+            before: before.clone().unwrap_or_default(),
+            after: text.to_owned(),
+        };
+        change.commit(actor, note).await?;
+    }
+    Ok(InForce {
+        policy: before,
+        directory,
+    })
+}
+
+/// A policy and the network that it is in force for.
+pub struct InForce {
+    /// Its text; `None`: nobody may talk with anybody.
+    pub policy: Option<String>,
+    /// The users and nodes.
+    pub directory: Directory,
+}
+
+/// The policy as it is in force now.
+///
+/// # Errors
+/// The database's.
+pub async fn in_force(store: &Store, network: NetworkId) -> Result<InForce, CommandError> {
+    let missing = StoreError::Corrupt { column: "network" };
+    let rows = store
+        .read()
+        .await?
+        .load(network, None)
+        .await?
+        .ok_or(missing)?;
+    let policy = rows.policy.as_ref().and_then(|(_, text)| text.clone());
+    let snapshot = Snapshot::build(rows).map_err(CommandError::Policy)?;
+    Ok(InForce {
+        policy,
+        directory: snapshot.directory(),
+    })
+}
+
+impl InForce {
+    /// Who may reach more or less once the policy is `text`. Takes up to seconds in a large network:
+    /// not for a thread that has others to serve.
+    ///
+    /// # Errors
+    /// The faults of either policy, or that too much differs.
+    pub fn diff(&self, text: &str) -> Result<Diff, CompareError> {
+        let compiled = |text: &str| {
+            let policy = policy::parse(text)?;
+            policy::check_write(&policy)?;
+            Compiled::new(&policy, &self.directory)
+        };
+        let old = self.policy.as_deref().unwrap_or("{\"acls\": []}");
+        let old = compiled(old).map_err(CompareError::Old)?;
+        let new = compiled(text).map_err(CompareError::New)?;
+        Ok(policy::diff(&old, &new, &self.directory)?)
+    }
+}
+
+/// Why two policies cannot be compared.
+#[derive(Debug, thiserror::Error)]
+pub enum CompareError {
+    /// The one in force cannot be read (any more).
+    #[error("the policy in force cannot be compared with:\n{}", .0.render("policy"))]
+    Old(Diagnostics),
+    /// The new one is wrong.
+    #[error("the policy would be refused:\n{}", .0.render("policy"))]
+    New(Diagnostics),
+    /// Too much differs.
+    #[error(transparent)]
+    TooLarge(#[from] TooLarge),
 }
 
 /// The policy as it was written, or `None`: nobody may talk with anybody.

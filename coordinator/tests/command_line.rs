@@ -100,6 +100,9 @@ async fn a_network_is_made_joined_and_shown() {
     let path = file.to_str().unwrap();
     ok(&["policy", "set", path]);
     assert_eq!(ok(&["policy", "get"]), text, "kept as written");
+    let set = ok(&["policy", "set", path, "--json"]);
+    let set: Value = serde_json::from_str(&set).unwrap();
+    assert_eq!(set["diff"]["same"], true, "it was set before: {set}");
     fs::write(&file, text.replace("*:*", "*:nonsense")).unwrap();
     let err = refused(&["policy", "set", path]);
     assert!(err.contains(&format!("{path}:2:")), "{err}");
@@ -140,6 +143,7 @@ async fn a_network_is_made_joined_and_shown() {
         assert_eq!(nodes[0]["owner"], "ana@example.com");
     }
     assert!(ok(&["node", "list"]).contains("laptop"));
+    what_a_policy_would_change_is_told(&state, &file, text);
     assert!(refused(&["node", "remove", "latpop"]).contains("did you mean `laptop`"));
     ok(&["node", "remove", "laptop"]);
     let audit: Value = serde_json::from_str(&ok(&["audit", "list", "--json"])).unwrap();
@@ -167,6 +171,30 @@ async fn a_network_is_made_joined_and_shown() {
     );
     assert!(ok(&["audit", "list"]).contains("the log is whole"));
     process.child.kill().unwrap();
+}
+
+/// `policy diff` in a network with a laptop and a web server, in which `text` allows all.
+fn what_a_policy_would_change_is_told(state: &Path, file: &Path, text: &str) {
+    let path = file.to_str().unwrap();
+    let mut told = |text: &str, flag: &str, code: i32| {
+        fs::write(file, text).unwrap();
+        let args = ["policy", "diff", path, flag];
+        let output = run(state, if flag.is_empty() { &args[..3] } else { &args });
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        let text = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+        text.concat()
+    };
+    assert_eq!(told(text, "", 0), "nothing changes for anybody\n");
+    let narrower = text.replace("\"src\": [\"*\"]", "\"src\": [\"ana@example.com\"]");
+    assert_eq!(
+        told(&narrower, "", 1),
+        "web\n  - may no longer reach laptop on tcp+udp on all ports; icmp+ipv6-icmp\n"
+    );
+    let document: Value = serde_json::from_str(&told(&narrower, "--json", 1)).unwrap();
+    assert_eq!(document["version"], 1);
+    assert_eq!(document["changes"][0]["effect"], "closes");
+    assert!(told(&text.replace("*:*", "*:nonsense"), "", 2).contains(&format!("{path}:2:")));
+    assert_eq!(check(state, &["policy", "get"], 0).0, text, "only asked");
 }
 
 #[tokio::test]

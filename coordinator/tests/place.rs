@@ -89,7 +89,13 @@ impl Place {
 
     pub async fn policy(&self, network: &str, text: &str) -> Result<Answer, CallError> {
         let (text, file) = (text.to_owned(), "policy.hujson".to_owned());
-        self.ask(network, Verb::PolicySet { text, file }).await
+        let compare = false;
+        let verb = Verb::PolicySet {
+            text,
+            file,
+            compare,
+        };
+        self.ask(network, verb).await
     }
 
     /// A token that admits any number of nodes as `tag`.

@@ -60,7 +60,7 @@ pub use document::{
 };
 pub use explain::{Explainer, Explanation, Flow, NearMiss, RuleMatch, RulePlace, explain};
 pub use format::format;
-pub use offline::{OfflineError, compile_offline, read_topology};
+pub use offline::{OfflineError, check_settings, compile_offline, read_topology};
 pub use selector::{Autogroup, Protocols, Role, Target};
 pub use syntax::{MAX_TEXT_BYTES, parse};
 pub use trial::check as run_tests;

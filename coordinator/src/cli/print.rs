@@ -5,18 +5,21 @@ use serde_json::json;
 use std::io::{self, Write};
 
 /// Writes the answer: one JSON document, or text whose last line is what a script wants. `false`
-/// if the answer is bad news.
+/// if the answer is bad news, or tells of a difference.
 ///
 /// # Errors
 /// If standard output cannot be written.
 pub fn print(out: &mut impl Write, answer: &Answer, as_json: bool) -> io::Result<bool> {
-    let good = !matches!(
-        answer,
-        Answer::Audit {
-            broken_at: Some(_),
-            ..
-        }
-    );
+    let good = match answer {
+        Answer::Audit { broken_at, .. } => broken_at.is_none(),
+        Answer::Reach(reach) => reach.same,
+        Answer::Done { .. }
+        | Answer::Networks(_)
+        | Answer::Token { .. }
+        | Answer::Policy { .. }
+        | Answer::PolicySet { .. }
+        | Answer::Nodes(_) => true,
+    };
     if as_json {
         writeln!(out, "{}", document(answer))?;
         return Ok(good);
@@ -29,10 +32,20 @@ pub fn print(out: &mut impl Write, answer: &Answer, as_json: bool) -> io::Result
         Answer::Policy { text: None } => {
             writeln!(out, "// there is no policy: nobody may talk with anybody")?;
         }
+        Answer::PolicySet { message, reach } => {
+            let reach = reach.as_ref().map_or("", |reach| &reach.text);
+            writeln!(out, "{}{message}", printable(reach))?;
+        }
+        Answer::Reach(reach) => write!(out, "{}", printable(&reach.text))?,
         Answer::Nodes(nodes) => node_table(out, nodes)?,
         Answer::Audit { entries, broken_at } => audit_table(out, entries, *broken_at)?,
     }
     Ok(good)
+}
+
+/// Names may come from other machines: nothing in them commands the terminal.
+fn printable(text: &str) -> String {
+    text.replace(|c: char| c.is_control() && c != '\n', "\u{fffd}")
 }
 
 fn document(answer: &Answer) -> serde_json::Value {
@@ -41,6 +54,11 @@ fn document(answer: &Answer) -> serde_json::Value {
         Answer::Networks(networks) => json!({ "networks": networks }),
         Answer::Token { message, token } => json!({ "message": message, "token": token }),
         Answer::Policy { text } => json!({ "policy": text }),
+        Answer::PolicySet { message, reach } => {
+            let reach = reach.as_ref().map(|reach| &reach.document);
+            json!({ "message": message, "diff": reach })
+        }
+        Answer::Reach(reach) => reach.document.clone(),
         Answer::Nodes(nodes) => json!({ "nodes": nodes }),
         Answer::Audit { entries, broken_at } => {
             json!({ "entries": entries, "whole": broken_at.is_none(), "broken_at": broken_at })

@@ -6,7 +6,7 @@
 
 use super::error::{Refused, decode};
 use crate::config::Advertise;
-use crate::network::{self, Actor, CommandError, NewToken, owner_text};
+use crate::network::{self, Actor, CommandError, CompareError, InForce, NewToken, owner_text};
 use crate::snapshot::addrs;
 use crate::store::{AuditRow, NetworkRow, NodeRow, Store, Timestamp};
 use axum::body::Bytes;
@@ -18,6 +18,7 @@ use proto::id::NodeId;
 use proto::key::{Fingerprint, NodeKey};
 use proto::net::Prefix;
 use proto::netmap::{Network, Owner};
+use proto::policy::Diff;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -83,6 +84,15 @@ pub enum Verb {
         text: String,
         /// What the file is called, for messages.
         file: String,
+        /// Whether to tell who may reach more or less.
+        compare: bool,
+    },
+    /// `policy diff`.
+    PolicyDiff {
+        /// The file's text.
+        text: String,
+        /// What the file is called, for messages.
+        file: String,
     },
     /// `policy get`.
     PolicyGet,
@@ -127,6 +137,15 @@ pub enum Answer {
         /// `None`: there is none.
         text: Option<String>,
     },
+    /// The policy is set.
+    PolicySet {
+        /// What is done, in a sentence.
+        message: String,
+        /// Who may reach more or less; if it was asked, and can be told.
+        reach: Option<Reach>,
+    },
+    /// Who may reach more or less once the policy is another.
+    Reach(Reach),
     /// Nodes.
     Nodes(Vec<NodeDocument>),
     /// The audit log.
@@ -136,6 +155,27 @@ pub enum Answer {
         /// The first entry that is not as it was written, if any.
         broken_at: Option<u64>,
     },
+}
+
+/// What a change of policy opens and closes.
+#[derive(Serialize, Deserialize)]
+pub struct Reach {
+    /// Nothing.
+    pub same: bool,
+    /// For people.
+    pub text: String,
+    /// For programs, as `weir policy diff --json` prints it.
+    pub document: serde_json::Value,
+}
+
+impl From<Diff> for Reach {
+    fn from(diff: Diff) -> Self {
+        Self {
+            same: diff.is_empty(),
+            text: diff.to_string(),
+            document: diff.document(),
+        }
+    }
 }
 
 /// A network, as `network list --json` prints it.
@@ -313,10 +353,37 @@ impl Admin {
                 };
                 self.token(network, new, actor, now).await?
             }
-            Verb::PolicySet { text, file } => {
+            Verb::PolicySet {
+                text,
+                file,
+                compare: wanted,
+            } => {
                 let set = network::set_policy(store, now, actor, id, &text).await;
-                set.map_err(|error| policy_fault(error, &file))?;
-                done(format!("the policy of `{name}` is set"))
+                let before = set.map_err(|error| policy_fault(error, &file))?;
+                let mut message = format!("the policy of `{name}` is set");
+                let reach = match wanted {
+                    false => None,
+                    true => match compare(before, text).await? {
+                        Ok(reach) => Some(reach),
+                        Err(error) => {
+                            message += &format!("; what it changes cannot be told: {error}");
+                            None
+                        }
+                    },
+                };
+                Answer::PolicySet { message, reach }
+            }
+            Verb::PolicyDiff { text, file } => {
+                let before = network::in_force(store, id).await?;
+                match compare(before, text).await? {
+                    Ok(reach) => Answer::Reach(reach),
+                    Err(CompareError::New(faults)) => {
+                        return Err(policy_fault(CommandError::Policy(faults), &file));
+                    }
+                    Err(error @ (CompareError::Old(_) | CompareError::TooLarge(_))) => {
+                        return Err(Refused::new(RefusalCode::BadRequest, error.to_string()));
+                    }
+                }
             }
             Verb::PolicyGet => Answer::Policy {
                 text: network::policy(store, id).await?,
@@ -384,6 +451,12 @@ impl Admin {
             token: token.expose(),
         })
     }
+}
+
+/// Who may reach more or less than `before`, on a thread of its own.
+async fn compare(before: InForce, text: String) -> Result<Result<Reach, CompareError>, Refused> {
+    let compared = tokio::task::spawn_blocking(move || before.diff(&text).map(Reach::from)).await;
+    compared.map_err(|_| Refused::unavailable())
 }
 
 /// A fault of the policy, with the name of the file that it was read from.

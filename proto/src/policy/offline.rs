@@ -121,12 +121,19 @@ pub fn compile_offline(
 ) -> Result<Value, OfflineError> {
     let policy = parse(policy_text)?;
     let directory = read_topology(topology_json)?;
-    if let Some(settings) = settings_json {
-        let parsed: Result<Value, _> = serde_json::from_str(settings);
-        parsed.map_err(|error| bad_network(&format!("the settings are no JSON: {error}")))?;
-    }
+    settings_json.map_or(Ok(()), check_settings)?;
     trial::check(&policy, &directory)?;
     Ok(render(&policy, &directory))
+}
+
+/// Whether a network's settings can be read. None of those known today changes what policy means.
+///
+/// # Errors
+/// If they are no JSON.
+pub fn check_settings(settings_json: &str) -> Result<(), OfflineError> {
+    let parsed: Result<Value, _> = serde_json::from_str(settings_json);
+    let fault = |error| bad_network(&format!("the settings are no JSON: {error}"));
+    parsed.map(drop).map_err(fault)
 }
 
 /// Reads the description of a network.

@@ -452,9 +452,16 @@ fn changes(found: &Found, sources: &[Class], destinations: &[Class]) -> Vec<Chan
             let Some(v4) = srcs.first().map(|class| sources[*class as usize].v4) else {
                 continue;
             };
+            let (mut srcs, mut dsts) = (ends(sources, &srcs), ends(destinations, &dsts));
+            // One with itself is no pair, and need not look like one.
+            if let [alone] = srcs[..] {
+                dsts.retain(|end| *end != alone);
+            } else if let [alone] = dsts[..] {
+                srcs.retain(|end| *end != alone);
+            }
             let change = Change {
-                srcs: ends(sources, &srcs),
-                dsts: ends(destinations, &dsts),
+                srcs,
+                dsts,
                 effect: *effect,
                 pairs: *pairs,
                 v4: false,
