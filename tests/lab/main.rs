@@ -8,13 +8,16 @@
 mod bare;
 mod control;
 mod enforcement;
+mod explain;
 mod forged;
 mod kernel_model;
 mod lifetime;
 mod main_job;
+mod monitor;
 mod revocation;
 mod sites;
 mod state;
+mod units;
 mod wire;
 
 use std::net::IpAddr;
