@@ -19,6 +19,8 @@
 //! | `QUOTA` | array | 0 | [`Quota`] | programs |
 //! | `COUNTERS` | per-CPU array | [`crate::verdict::Verdict::counter`] | [`Counter`] | programs |
 //! | `EVENTS` | ring buffer | - | [`Dropped`] | programs |
+//! | `MARK` | array | 0 | mark of answers to refused packets, or 0 | agent |
+//! | `ANSWERS` | per-CPU array | [`crate::refuse::Outcome`] | [`Counter`] | programs |
 //!
 //! *Changing a layout.* Raise [`ABI_VERSION`]. Fields of [`Flow`] are only ever appended (a shorter
 //! old value is copied and the rest is zero), so that an upgrade carries flows over.
@@ -44,7 +46,7 @@ pub const SURPLUS_FLOWS: u32 = 16_384;
 pub const SHARES: u32 = 4_096;
 /// Fragmented datagrams whose first fragment passed.
 pub const FRAGMENTED_DATAGRAMS: u32 = 4_096;
-/// Bytes of dropped packets' events that wait for a reader: about 1,360 of them. A power of two, and
+/// Bytes of dropped packets' events that wait for a reader: about 1,820 of them. A power of two, and
 /// a whole page on every supported machine.
 pub const EVENT_BYTES: u32 = 131_072;
 
@@ -112,11 +114,15 @@ pub mod maps {
     pub const COUNTERS: &str = "COUNTERS";
     /// What is told of dropped packets.
     pub const EVENTS: &str = "EVENTS";
+    /// The mark of answers to refused packets.
+    pub const MARK: &str = "MARK";
+    /// What became of answers to refused packets.
+    pub const ANSWERS: &str = "ANSWERS";
 
     /// The outer maps of the policy tables, indexed by slot.
     pub const SLOTTED: [&str; 5] = [IDENTITIES, PREFIXES, PAIRS, PORTS, PAGES];
     /// Every other map.
-    pub const PLAIN: [&str; 9] = [
+    pub const PLAIN: [&str; 11] = [
         ACTIVE,
         OPENING,
         ESTABLISHED,
@@ -126,6 +132,8 @@ pub mod maps {
         QUOTA,
         COUNTERS,
         EVENTS,
+        MARK,
+        ANSWERS,
     ];
 }
 
@@ -440,8 +448,10 @@ pub struct FlowKey {
     pub remote_port: u16,
     /// IP protocol number.
     pub protocol: u8,
+    /// Always 0. Not one array: clearing that is a call in BPF.
+    pub zero: u8,
     /// Always 0.
-    pub zero: [u8; 3],
+    pub zeros: u16,
 }
 
 /// [`FlowKey::remote_port`] of an echo flow that this side asked for. Who asks is part of the key,
@@ -559,6 +569,8 @@ pub mod known {
     pub const ADDRESSES: u8 = 1;
     /// All that decides.
     pub const ALL: u8 = 2;
+    /// Likewise, of a fragment after the first, which has no ports.
+    pub const LATER_FRAGMENT: u8 = 3;
 }
 
 /// What is told of a dropped packet. Never what it carries.
@@ -572,10 +584,10 @@ pub struct Dropped {
     pub src: Addr,
     /// Destination address.
     pub dst: Addr,
-    /// Who has the source address, as the active tables know it.
-    pub source: Identity,
-    /// Who has the destination address.
-    pub destination: Identity,
+    /// [`Identity::as_source`] of the source address in the active tables; 0 if it has none.
+    pub src_class: u32,
+    /// [`Identity::as_destination`] of the destination address, likewise.
+    pub dst_class: u32,
     /// Length in bytes, IP header included.
     pub len: u32,
     /// Source port; identifier of an ICMP question or answer.
@@ -594,10 +606,10 @@ pub struct Dropped {
     pub tcp_flags: u8,
     /// ICMP type; 0 in packets of other protocols.
     pub icmp_type: u8,
-    /// 1: a fragment after the first, which has no ports.
-    pub later_fragment: u8,
-    /// Always 0.
-    pub zero: u8,
+    /// [`Identity::side`] of the source address.
+    pub src_side: u8,
+    /// [`Identity::side`] of the destination address.
+    pub dst_side: u8,
 }
 
 /// The kind of packet that an event last told of, in one place of a small table by kind.
@@ -623,7 +635,7 @@ pub struct Allowance {
 }
 
 const _: () = {
-    assert!(size_of::<Dropped>() == 88);
+    assert!(size_of::<Dropped>() == 64);
     assert!(size_of::<Told>() == 8);
     assert!(size_of::<Allowance>() == 8);
     assert!(size_of::<Addr>() == 16);

@@ -13,10 +13,13 @@
 //! system calls, and in tests on plain maps: [`Tables`] is all it knows of them. It has no clock
 //! and no allocation; `now_ns` is the coarse monotonic clock (`CLOCK_MONOTONIC_COARSE`).
 //!
-//! *Flows* live in two tables. A first packet makes an entry in [`Store::Opening`]; the first reply
-//! moves it to [`Store::Established`], so that a flood of first packets can only evict its like.
-//! One key serves both directions ([`FlowKey`]). Nobody collects garbage: an entry that is older
-//! than its timeout counts as absent, and the tables evict what was unused longest.
+//! *Flows* live in three tables. A first packet makes an entry in [`Store::Opening`], and replies
+//! pass by it; a flow that goes on after the reply moves to [`Store::Established`]. So a flood of
+//! flows that ask once, answered or not, evicts only its like. What is over leaves for
+//! [`Store::Surplus`]. Each peer has a share ([`Limits`]): beyond it, what it opens goes to
+//! [`Store::Surplus`], and what lasts stays where it is. That denies nothing, it only protects less.
+//! One key serves both directions ([`FlowKey`]). Nobody need collect garbage: an entry that is
+//! older than its timeout counts as absent, and the tables evict what was unused longest.
 //!
 //! *TCP*: only a SYN opens a flow. A pure ACK (with or without PSH) without flow, which policy
 //! allows in its direction now, may pick one up, as after an eviction or an upgrade, but not more
@@ -30,17 +33,19 @@ mod flow;
 mod policy;
 
 use crate::abi::{
-    Active, Addr, Direction, Flow, FlowKey, Fragment, FragmentKey, Identity, PageKey, PairKey,
-    Ports, PortsKey, Quota, SetId,
+    Active, Addr, Direction, ESTABLISHED_FLOWS, Flow, FlowKey, Fragment, FragmentKey, Identity,
+    OPENING_FLOWS, PageKey, PairKey, Ports, PortsKey, Quota, SetId, Share,
 };
 use crate::packet::{Bytes, Packet, Part, What, deciding_bytes, parse};
 use crate::reason::{Accepted, OUTCOMES, Reason};
 
-pub use policy::{Question, allows, allows_flow};
+pub use policy::allows_flow;
 
+pub(crate) use flow::key as flow_key;
 pub use flow::{
-    FRAGMENT_NS, FRESHEN_NS, ICMP_NS, OPENING_NS, OTHER_NS, PICKED_UP_NS, PICKED_UP_QUOTA,
-    PICKED_UP_WINDOW_NS, STREAM_CLOSED_NS, STREAM_NS, STREAM_RESET_NS, UDP_NS,
+    FRAGMENT_NS, FRESHEN_NS, ICMP_NS, OPENED_WINDOW_NS, OPENING_NS, OTHER_NS, PICKED_UP_NS,
+    PICKED_UP_QUOTA, PICKED_UP_WINDOW_NS, STREAM_CLOSED_NS, STREAM_NS, STREAM_RESET_NS, UDP_NS,
+    is_live,
 };
 
 /// What becomes of a packet: accepted or denied, and how or why. One number inside, the index of
@@ -137,10 +142,64 @@ impl core::fmt::Debug for Verdict {
 #[cfg_attr(not(target_arch = "bpf"), derive(Debug, PartialOrd, Ord))]
 #[repr(u8)]
 pub enum Store {
-    /// No reply yet.
+    /// Not known to last.
     Opening,
-    /// Both sides have spoken.
+    /// Went on after the reply.
     Established,
+    /// Over, or of a peer that opens too many.
+    Surplus,
+}
+
+/// What one peer may have of the flow tables.
+#[derive(Clone, Copy)]
+#[cfg_attr(not(target_arch = "bpf"), derive(Debug))]
+pub struct Limits {
+    /// Flows opened within [`OPENED_WINDOW_NS`]; more go to [`Store::Surplus`].
+    pub opened: u32,
+    /// Flows in [`Store::Established`], where all peers together have more than the next number.
+    pub established: u32,
+    /// Up to so many flows of all peers together in [`Store::Established`], nobody is asked.
+    pub together: u32,
+}
+
+impl Limits {
+    /// A peer alone may fill half of the table of lasting flows, and four more can then have an
+    /// eighth each before anything is evicted. What it opens fills no more than half of the other
+    /// table before it would time out there.
+    pub const USUAL: Self = Self {
+        opened: OPENING_FLOWS / 8,
+        established: ESTABLISHED_FLOWS / 8,
+        together: ESTABLISHED_FLOWS / 2,
+    };
+}
+
+/// What policy says to the first packet of a flow.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "bpf"), derive(Debug))]
+pub struct Answer {
+    /// Passing means no more than that a rule allows it.
+    pub verdict: Verdict,
+    /// The share of the peer, if it passes.
+    pub share: u16,
+}
+
+impl Answer {
+    /// Both in one register.
+    #[inline(always)]
+    #[must_use]
+    pub const fn code(self) -> u64 {
+        (self.share as u64) << 32 | self.verdict.code() as u64
+    }
+
+    /// From [`Self::code`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_code(code: u64) -> Self {
+        Self {
+            verdict: Verdict::from_code(code as u32),
+            share: (code >> 32) as u16,
+        }
+    }
 }
 
 /// All that [`decide`] needs of the maps.
@@ -152,6 +211,8 @@ pub trait Tables: Sized {
 
     /// Which condition of the evaluator is inverted; 0 for none. Only tests set it.
     const MUTANT: u32 = 0;
+    /// What one peer may have. Only tests have others.
+    const LIMITS: Limits = Limits::USUAL;
 
     /// The active word, read once.
     fn active(&self) -> Active;
@@ -178,6 +239,10 @@ pub trait Tables: Sized {
     fn insert(&self, store: Store, key: &FlowKey, flow: &Flow) -> bool;
     /// Forgets a flow.
     fn remove(&self, store: Store, key: &FlowKey);
+    /// What a share is used for. `None` counts as used up.
+    fn share(&self, number: u16) -> Option<Share>;
+    /// Writes it.
+    fn set_share(&self, number: u16, share: Share);
 
     /// Looks up a fragmented datagram.
     fn fragment(&self, key: &FragmentKey) -> Option<Fragment>;
@@ -189,8 +254,31 @@ pub trait Tables: Sized {
     /// [`allows_flow`] on these tables. In the kernel a function that is verified on its own and
     /// takes no more than this, because the frames of all callers together have 512 bytes.
     #[inline(always)]
-    fn allows(&self, key: &FlowKey, initiator: u32, slot: u32) -> Verdict {
+    fn allows(&self, key: &FlowKey, initiator: u32, slot: u32) -> Answer {
         allows_flow(self, key, initiator, slot)
+    }
+
+    /// Decides whatever is not simply the next packet of an established flow, by [`of_flow`],
+    /// [`later_fragment`] and [`related`]. In the kernel functions that are verified on their own.
+    #[inline(always)]
+    fn at_length(
+        &self,
+        packet: &Packet,
+        direction: Direction,
+        now_ns: u64,
+        missed: bool,
+    ) -> Verdict {
+        match packet.tuple.what {
+            What::LaterFragment => later_fragment(self, packet, direction, now_ns),
+            What::Error => related(self, packet, direction, now_ns),
+            What::Segment
+            | What::Datagram
+            | What::SctpInit
+            | What::SctpOther
+            | What::Request
+            | What::Reply
+            | What::OtherIcmp => of_flow(self, packet, direction, now_ns, missed),
+        }
     }
 
     /// Told of every branch taken. Only tests listen.
@@ -226,18 +314,18 @@ macro_rules! branches {
 }
 
 branches! {
-    NothingActive FlagsInvalid
+    NothingActive Hit HitRefreshed HitNeedsMore FlagsInvalid
     LaterUnknown LaterExpired LaterOverlap LaterFlowGone LaterDenied LaterPasses
     ErrorUnreadable ErrorNotToSender ErrorNoFlow ErrorAgainstOpening ErrorRevoked ErrorSpoofed
     ErrorPasses
-    FlowNone FlowExpired FlowInOpening FlowInEstablished
+    FlowNone FlowExpired FlowInOpening FlowInEstablished FlowInSurplus
     SynReopens SynAgainst EpochOld EpochGood EpochRevoked EpochTableMissing
-    Promoted PromotionFailed Refreshed NotRefreshed
+    Promoted PromotionFailed ShareSpent Retired RetirementFailed Refreshed NotRefreshed
     FinOfInitiator FinOfResponder ResetSeen
     TimeoutOpening TimeoutPickedUp TimeoutStream TimeoutClosed TimeoutReset TimeoutUdp TimeoutIcmp
     TimeoutOther
     OpensSyn OpensAck OpensNot SctpOpens SctpOpensNot AsksIcmp AnswersNobody IcmpOther OpensDatagram
-    QuotaSpent TableFull FirstPasses PickedUpPasses FragmentKept
+    QuotaSpent OpensTooMany TableFull FormerForgotten FirstPasses PickedUpPasses FragmentKept
     TablesMissing MartianV4 MulticastV4 LinkLocalV4 MulticastV6 LinkLocalV6 AddressFine
     OwnerOfRoute OwnerNobody
     IngressFromNobody IngressFromSelf EgressFromOther IngressElsewhere EgressElsewhere SidesFine
@@ -288,41 +376,58 @@ pub fn decide<T: Tables>(
     direction: Direction,
     now_ns: u64,
 ) -> Verdict {
-    let active = tables.active();
-    if holds::<T>(1, active.epoch == 0) {
-        tables.probe(Branch::NothingActive);
+    let Some(at) = now(tables, direction, now_ns) else {
         return Verdict::deny(Reason::NoPolicy);
-    }
-    let at = At {
-        now_ns,
-        active,
-        direction,
     };
-    match packet.tuple.what {
-        What::LaterFragment => return later_fragment(tables, packet, &at),
-        What::Error => return related(tables, packet, &at),
-        What::Segment if holds::<T>(2, !flow::flags_valid(packet.tcp_flags)) => {
-            tables.probe(Branch::FlagsInvalid);
-            return Verdict::deny(Reason::TcpFlags);
-        }
-        What::Segment
-        | What::Datagram
-        | What::SctpInit
-        | What::SctpOther
-        | What::Request
-        | What::Reply
-        | What::OtherIcmp => {}
+    match flow::hit(tables, packet, &at) {
+        Ok(()) => Verdict::accept(Accepted::Established),
+        Err(missed) => tables.at_length(packet, direction, now_ns, missed),
+    }
+}
+
+/// Decides a packet that has the headers of its flow: known, or the first of one. `missed`: no
+/// established flow has its key.
+#[inline(always)]
+pub fn of_flow<T: Tables>(
+    tables: &T,
+    packet: &Packet,
+    direction: Direction,
+    now_ns: u64,
+    missed: bool,
+) -> Verdict {
+    let Some(at) = now(tables, direction, now_ns) else {
+        return Verdict::deny(Reason::NoPolicy);
+    };
+    let segment = packet.tuple.what == What::Segment;
+    if segment && holds::<T>(2, !flow::flags_valid(packet.tcp_flags)) {
+        tables.probe(Branch::FlagsInvalid);
+        return Verdict::deny(Reason::TcpFlags);
     }
     let key = flow::key(direction, &packet.tuple);
-    let verdict = match flow::known(tables, &key, packet, &at) {
-        Some(verdict) => verdict,
-        None => flow::first(tables, &key, packet, &at),
+    let verdict = match flow::known(tables, &key, packet, &at, missed) {
+        Ok(verdict) => verdict,
+        Err(former) => flow::first(tables, &key, packet, &at, former),
     };
     if packet.part == Part::First && verdict.passes() {
         tables.probe(Branch::FragmentKept);
         keep_fragment(tables, packet, &key, now_ns);
     }
     verdict
+}
+
+/// What counts now, read once; `None` if no policy does.
+#[inline(always)]
+fn now<T: Tables>(tables: &T, direction: Direction, now_ns: u64) -> Option<At> {
+    let active = tables.active();
+    if holds::<T>(1, active.epoch == 0) {
+        tables.probe(Branch::NothingActive);
+        return None;
+    }
+    Some(At {
+        now_ns,
+        active,
+        direction,
+    })
 }
 
 #[inline(never)]
@@ -348,8 +453,16 @@ fn fragment_key(packet: &Packet) -> FragmentKey {
 }
 
 /// A later fragment goes with the flow of its first one.
-#[inline(never)]
-fn later_fragment<T: Tables>(tables: &T, packet: &Packet, at: &At) -> Verdict {
+#[inline(always)]
+pub fn later_fragment<T: Tables>(
+    tables: &T,
+    packet: &Packet,
+    direction: Direction,
+    now_ns: u64,
+) -> Verdict {
+    let Some(at) = &now(tables, direction, now_ns) else {
+        return Verdict::deny(Reason::NoPolicy);
+    };
     let Some(fragment) = tables.fragment(&fragment_key(packet)) else {
         tables.probe(Branch::LaterUnknown);
         return Verdict::deny(Reason::FragmentNoState);
@@ -370,18 +483,19 @@ fn later_fragment<T: Tables>(tables: &T, packet: &Packet, at: &At) -> Verdict {
         local_port: fragment.local_port,
         remote_port: fragment.remote_port,
         protocol: fragment.protocol,
-        zero: [0; 3],
+        zero: 0,
+        zeros: 0,
     };
-    match flow::known(tables, &key, packet, at) {
-        None => {
+    match flow::known(tables, &key, packet, at, false) {
+        Err(_) => {
             tables.probe(Branch::LaterFlowGone);
             Verdict::deny(Reason::FragmentNoState)
         }
-        Some(verdict) if verdict.passes() => {
+        Ok(verdict) if verdict.passes() => {
             tables.probe(Branch::LaterPasses);
             Verdict::accept(Accepted::Fragment)
         }
-        Some(verdict) => {
+        Ok(verdict) => {
             tables.probe(Branch::LaterDenied);
             verdict
         }
@@ -389,8 +503,16 @@ fn later_fragment<T: Tables>(tables: &T, packet: &Packet, at: &At) -> Verdict {
 }
 
 /// An ICMP error passes if it embeds a packet that a live flow sent the other way.
-#[inline(never)]
-fn related<T: Tables>(tables: &T, packet: &Packet, at: &At) -> Verdict {
+#[inline(always)]
+pub fn related<T: Tables>(
+    tables: &T,
+    packet: &Packet,
+    direction: Direction,
+    now_ns: u64,
+) -> Verdict {
+    let Some(at) = &now(tables, direction, now_ns) else {
+        return Verdict::deny(Reason::NoPolicy);
+    };
     let inner = &packet.inner;
     if inner.what == What::Error {
         tables.probe(Branch::ErrorUnreadable);
@@ -402,13 +524,13 @@ fn related<T: Tables>(tables: &T, packet: &Packet, at: &At) -> Verdict {
         return Verdict::deny(Reason::IcmpUnrelated);
     }
     let key = flow::key(at.direction.flip(), inner);
-    let Some((store, entry, flow)) = flow::live(tables, &key, at.now_ns) else {
+    let Some((store, entry, flow)) = flow::live(tables, &key, at.now_ns, false) else {
         tables.probe(Branch::ErrorNoFlow);
         return Verdict::deny(Reason::IcmpUnrelated);
     };
     // While nobody has answered, only the initiator's packets can have met an error.
     let backwards = flow.initiator == at.direction as u8;
-    if holds::<T>(5, store == Store::Opening && backwards) {
+    if holds::<T>(5, !flow::is_answered(store, &flow) && backwards) {
         tables.probe(Branch::ErrorAgainstOpening);
         return Verdict::deny(Reason::IcmpUnrelated);
     }

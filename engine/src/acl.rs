@@ -18,16 +18,18 @@
 //! whether the epoch rises and living flows are decided again.
 //!
 //! Sizes are checked here, before anything changes: [`TooLarge`] names the table, its limit and
-//! the rule that costs most, and the old tables stay.
+//! the rules that cost most ([`cost`]), and the old tables stay.
 
 mod change;
 mod classes;
+mod cost;
+mod near;
 mod ports;
 
 use classes::{Interner, Role, Roles, host, own_is_source};
 use ebpf::abi::{
     Addr, Direction as AbiDirection, EVERYTHING, Identity, Page, PageKey, PairKey, Ports, PortsKey,
-    SetId, side,
+    SetId, share_of, side,
 };
 use ports::PortSet;
 use proto::filter::{Direction, Filter, Label, Rule};
@@ -38,6 +40,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 pub use change::{Change, Patch};
+pub use cost::{RuleCost, Table, TooLarge};
+pub use near::{Flow, Lacks, Near};
 
 /// Most overlay addresses: two for each of the most peers, and our own.
 pub const MAX_IDENTITIES: usize = 262_144;
@@ -83,23 +87,6 @@ pub struct Tables {
     pub ports: BTreeMap<PortsKey, Ports>,
     /// Bitmaps of large port sets.
     pub pages: BTreeMap<PageKey, Page>,
-}
-
-/// The tables that this policy and these peers need do not fit. Nothing has changed.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "the policy needs more than {limit} {table}; the rule at line {line} costs most ({cost} of \
-     them): name fewer distinct sources, destinations or ports there, or group them"
-)]
-pub struct TooLarge {
-    /// Which table.
-    pub table: &'static str,
-    /// Its limit, in entries.
-    pub limit: usize,
-    /// Line of the costliest rule in the policy file.
-    pub line: u32,
-    /// Entries that this rule takes part in.
-    pub cost: usize,
 }
 
 /// The lowered policy of a node, and what is needed to lower the next one with few changes.
@@ -205,15 +192,15 @@ impl Acl {
         let mut tables = Tables::default();
         for peer in peers.values() {
             for addr in &peer.addrs {
-                let identity = self.identify(&host(*addr), &peer.labels, side::PEER);
+                let identity = self.identify(&host(*addr), &peer.labels, peer_owner(peer));
                 tables.identities.insert((*addr).into(), identity);
             }
         }
         for addr in &me.addrs {
-            let identity = self.identify(&host(*addr), &me.labels, side::OWN);
+            let identity = self.identify(&host(*addr), &me.labels, OURS);
             tables.identities.insert((*addr).into(), identity);
         }
-        self.fits("addresses", tables.identities.len(), MAX_IDENTITIES)?;
+        self.fits(Table::Addresses, tables.identities.len(), MAX_IDENTITIES)?;
         self.fill_prefixes(&mut tables, me, peers)?;
         self.fill_pairs(&mut tables)?;
         self.fill_ports(&mut tables)?;
@@ -221,7 +208,8 @@ impl Acl {
         Ok(())
     }
 
-    fn identify(&mut self, prefix: &Prefix, labels: &BTreeSet<Label>, side: u32) -> Identity {
+    fn identify(&mut self, prefix: &Prefix, labels: &BTreeSet<Label>, owner: Owner) -> Identity {
+        let Owner { side, share } = owner;
         let (source, destination) = if side == side::OWN {
             (&mut self.egress.source, &mut self.ingress.destination)
         } else {
@@ -231,6 +219,7 @@ impl Acl {
             as_source: source.class(prefix, labels),
             as_destination: destination.class(prefix, labels),
             side,
+            share,
         }
     }
 
@@ -242,24 +231,26 @@ impl Acl {
         me: &Me,
         peers: &BTreeMap<NodeId, Peer>,
     ) -> Result<(), TooLarge> {
-        let mut routes: BTreeMap<Prefix, u32> = BTreeMap::new();
-        for route in peers.values().flat_map(|peer| &peer.routes) {
-            routes.insert(*route, side::PEER);
+        let mut routes: BTreeMap<Prefix, Owner> = BTreeMap::new();
+        for peer in peers.values() {
+            for route in &peer.routes {
+                routes.insert(*route, peer_owner(peer));
+            }
         }
         // What we serve ourselves is ours, whoever else serves it too.
         for route in &me.routes {
-            routes.insert(*route, side::OWN);
+            routes.insert(*route, OURS);
         }
         let mut entries = routes.clone();
         for named in self.named_prefixes() {
-            if let Some(side) = longest_cover(&routes, &named) {
-                entries.insert(named, side);
+            if let Some(owner) = longest_cover(&routes, &named) {
+                entries.insert(named, owner);
             }
         }
-        self.fits("prefixes", entries.len(), MAX_PREFIXES)?;
+        self.fits(Table::Prefixes, entries.len(), MAX_PREFIXES)?;
         let nobody = BTreeSet::new();
-        for (prefix, side) in entries {
-            let identity = self.identify(&prefix, &nobody, side);
+        for (prefix, owner) in entries {
+            let identity = self.identify(&prefix, &nobody, owner);
             tables.prefixes.insert(prefix.into(), identity);
         }
         Ok(())
@@ -288,7 +279,7 @@ impl Acl {
                         tables.pairs.insert(key, set);
                     }
                 }
-                self.fits("pairs of classes", tables.pairs.len(), MAX_PAIRS)?;
+                self.fits(Table::Pairs, tables.pairs.len(), MAX_PAIRS)?;
             }
         }
         Ok(())
@@ -339,56 +330,18 @@ impl Acl {
             let (ports, pages) = set.entries(id);
             tables.ports.extend(ports);
             tables.pages.extend(pages);
-            self.fits("port sets", tables.ports.len(), MAX_PORTS)?;
-            self.fits("pages of ports", tables.pages.len(), MAX_PAGES)?;
+            self.fits(Table::PortSets, tables.ports.len(), MAX_PORTS)?;
+            self.fits(Table::Pages, tables.pages.len(), MAX_PAGES)?;
         }
         Ok(())
     }
 
-    fn fits(&self, table: &'static str, entries: usize, limit: usize) -> Result<(), TooLarge> {
+    fn fits(&self, table: Table, entries: usize, limit: usize) -> Result<(), TooLarge> {
         if entries <= limit {
-            return Ok(());
+            Ok(())
+        } else {
+            Err(self.too_large(table, limit))
         }
-        let (line, cost) = self.costliest_rule();
-        Err(TooLarge {
-            table,
-            limit,
-            line,
-            cost,
-        })
-    }
-
-    /// The rule that takes part in most pairs met so far; by its selectors if there are none yet.
-    fn costliest_rule(&self) -> (u32, usize) {
-        let mut cost: BTreeMap<u32, usize> = BTreeMap::new();
-        for direction in [Direction::Ingress, Direction::Egress] {
-            let (roles, rules) = (self.roles(direction), self.filter.rules(direction));
-            let met = self
-                .unions
-                .keys()
-                .filter(|key| key.direction == abi(direction) as u32);
-            for key in met {
-                let wanted = roles.destination.rules(key.destination);
-                for index in roles.source.rules(key.source) {
-                    let both = wanted.binary_search(index).is_ok();
-                    if let Some(rule) = rules.get(*index as usize).filter(|_| both) {
-                        *cost.entry(rule.line).or_default() += 1;
-                    }
-                }
-            }
-            for rule in rules {
-                let selectors = rule
-                    .srcs
-                    .len()
-                    .max(rule.dsts.len())
-                    .max(rule.services.len());
-                let entry = cost.entry(rule.line).or_default();
-                *entry = selectors.max(*entry);
-            }
-        }
-        cost.into_iter()
-            .max_by_key(|(_, cost)| *cost)
-            .unwrap_or_default()
     }
 }
 
@@ -411,6 +364,26 @@ impl Tables {
             + self.pairs.len()
             + self.ports.len()
             + self.pages.len()
+    }
+}
+
+/// Whose an address is, and which share of the flow tables its flows take.
+#[derive(Clone, Copy)]
+struct Owner {
+    side: u32,
+    share: u32,
+}
+
+/// This node, and what lies behind it.
+const OURS: Owner = Owner {
+    side: side::OWN,
+    share: 0,
+};
+
+fn peer_owner(peer: &Peer) -> Owner {
+    Owner {
+        side: side::PEER,
+        share: share_of(peer.id.0),
     }
 }
 
@@ -439,7 +412,7 @@ fn used_classes(tables: &Tables, direction: Direction) -> (BTreeSet<u32>, BTreeS
 }
 
 /// Whose the longest route around `prefix` is.
-fn longest_cover(routes: &BTreeMap<Prefix, u32>, prefix: &Prefix) -> Option<u32> {
+fn longest_cover(routes: &BTreeMap<Prefix, Owner>, prefix: &Prefix) -> Option<Owner> {
     (0..=prefix.len()).rev().find_map(|len| {
         let around = Prefix::containing(prefix.addr(), len).ok()?;
         routes.get(&around).copied()

@@ -6,6 +6,7 @@
 
 use super::craft::{ACK, Body, FIN, Fragment, RST, SYN, Spec};
 use proto::filter::{Direction, Filter, Initiation, Label};
+use proto::id::NodeId;
 use proto::net::{Prefix, Protocol};
 use proto::netmap::{Me, Peer};
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,7 +16,7 @@ use std::net::IpAddr;
 pub struct World {
     pub filter: Filter,
     pub me: Me,
-    pub peers: BTreeMap<proto::id::NodeId, Peer>,
+    pub peers: BTreeMap<NodeId, Peer>,
 }
 
 #[derive(PartialEq, Eq)]
@@ -49,6 +50,20 @@ impl World {
             _ => Owner::Us,
         };
         (owner, BTreeSet::new())
+    }
+
+    /// Which peer has an address, or the longest route around it.
+    fn peer(&self, addr: IpAddr) -> Option<NodeId> {
+        let exact = self.peers.values().find(|peer| peer.addrs.contains(&addr));
+        let around = |peer: &&Peer| {
+            let lengths = peer.routes.iter().filter(|route| route.contains(addr));
+            lengths.map(|route| route.len()).max()
+        };
+        let by_route = || {
+            let behind = self.peers.values().filter(|peer| around(peer).is_some());
+            behind.max_by_key(around)
+        };
+        exact.or_else(by_route).map(|peer| peer.id)
     }
 
     fn allows(&self, direction: Direction, flow: &Key) -> bool {
@@ -85,18 +100,37 @@ impl World {
 
 /// A flow's name. Echo: the identifier as both ports, and who asked.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Key {
-    local: IpAddr,
-    remote: IpAddr,
-    local_port: u16,
-    remote_port: u16,
-    protocol: u8,
-    asked_by_us: Option<bool>,
+pub struct Key {
+    pub local: IpAddr,
+    pub remote: IpAddr,
+    pub local_port: u16,
+    pub remote_port: u16,
+    pub protocol: u8,
+    pub asked_by_us: Option<bool>,
 }
+
+/// How well a flow is protected from others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// From peers that open more than they may.
+    Opening,
+    /// From all flows that do not last, too.
+    Lasting,
+    /// From none.
+    Surplus,
+}
+
+/// What a peer may have: flows opened within ten seconds; lasting flows, if all peers together have
+/// more than the last number of them.
+pub const OPENED: usize = 2;
+pub const LASTING: usize = 1;
+pub const TOGETHER: usize = 3;
 
 #[derive(Clone, Debug)]
 struct Flow {
     began: Direction,
+    peer: Option<NodeId>,
+    place: Place,
     answered: bool,
     picked_up: bool,
     closed: [bool; 2],
@@ -109,11 +143,28 @@ struct Flow {
 pub struct Model {
     flows: BTreeMap<Key, Flow>,
     datagrams: BTreeMap<(IpAddr, IpAddr, u16, u8), (Key, u64)>,
+    /// Since when, and how many flows each peer opened since.
+    opened: BTreeMap<Option<NodeId>, (u64, usize)>,
+}
+
+/// What a packet says to a flow.
+#[derive(Clone, Copy)]
+struct Word {
+    direction: Direction,
+    flags: u8,
+    /// It asks for a new connection.
+    opening: bool,
 }
 
 const SECOND: u64 = 1_000_000_000;
 
 impl Model {
+    /// Every flow, dead or alive, and how well it is protected.
+    pub fn places(&self) -> BTreeMap<Key, Place> {
+        let flows = self.flows.iter();
+        flows.map(|(key, flow)| (key.clone(), flow.place)).collect()
+    }
+
     /// Whether the packet passes.
     pub fn passes(&mut self, world: &World, now: u64, direction: Direction, spec: &Spec) -> bool {
         let datagram = |part: Fragment| (spec.src, spec.dst, part.id, spec.protocol());
@@ -130,7 +181,16 @@ impl Model {
             return now - since <= 30 * SECOND
                 && part.offset >= head
                 && self
-                    .of_flow(world, now, direction, &key, 0)
+                    .of_flow(
+                        world,
+                        now,
+                        &key,
+                        Word {
+                            direction,
+                            flags: 0,
+                            opening: false,
+                        },
+                    )
                     .unwrap_or(false);
         }
         if let Body::Error(inner) = &spec.body {
@@ -174,7 +234,16 @@ impl Model {
         let over = |flow: &Flow| flow.reset || flow.closed != [false, false];
         let begins_anew = |flow: &Flow| opening && (flow.began != direction || over(flow));
         if !self.flows.get(key).is_some_and(begins_anew)
-            && let Some(passes) = self.of_flow(world, now, direction, key, flags)
+            && let Some(passes) = self.of_flow(
+                world,
+                now,
+                key,
+                Word {
+                    direction,
+                    flags,
+                    opening,
+                },
+            )
         {
             return passes;
         }
@@ -189,10 +258,14 @@ impl Model {
         if !may_begin || !world.allows(direction, key) {
             return false;
         }
+        let peer = world.peer(key.remote);
+        let place = self.open(peer, now);
         self.flows.insert(
             key.clone(),
             Flow {
                 began: direction,
+                peer,
+                place,
                 answered: false,
                 picked_up: middle,
                 closed: [false, false],
@@ -203,16 +276,40 @@ impl Model {
         true
     }
 
+    /// A peer opens one more flow.
+    fn open(&mut self, peer: Option<NodeId>, now: u64) -> Place {
+        let (since, count) = self.opened.entry(peer).or_default();
+        if now - *since >= 10 * SECOND {
+            (*since, *count) = (now, 0);
+        }
+        *count += 1;
+        if *count > OPENED {
+            Place::Surplus
+        } else {
+            Place::Opening
+        }
+    }
+
+    /// Whether this flow may be among those that last.
+    fn has_room(&self, peer: Option<NodeId>) -> bool {
+        let lasting = self
+            .flows
+            .values()
+            .filter(|flow| flow.place == Place::Lasting);
+        let of_peer = lasting.clone().filter(|flow| flow.peer == peer);
+        of_peer.count() < LASTING || lasting.count() < TOGETHER
+    }
+
     /// The verdict by a flow that exists; `None` if none does.
-    fn of_flow(
-        &mut self,
-        world: &World,
-        now: u64,
-        direction: Direction,
-        key: &Key,
-        flags: u8,
-    ) -> Option<bool> {
+    fn of_flow(&mut self, world: &World, now: u64, key: &Key, word: Word) -> Option<bool> {
         self.expire(now, key);
+        let Word {
+            direction, flags, ..
+        } = word;
+        let room = self
+            .flows
+            .get(key)
+            .is_some_and(|flow| self.has_room(flow.peer));
         let flow = self.flows.get_mut(key)?;
         if !world.allows(flow.began, key) {
             self.flows.remove(key);
@@ -223,9 +320,25 @@ impl Model {
         flow.answered |= !forward;
         flow.closed[usize::from(forward)] |= flags & FIN != 0;
         flow.reset |= flags & RST != 0;
+        let place = flow.place;
+        if flow.reset || flow.closed == [true, true] {
+            if place == Place::Lasting {
+                flow.place = Place::Surplus;
+            }
+        } else if before.0 && room {
+            // An answered flow lasts if it goes on.
+            let goes_on = match key.protocol {
+                6 => forward && flags & SYN == 0,
+                132 => forward && !word.opening,
+                _ => forward || now - flow.last_ns >= SECOND,
+            };
+            if goes_on {
+                flow.place = Place::Lasting;
+            }
+        }
         // Times are written at most once a second, which is as exact as timeouts need to be; what
         // changes a flow is always written.
-        let changed = before != (flow.answered, flow.closed, flow.reset);
+        let changed = before != (flow.answered, flow.closed, flow.reset) || place != flow.place;
         if changed || now - flow.last_ns >= SECOND {
             flow.last_ns = now;
         }

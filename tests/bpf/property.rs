@@ -78,6 +78,14 @@ fn disagreement<const M: u32>(
             ));
             break;
         }
+        let (places, kept) = (model.places(), twin.places());
+        if places != kept {
+            found = Some(format!(
+                "seed {seed}, packet {step}: {direction:?} {spec:?}: flows are at {kept:?}, but \
+                 should be at {places:?}"
+            ));
+            break;
+        }
     }
     taken.append(&mut twin.taken.borrow_mut());
     found
@@ -202,7 +210,9 @@ macro_rules! mutants {
 
 #[test]
 fn every_planted_mutant_of_the_evaluator_is_caught() {
-    let mutants = mutants!(1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22);
+    let mutants = mutants!(
+        1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26
+    );
     assert!(mutants.len() >= 20);
     let survivors: Vec<u32> = mutants
         .into_iter()

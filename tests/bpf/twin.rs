@@ -1,11 +1,13 @@
 //! The kernel's maps as plain ones, and the same changes to them.
 
+use super::model;
 use ebpf::abi::{
-    Active, Addr, Direction, Flow, FlowKey, Fragment, FragmentKey, Identity, PageKey, PairKey,
-    Ports, PortsKey, Quota, SetId,
+    Active, Addr, Direction, ECHO_FROM_LOCAL, Flow, FlowKey, Fragment, FragmentKey, Identity,
+    PageKey, PairKey, Ports, PortsKey, Quota, SetId, Share,
 };
 use ebpf::packet::Packet;
-use ebpf::verdict::{Branch, Store, Tables, Verdict, judge, take_quota};
+
+use ebpf::verdict::{Branch, Limits, Store, Tables, Verdict, judge, take_quota};
 use engine::acl::{self, Change};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,6 +35,7 @@ pub struct Twin<const M: u32> {
     pub flows: RefCell<BTreeMap<(Store, FlowKey), Flow>>,
     pub fragments: RefCell<BTreeMap<FragmentKey, Fragment>>,
     pub quota: Cell<Quota>,
+    pub shares: RefCell<BTreeMap<u16, Share>>,
     pub taken: RefCell<BTreeSet<Branch>>,
     pub fault: Cell<Fault>,
 }
@@ -61,6 +64,35 @@ impl<const M: u32> Twin<M> {
         self.active.set(Active { epoch, slot }.word());
     }
 
+    /// Every flow, dead or alive, and where it is kept. In two tables at once is none.
+    pub fn places(&self) -> BTreeMap<model::Key, model::Place> {
+        let mut places = BTreeMap::new();
+        for (store, key) in self.flows.borrow().keys() {
+            let echo = matches!(key.protocol, 1 | 58) && key.remote_port != 0;
+            let (remote_port, asked_by_us) = if echo {
+                let asked_by_us = key.remote_port == ECHO_FROM_LOCAL;
+                (key.local_port, Some(asked_by_us))
+            } else {
+                (key.remote_port, None)
+            };
+            let key = model::Key {
+                local: key.local.into(),
+                remote: key.remote.into(),
+                local_port: key.local_port,
+                remote_port,
+                protocol: key.protocol,
+                asked_by_us,
+            };
+            let place = match store {
+                Store::Opening => model::Place::Opening,
+                Store::Established => model::Place::Lasting,
+                Store::Surplus => model::Place::Surplus,
+            };
+            assert_eq!(places.insert(key, place), None, "in two tables");
+        }
+        places
+    }
+
     pub fn send(&self, direction: Direction, bytes: &[u8], now_ns: u64) -> Verdict {
         let mut packet = Packet::NONE;
         judge(self, &bytes, &mut packet, direction, now_ns)
@@ -71,6 +103,13 @@ impl<const M: u32> Tables for Twin<M> {
     type Entry = (Store, FlowKey);
 
     const MUTANT: u32 = M;
+
+    // So few that a story meets them.
+    const LIMITS: Limits = Limits {
+        opened: model::OPENED as u32,
+        established: model::LASTING as u32,
+        together: model::TOGETHER as u32,
+    };
 
     fn active(&self) -> Active {
         Active::from_word(self.active.get())
@@ -131,6 +170,20 @@ impl<const M: u32> Tables for Twin<M> {
 
     fn remove(&self, store: Store, key: &FlowKey) {
         self.flows.borrow_mut().remove(&(store, *key));
+    }
+
+    fn share(&self, number: u16) -> Option<Share> {
+        Some(
+            self.shares
+                .borrow()
+                .get(&number)
+                .copied()
+                .unwrap_or_default(),
+        )
+    }
+
+    fn set_share(&self, number: u16, share: Share) {
+        self.shares.borrow_mut().insert(number, share);
     }
 
     fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {

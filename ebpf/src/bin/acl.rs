@@ -19,6 +19,9 @@
     reason = "packets and map values are reached through raw pointers; see each SAFETY"
 )]
 
+#[path = "acl/answer.rs"]
+mod answer;
+
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::bindings::{
     BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_RB_NO_WAKEUP, TC_ACT_SHOT, TC_ACT_UNSPEC,
@@ -32,12 +35,12 @@ use core::ptr::NonNull;
 use ebpf::abi::{
     Active, Addr, Allowance, Counter, Direction, Dropped, ESTABLISHED_FLOWS, EVENT_BYTES,
     FRAGMENTED_DATAGRAMS, Flow, FlowKey, Fragment, FragmentKey, Identity, OPENING_FLOWS, Page,
-    PageKey, PairKey, Ports, PortsKey, Quota, SLOTS, SetId, Told,
+    PageKey, PairKey, Ports, PortsKey, Quota, SHARES, SLOTS, SURPLUS_FLOWS, SetId, Share, Told,
 };
 use ebpf::event;
-use ebpf::packet::{Bytes, Packet, general, parse};
+use ebpf::packet::{Bytes, Packet, What, general, parse};
 use ebpf::reason::{OUTCOMES, Reason};
-use ebpf::verdict::{self, Store, Tables, Verdict, decide, take_quota};
+use ebpf::verdict::{self, Answer, Store, Tables, Verdict, decide, take_quota};
 
 const SLOTS_LEN: usize = SLOTS as usize;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -63,6 +66,10 @@ static PAGES: Slotted<HashMap<PageKey, Page, TEMPLATE>> = ArrayOfMaps::new();
 static OPENING: LruHashMap<FlowKey, Flow, { OPENING_FLOWS as usize }> = LruHashMap::new();
 #[btf_map]
 static ESTABLISHED: LruHashMap<FlowKey, Flow, { ESTABLISHED_FLOWS as usize }> = LruHashMap::new();
+#[btf_map]
+static SURPLUS: LruHashMap<FlowKey, Flow, { SURPLUS_FLOWS as usize }> = LruHashMap::new();
+#[btf_map(name = "SHARES")]
+static SHARE_TABLE: Array<Share, { SHARES as usize }> = Array::new();
 #[btf_map]
 static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { FRAGMENTED_DATAGRAMS as usize }> =
     LruHashMap::new();
@@ -145,6 +152,7 @@ impl Tables for Maps {
         let flow = match store {
             Store::Opening => OPENING.get_ptr_mut(key),
             Store::Established => ESTABLISHED.get_ptr_mut(key),
+            Store::Surplus => SURPLUS.get_ptr_mut(key),
         };
         flow.and_then(NonNull::new)
     }
@@ -168,6 +176,7 @@ impl Tables for Maps {
         match store {
             Store::Opening => OPENING.insert(key, flow, 0),
             Store::Established => ESTABLISHED.insert(key, flow, 0),
+            Store::Surplus => SURPLUS.insert(key, flow, 0),
         }
         .is_ok()
     }
@@ -178,7 +187,23 @@ impl Tables for Maps {
         let _ = match store {
             Store::Opening => OPENING.remove(key),
             Store::Established => ESTABLISHED.remove(key),
+            Store::Surplus => SURPLUS.remove(key),
         };
+    }
+
+    #[inline(always)]
+    fn share(&self, number: u16) -> Option<Share> {
+        let share = SHARE_TABLE.get_ptr(u32::from(number))?;
+        // SAFETY: a valid array element; as for `take_picked_up`.
+        Some(unsafe { share.read() })
+    }
+
+    #[inline(always)]
+    fn set_share(&self, number: u16, share: Share) {
+        if let Some(place) = SHARE_TABLE.get_ptr_mut(u32::from(number)) {
+            // SAFETY: as for `share`.
+            unsafe { place.write(share) }
+        }
     }
 
     #[inline(always)]
@@ -194,8 +219,31 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn allows(&self, key: &FlowKey, initiator: u32, slot: u32) -> Verdict {
-        Verdict::from_code(acl_allows(key, initiator, slot))
+    fn allows(&self, key: &FlowKey, initiator: u32, slot: u32) -> Answer {
+        Answer::from_code(acl_allows(key, initiator, slot))
+    }
+
+    #[inline(always)]
+    fn at_length(
+        &self,
+        packet: &Packet,
+        direction: Direction,
+        now_ns: u64,
+        missed: bool,
+    ) -> Verdict {
+        // Which find the packet where it is.
+        let direction = direction as u32;
+        Verdict::from_code(match packet.tuple.what {
+            What::LaterFragment => acl_later_fragment(direction, now_ns),
+            What::Error => acl_related(direction, now_ns),
+            What::Segment
+            | What::Datagram
+            | What::SctpInit
+            | What::SctpOther
+            | What::Request
+            | What::Reply
+            | What::OtherIcmp => acl_of_flow(direction, now_ns, u32::from(missed)),
+        })
     }
 
     #[inline(always)]
@@ -213,12 +261,64 @@ impl Tables for Maps {
 /// of every caller.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn acl_allows(key: *const FlowKey, initiator: u32, slot: u32) -> u32 {
+pub extern "C" fn acl_allows(key: *const FlowKey, initiator: u32, slot: u32) -> u64 {
     if key.is_null() {
-        return Verdict::deny(Reason::TableMissing).code();
+        let verdict = Verdict::deny(Reason::TableMissing);
+        return Answer { verdict, share: 0 }.code();
     }
     // SAFETY: callers pass a whole key; the verifier checks that it is readable.
     verdict::allows_flow(&Maps, unsafe { &*key }, initiator, slot).code()
+}
+
+/// The packet at hand.
+#[inline(always)]
+fn packet_at_hand() -> Option<&'static Packet> {
+    // SAFETY: this CPU's element, which nobody else touches while a classifier runs.
+    PACKET.get_ptr(0).map(|packet| unsafe { &*packet })
+}
+
+#[inline(always)]
+fn direction_of(number: u32) -> Direction {
+    if number == Direction::Ingress as u32 {
+        Direction::Ingress
+    } else {
+        Direction::Egress
+    }
+}
+
+/// [`verdict::of_flow`], as a global function for the same reason.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn acl_of_flow(direction: u32, now_ns: u64, missed: u32) -> u32 {
+    match packet_at_hand() {
+        Some(packet) => {
+            verdict::of_flow(&Maps, packet, direction_of(direction), now_ns, missed != 0)
+        }
+        None => Verdict::deny(Reason::TableMissing),
+    }
+    .code()
+}
+
+/// [`verdict::later_fragment`], as a global function for the same reason.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn acl_later_fragment(direction: u32, now_ns: u64) -> u32 {
+    match packet_at_hand() {
+        Some(packet) => verdict::later_fragment(&Maps, packet, direction_of(direction), now_ns),
+        None => Verdict::deny(Reason::TableMissing),
+    }
+    .code()
+}
+
+/// [`verdict::related`], as a global function for the same reason.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn acl_related(direction: u32, now_ns: u64) -> u32 {
+    match packet_at_hand() {
+        Some(packet) => verdict::related(&Maps, packet, direction_of(direction), now_ns),
+        None => Verdict::deny(Reason::TableMissing),
+    }
+    .code()
 }
 
 /// The general reader, as a global function for the same reason.
@@ -333,7 +433,10 @@ fn classify(ctx: &TcContext, direction: Direction) -> i32 {
         u32::from(read),
         now_ns,
     );
-    TC_ACT_SHOT
+    match direction {
+        Direction::Ingress => TC_ACT_SHOT,
+        Direction::Egress => answer::refuse(ctx.skb.skb, verdict),
+    }
 }
 
 /// Tells of a dropped packet, if it is its turn. A global function, because drops are rare and the
@@ -394,6 +497,9 @@ fn count(index: u32, len: u32) {
 /// What peers send.
 #[classifier]
 pub fn ingress(ctx: TcContext) -> i32 {
+    if answer::is_ours(ctx.skb.skb) {
+        return TC_ACT_UNSPEC;
+    }
     classify(&ctx, Direction::Ingress)
 }
 

@@ -2,7 +2,7 @@
 
 use super::{At, Branch, Store, Tables, Verdict, holds};
 use crate::abi::{Addr, Direction, ECHO_FROM_LOCAL, ECHO_FROM_REMOTE, Flow, FlowKey, flow_flags};
-use crate::packet::{Packet, Tuple, What, protocol, tcp};
+use crate::packet::{Packet, Part, Tuple, What, protocol, tcp};
 use crate::reason::{Accepted, Reason};
 
 const SECOND_NS: u64 = 1_000_000_000;
@@ -32,6 +32,10 @@ pub const FRESHEN_NS: u64 = SECOND_NS;
 pub const PICKED_UP_QUOTA: u64 = 4_096;
 /// Length of that window.
 pub const PICKED_UP_WINDOW_NS: u64 = 10 * SECOND_NS;
+/// In which time the flows are counted that a peer opens.
+pub const OPENED_WINDOW_NS: u64 = 10 * SECOND_NS;
+/// The share that is all peers together.
+const TOGETHER: u16 = 0;
 
 /// Whether a valid segment may carry these flags together (RFC 9293 3.10.7; NULL, Xmas and SYN+FIN
 /// scans do not).
@@ -68,7 +72,7 @@ pub(super) fn sides(direction: Direction, tuple: &Tuple) -> (Addr, Addr) {
 
 /// The key of a packet's flow.
 #[inline(always)]
-pub(super) fn key(direction: Direction, tuple: &Tuple) -> FlowKey {
+pub(crate) fn key(direction: Direction, tuple: &Tuple) -> FlowKey {
     let (local, remote) = sides(direction, tuple);
     let egress = matches!(direction, Direction::Egress);
     let (local_port, remote_port) = match (tuple.what, egress) {
@@ -83,69 +87,164 @@ pub(super) fn key(direction: Direction, tuple: &Tuple) -> FlowKey {
         local_port,
         remote_port,
         protocol: tuple.protocol,
-        zero: [0; 3],
+        zero: 0,
+        zeros: 0,
     }
 }
 
+/// Whether the other side has answered, so that packets of both can be on their way.
 #[inline(always)]
-fn timeout_ns<T: Tables>(tables: &T, protocol: u8, store: Store, flow: &Flow) -> u64 {
+pub(super) fn is_answered(store: Store, flow: &Flow) -> bool {
+    // Flows that another layout left in the table of lasting ones have no such flag.
+    store == Store::Established || flow.flags & flow_flags::ANSWERED != 0
+}
+
+/// Whether nothing more is to come than what is late.
+#[inline(always)]
+fn is_over(flow: &Flow) -> bool {
     let both = flow_flags::INITIATOR_CLOSED | flow_flags::RESPONDER_CLOSED;
-    let (branch, timeout) = if store == Store::Opening {
-        if flow.flags & flow_flags::PICKED_UP != 0 {
+    flow.flags & flow_flags::RESET != 0 || flow.flags & both == both
+}
+
+#[inline(always)]
+fn timeout(protocol: u8, store: Store, flow: &Flow) -> (Branch, u64) {
+    if !is_answered(store, flow) {
+        return if flow.flags & flow_flags::PICKED_UP != 0 {
             (Branch::TimeoutPickedUp, PICKED_UP_NS)
         } else {
             (Branch::TimeoutOpening, OPENING_NS)
-        }
-    } else {
-        match protocol {
-            protocol::TCP | protocol::SCTP => {
-                if flow.flags & flow_flags::RESET != 0 {
-                    (Branch::TimeoutReset, STREAM_RESET_NS)
-                } else if flow.flags & both == both {
-                    (Branch::TimeoutClosed, STREAM_CLOSED_NS)
-                } else {
-                    (Branch::TimeoutStream, STREAM_NS)
-                }
+        };
+    }
+    match protocol {
+        protocol::TCP | protocol::SCTP => {
+            if flow.flags & flow_flags::RESET != 0 {
+                (Branch::TimeoutReset, STREAM_RESET_NS)
+            } else if is_over(flow) {
+                (Branch::TimeoutClosed, STREAM_CLOSED_NS)
+            } else {
+                (Branch::TimeoutStream, STREAM_NS)
             }
-            protocol::UDP => (Branch::TimeoutUdp, UDP_NS),
-            protocol::ICMP | protocol::ICMPV6 => (Branch::TimeoutIcmp, ICMP_NS),
-            _ => (Branch::TimeoutOther, OTHER_NS),
         }
-    };
-    tables.probe(branch);
-    timeout
+        protocol::UDP => (Branch::TimeoutUdp, UDP_NS),
+        protocol::ICMP | protocol::ICMPV6 => (Branch::TimeoutIcmp, ICMP_NS),
+        _ => (Branch::TimeoutOther, OTHER_NS),
+    }
 }
 
-/// The flow of this key, if it has not timed out.
+/// Whether an entry counts as a flow at `now_ns`, or has timed out.
+#[must_use]
+pub fn is_live(key: &FlowKey, store: Store, flow: &Flow, now_ns: u64) -> bool {
+    now_ns.saturating_sub(flow.last_seen_ns) <= timeout(key.protocol, store, flow).1
+}
+
+/// Lets a packet of an established flow pass that changes nothing about it but its time: nearly
+/// every packet there is, at the cost of one look-up. [`known`] would say the same. `Err` tells
+/// whether the look-up was made in vain.
+#[inline(always)]
+pub(super) fn hit<T: Tables>(tables: &T, packet: &Packet, at: &At) -> Result<(), bool> {
+    let changes = tcp::SYN | tcp::RST | tcp::FIN;
+    let plain = match packet.tuple.what {
+        What::Segment => packet.tcp_flags & (changes | tcp::ACK) == tcp::ACK,
+        What::Datagram | What::SctpOther | What::Request | What::Reply => true,
+        What::SctpInit | What::Error | What::OtherIcmp | What::LaterFragment => false,
+    };
+    if !plain || packet.part != Part::Whole {
+        return Err(false);
+    }
+    let key = key(at.direction, &packet.tuple);
+    let Some(entry) = tables.find(Store::Established, &key) else {
+        return Err(true);
+    };
+    let flow = tables.load(entry);
+    let age_ns = at.now_ns.saturating_sub(flow.last_seen_ns);
+    let (_, timeout_ns) = timeout(key.protocol, Store::Established, &flow);
+    if holds::<T>(27, flow.epoch != at.active.epoch) || holds::<T>(28, age_ns > timeout_ns) {
+        tables.probe(Branch::HitNeedsMore);
+        return Err(false);
+    }
+    tables.probe(Branch::Hit);
+    if holds::<T>(29, age_ns >= FRESHEN_NS) {
+        tables.probe(Branch::HitRefreshed);
+        let last_seen_ns = at.now_ns;
+        tables.save(
+            entry,
+            Flow {
+                last_seen_ns,
+                ..flow
+            },
+        );
+    }
+    Ok(())
+}
+
+/// The flow of this key, if it has not timed out. `missed`: it is known not to be established.
 #[inline(always)]
 pub(super) fn live<T: Tables>(
     tables: &T,
     key: &FlowKey,
     now_ns: u64,
+    missed: bool,
 ) -> Option<(Store, T::Entry, Flow)> {
-    let (store, entry) = match tables.find(Store::Established, key) {
-        Some(entry) => {
-            tables.probe(Branch::FlowInEstablished);
-            (Store::Established, entry)
-        }
-        None => {
-            let Some(entry) = tables.find(Store::Opening, key) else {
-                tables.probe(Branch::FlowNone);
-                return None;
-            };
-            tables.probe(Branch::FlowInOpening);
-            (Store::Opening, entry)
-        }
+    let established = if missed {
+        None
+    } else {
+        tables.find(Store::Established, key)
+    };
+    let (store, entry) = if let Some(entry) = established {
+        tables.probe(Branch::FlowInEstablished);
+        (Store::Established, entry)
+    } else if let Some(entry) = tables.find(Store::Opening, key) {
+        tables.probe(Branch::FlowInOpening);
+        (Store::Opening, entry)
+    } else if let Some(entry) = tables.find(Store::Surplus, key) {
+        tables.probe(Branch::FlowInSurplus);
+        (Store::Surplus, entry)
+    } else {
+        tables.probe(Branch::FlowNone);
+        return None;
     };
     let flow = tables.load(entry);
+    let (branch, timeout_ns) = timeout(key.protocol, store, &flow);
+    tables.probe(branch);
     // Clocks of two CPUs may differ by a tick; a flow of the future is fresh.
     let age_ns = now_ns.saturating_sub(flow.last_seen_ns);
-    if holds::<T>(6, age_ns > timeout_ns(tables, key.protocol, store, &flow)) {
+    if holds::<T>(6, age_ns > timeout_ns) {
         tables.probe(Branch::FlowExpired);
-        tables.remove(store, key);
+        forget(tables, store, key, flow.share);
         return None;
     }
     Some((store, entry, flow))
+}
+
+/// Takes a flow out of its table, and gives back what it took of its peer's share.
+#[inline(always)]
+fn forget<T: Tables>(tables: &T, store: Store, key: &FlowKey, share: u16) {
+    tables.remove(store, key);
+    if store == Store::Established {
+        count::<T, false>(tables, share);
+    }
+}
+
+/// Counts one lasting flow more, or one less: of its peer, and of all together.
+#[inline(always)]
+fn count<T: Tables, const MORE: bool>(tables: &T, number: u16) {
+    count_one::<T, MORE>(tables, TOGETHER);
+    if number != TOGETHER {
+        count_one::<T, MORE>(tables, number);
+    }
+}
+
+#[inline(always)]
+fn count_one<T: Tables, const MORE: bool>(tables: &T, number: u16) {
+    let Some(mut share) = tables.share(number) else {
+        return;
+    };
+    share.established = if MORE {
+        share.established.saturating_add(1)
+    } else {
+        share.established.saturating_sub(1)
+    };
+    tables.set_share(number, share);
 }
 
 /// Makes sure that policy of the active epoch allows the flow: if it was decided under an older
@@ -165,60 +264,61 @@ pub(super) fn renew<T: Tables>(
     }
     tables.probe(Branch::EpochOld);
     let answer = tables.allows(key, u32::from(flow.initiator), at.active.slot);
-    if answer.passes() {
+    if answer.verdict.passes() {
         let renewed = Flow {
             epoch: at.active.epoch,
             ..flow
         };
         tables.save(entry, renewed);
         Ok(renewed)
-    } else if answer == Verdict::deny(Reason::TableMissing) {
+    } else if answer.verdict == Verdict::deny(Reason::TableMissing) {
         tables.probe(Branch::EpochTableMissing);
-        Err(answer)
+        Err(answer.verdict)
     } else {
         tables.probe(Branch::EpochRevoked);
-        tables.remove(store, key);
+        forget(tables, store, key, flow.share);
         Err(Verdict::deny(Reason::Revoked))
     }
 }
 
-/// Decides a packet by the flow that it belongs to; `None` if no flow speaks for it.
+/// Decides a packet by the flow that it belongs to. `Err` if no flow speaks for it, with the table
+/// of the flow that it would replace.
 #[inline(always)]
 pub(super) fn known<T: Tables>(
     tables: &T,
     key: &FlowKey,
     packet: &Packet,
     at: &At,
-) -> Option<Verdict> {
-    let (store, entry, flow) = live(tables, key, at.now_ns)?;
+    missed: bool,
+) -> Result<Verdict, Option<Store>> {
+    let Some((store, entry, flow)) = live(tables, key, at.now_ns, missed) else {
+        return Err(None);
+    };
     let forward = flow.initiator == at.direction as u8;
     if is_syn(packet) || matches!(packet.tuple.what, What::SctpInit) {
         let over = flow_flags::RESET | flow_flags::INITIATOR_CLOSED | flow_flags::RESPONDER_CLOSED;
         if holds::<T>(9, !forward) {
             tables.probe(Branch::SynAgainst);
-            return None;
+            return Err(Some(store));
         }
         if flow.flags & over != 0 {
             tables.probe(Branch::SynReopens);
-            return None;
+            return Err(Some(store));
         }
     }
     let flow = match renew(tables, key, store, entry, flow, at) {
         Ok(flow) => flow,
-        Err(refused) => return Some(refused),
+        Err(refused) => return Ok(refused),
     };
+    let age_ns = at.now_ns.saturating_sub(flow.last_seen_ns);
     let mut next = flow;
     next.flags |= closing(tables, packet.tcp_flags, forward);
-    if store == Store::Opening && holds::<T>(11, !forward) {
-        next.last_seen_ns = at.now_ns;
-        if tables.insert(Store::Established, key, &next) {
-            tables.probe(Branch::Promoted);
-            tables.remove(Store::Opening, key);
-            return Some(Verdict::accept(Accepted::Established));
-        }
-        tables.probe(Branch::PromotionFailed);
+    if holds::<T>(11, !forward) {
+        next.flags |= flow_flags::ANSWERED;
     }
-    let age_ns = at.now_ns.saturating_sub(flow.last_seen_ns);
+    if place_again(tables, key, store, &flow, &next, packet, at) {
+        return Ok(Verdict::accept(Accepted::Established));
+    }
     if holds::<T>(12, age_ns >= FRESHEN_NS) || next.flags != flow.flags {
         tables.probe(Branch::Refreshed);
         next.last_seen_ns = at.now_ns;
@@ -226,7 +326,85 @@ pub(super) fn known<T: Tables>(
     } else {
         tables.probe(Branch::NotRefreshed);
     }
-    Some(Verdict::accept(Accepted::Established))
+    Ok(Verdict::accept(Accepted::Established))
+}
+
+/// Moves a flow to another table if this packet, which makes `next` of it, shows that it lasts, or
+/// that it is over; whether it did.
+#[inline(always)]
+fn place_again<T: Tables>(
+    tables: &T,
+    key: &FlowKey,
+    store: Store,
+    flow: &Flow,
+    next: &Flow,
+    packet: &Packet,
+    at: &At,
+) -> bool {
+    let fresh = Flow {
+        last_seen_ns: at.now_ns,
+        ..*next
+    };
+    if store == Store::Established {
+        let over = next.flags != flow.flags && is_over(next);
+        return holds::<T>(26, over) && retire(tables, key, &fresh);
+    }
+    let lasts = holds::<T>(23, lasts(key.protocol, packet, flow, at)) && !is_over(next);
+    lasts && promote(tables, key, store, &fresh)
+}
+
+/// Whether a flow proves by this packet that it lasts: it was answered, and goes on. For protocols
+/// with a handshake its initiator must finish that; in others either side may go on, the one that
+/// answers not before a second has gone by, because an answer may be several packets.
+#[inline(always)]
+fn lasts(protocol: u8, packet: &Packet, flow: &Flow, at: &At) -> bool {
+    if flow.flags & flow_flags::ANSWERED == 0 {
+        return false;
+    }
+    let forward = flow.initiator == at.direction as u8;
+    match protocol {
+        protocol::TCP => forward && packet.tcp_flags & tcp::SYN == 0,
+        protocol::SCTP => forward && !matches!(packet.tuple.what, What::SctpInit),
+        _ => forward || at.now_ns.saturating_sub(flow.last_seen_ns) >= FRESHEN_NS,
+    }
+}
+
+/// Moves a flow to the table of those that last, if its peer has room there; whether it did.
+#[inline(always)]
+fn promote<T: Tables>(tables: &T, key: &FlowKey, store: Store, flow: &Flow) -> bool {
+    if holds::<T>(24, !has_room(tables, flow.share)) {
+        tables.probe(Branch::ShareSpent);
+        return false;
+    }
+    if !tables.insert(Store::Established, key, flow) {
+        tables.probe(Branch::PromotionFailed);
+        return false;
+    }
+    tables.probe(Branch::Promoted);
+    tables.remove(store, key);
+    count::<T, true>(tables, flow.share);
+    true
+}
+
+#[inline(always)]
+fn has_room<T: Tables>(tables: &T, number: u16) -> bool {
+    let below = |number, limit| match tables.share(number) {
+        Some(share) => share.established < limit,
+        None => false,
+    };
+    below(number, T::LIMITS.established) || below(TOGETHER, T::LIMITS.together)
+}
+
+/// Moves a flow that is over out of the table of those that last; whether it did.
+#[inline(always)]
+fn retire<T: Tables>(tables: &T, key: &FlowKey, flow: &Flow) -> bool {
+    if !tables.insert(Store::Surplus, key, flow) {
+        tables.probe(Branch::RetirementFailed);
+        return false;
+    }
+    tables.probe(Branch::Retired);
+    forget(tables, Store::Established, key, flow.share);
+    true
 }
 
 /// The bits of [`flow_flags`] that these TCP flags set.
@@ -268,16 +446,22 @@ fn opens<T: Tables>(tables: &T, packet: &Packet) -> Result<bool, Reason> {
     result
 }
 
-/// Decides a packet that belongs to no flow.
-#[inline(never)]
-pub(super) fn first<T: Tables>(tables: &T, key: &FlowKey, packet: &Packet, at: &At) -> Verdict {
+/// Decides a packet that belongs to no flow, or begins another in place of the one in `former`.
+#[inline(always)]
+pub(super) fn first<T: Tables>(
+    tables: &T,
+    key: &FlowKey,
+    packet: &Packet,
+    at: &At,
+    former: Option<Store>,
+) -> Verdict {
     let picked_up = match opens(tables, packet) {
         Ok(picked_up) => picked_up,
         Err(reason) => return Verdict::deny(reason),
     };
     let answer = tables.allows(key, at.direction as u32, at.active.slot);
-    if !answer.passes() {
-        return answer;
+    if !answer.verdict.passes() {
+        return answer.verdict;
     }
     if picked_up && holds::<T>(15, !tables.take_picked_up(at.now_ns)) {
         tables.probe(Branch::QuotaSpent);
@@ -288,19 +472,46 @@ pub(super) fn first<T: Tables>(tables: &T, key: &FlowKey, packet: &Packet, at: &
         epoch: at.active.epoch,
         initiator: at.direction as u8,
         flags: if picked_up { flow_flags::PICKED_UP } else { 0 },
-        zero: [0; 2],
+        share: answer.share,
     };
-    if !tables.insert(Store::Opening, key, &flow) {
+    let store = place(tables, answer.share, at.now_ns);
+    if !tables.insert(store, key, &flow) {
         tables.probe(Branch::TableFull);
         return Verdict::deny(Reason::FlowTableFull);
     }
-    // What this flow replaces, where a new one began on the ports of an old one.
-    tables.remove(Store::Established, key);
+    if let Some(former) = former
+        && former != store
+        && let Some(entry) = tables.find(former, key)
+    {
+        tables.probe(Branch::FormerForgotten);
+        let share = tables.load(entry).share;
+        forget(tables, former, key, share);
+    }
     if picked_up {
         tables.probe(Branch::PickedUpPasses);
         Verdict::accept(Accepted::PickedUp)
     } else {
         tables.probe(Branch::FirstPasses);
         Verdict::accept(Accepted::New)
+    }
+}
+
+/// Where a new flow goes, which counts against its peer's share.
+#[inline(always)]
+fn place<T: Tables>(tables: &T, number: u16, now_ns: u64) -> Store {
+    let Some(mut share) = tables.share(number) else {
+        return Store::Surplus;
+    };
+    if now_ns.wrapping_sub(share.since_ns) >= OPENED_WINDOW_NS {
+        share.since_ns = now_ns;
+        share.opened = 0;
+    }
+    share.opened = share.opened.saturating_add(1);
+    tables.set_share(number, share);
+    if holds::<T>(25, share.opened > T::LIMITS.opened) {
+        tables.probe(Branch::OpensTooMany);
+        Store::Surplus
+    } else {
+        Store::Opening
     }
 }

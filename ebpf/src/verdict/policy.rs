@@ -4,7 +4,7 @@
 //! addresses (each with one longest-prefix match behind it), one for the pair of classes, two for
 //! the protocol of its port set, and one for a page of ports.
 
-use super::{At, Branch, Tables, Verdict, holds};
+use super::{Answer, At, Branch, Tables, Verdict, holds};
 use crate::abi::{
     ANY_PROTOCOL, Addr, Direction, EVERYTHING, FlowKey, INLINE_RANGES, Identity, PAGE_PORTS,
     PageKey, PairKey, Ports, PortsKey, SetId, ports_kind, side,
@@ -12,97 +12,97 @@ use crate::abi::{
 use crate::reason::{Accepted, Reason};
 
 /// May this initiate that?
-#[derive(Clone, Copy)]
-#[cfg_attr(not(target_arch = "bpf"), derive(Debug))]
-#[repr(C)]
-pub struct Question {
-    /// Source address.
-    pub src: Addr,
-    /// Destination address.
-    pub dst: Addr,
+struct Question<'a> {
+    src: &'a Addr,
+    dst: &'a Addr,
     /// Destination port; ignored by protocols without.
-    pub port: u32,
-    /// IP protocol number.
-    pub protocol: u32,
-    /// [`Direction`] of the first packet.
-    pub direction: u32,
+    port: u32,
+    protocol: u32,
+    /// Of the first packet.
+    direction: Direction,
     /// Slot of the policy tables.
-    pub slot: u32,
+    slot: u32,
 }
 
 /// Policy's answer to the first packet of a flow, in the direction of its initiator.
 #[inline(always)]
-pub fn allows_flow<T: Tables>(tables: &T, key: &FlowKey, initiator: u32, slot: u32) -> Verdict {
+pub fn allows_flow<T: Tables>(tables: &T, key: &FlowKey, initiator: u32, slot: u32) -> Answer {
     let protocol = u32::from(key.protocol);
     let question = if holds::<T>(8, initiator == Direction::Ingress as u32) {
         Question {
-            src: key.remote,
-            dst: key.local,
+            src: &key.remote,
+            dst: &key.local,
             port: u32::from(key.local_port),
             protocol,
-            direction: Direction::Ingress as u32,
+            direction: Direction::Ingress,
             slot,
         }
     } else {
         Question {
-            src: key.local,
-            dst: key.remote,
+            src: &key.local,
+            dst: &key.remote,
             port: u32::from(key.remote_port),
             protocol,
-            direction: Direction::Egress as u32,
+            direction: Direction::Egress,
             slot,
         }
     };
-    allows(tables, &question)
-}
-
-/// Policy's answer. A verdict that passes means no more than that a rule allows it.
-#[inline(always)]
-pub fn allows<T: Tables>(tables: &T, question: &Question) -> Verdict {
-    match refusal(tables, question) {
-        Ok(()) => Verdict::accept(Accepted::New),
-        Err(reason) => Verdict::deny(reason),
+    match refusal(tables, &question) {
+        Ok(share) => Answer {
+            verdict: Verdict::accept(Accepted::New),
+            share: share as u16,
+        },
+        Err(reason) => Answer {
+            verdict: Verdict::deny(reason),
+            share: 0,
+        },
     }
 }
 
+/// Why not; or, if it is allowed, the share of the peer at the other end.
 #[inline(always)]
-fn refusal<T: Tables>(tables: &T, question: &Question) -> Result<(), Reason> {
-    let Question { src, dst, slot, .. } = question;
-    let direction = if question.direction == Direction::Ingress as u32 {
-        Direction::Ingress
-    } else {
-        Direction::Egress
-    };
-    if !tables.complete(*slot) {
+fn refusal<T: Tables>(tables: &T, question: &Question) -> Result<u32, Reason> {
+    let Question {
+        src,
+        dst,
+        direction,
+        slot,
+        ..
+    } = *question;
+    if !tables.complete(slot) {
         tables.probe(Branch::TablesMissing);
         return Err(Reason::TableMissing);
     }
     routable(tables, src)?;
     routable(tables, dst)?;
-    let source = owner(tables, *slot, src);
+    let source = owner(tables, slot, src);
     check_source(tables, direction, source.side)?;
-    let destination = owner(tables, *slot, dst);
+    let destination = owner(tables, slot, dst);
     check_destination(tables, direction, destination.side)?;
     if source.as_source == 0 || destination.as_destination == 0 {
         tables.probe(Branch::ClassZero);
         return Err(Reason::Policy);
     }
+    let share = match direction {
+        Direction::Ingress => source.share,
+        Direction::Egress => destination.share,
+    };
     let pair = PairKey {
         source: source.as_source,
         destination: destination.as_destination,
         direction: direction as u32,
     };
-    let Some(set) = tables.pair(*slot, &pair) else {
+    let Some(set) = tables.pair(slot, &pair) else {
         tables.probe(Branch::PairNone);
         return Err(Reason::Policy);
     };
     if holds::<T>(16, set == EVERYTHING) {
         tables.probe(Branch::PairEverything);
-        return Ok(());
+        return Ok(share);
     }
-    if in_set(tables, *slot, set, question.protocol, question.port as u16) {
+    if in_set(tables, slot, set, question.protocol, question.port as u16) {
         tables.probe(Branch::PortIn);
-        Ok(())
+        Ok(share)
     } else {
         tables.probe(Branch::PortOut);
         Err(Reason::Policy)
@@ -150,6 +150,7 @@ fn owner<T: Tables>(tables: &T, slot: u32, addr: &Addr) -> Identity {
                 as_source: 0,
                 as_destination: 0,
                 side: side::NOBODY,
+                share: 0,
             }
         }
     }

@@ -1,16 +1,19 @@
 //! [`Acl`]: programs on one device, with their maps, as the rest of the agent uses them.
 
+use super::events::Events;
 use super::policy::{self, Slot};
 use super::{AclError, ActiveWord, How, Options, RawMap, Run, attach, now_ns, test_run, view};
-use ebpf::abi::{Active, Counter, Direction, Flow, FlowKey};
-use ebpf::packet::Packet;
-use ebpf::reason::{OUTCOMES, Reason};
-use ebpf::verdict::{Question, Store, Verdict, decide};
+use ebpf::abi::{Active, Counter, Direction, Dropped, Flow, FlowKey};
+use ebpf::packet::{Packet, Tuple, What, protocol, tcp};
+use ebpf::reason::OUTCOMES;
+use ebpf::verdict::{Store, Verdict, decide};
 use engine::acl::{Change, Tables};
 use std::fmt::Write as _;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Entries that a dump shows of one table.
 const DUMPED_ENTRIES: usize = 4_096;
@@ -25,8 +28,14 @@ pub struct Acl {
     pub(super) word: ActiveWord,
     pub(super) established: RawMap,
     pub(super) opening: RawMap,
+    pub(super) surplus: RawMap,
+    pub(super) shares: RawMap,
     pub(super) fragments: RawMap,
     pub(super) counters: RawMap,
+    pub(super) mark: RawMap,
+    pub(super) answers: RawMap,
+    /// Opened when somebody first wants to see drops.
+    pub(super) events: Option<Events>,
     pub(super) outer: [RawMap; 5],
     pub(super) slots: [Option<Slot>; 2],
     /// By direction.
@@ -131,19 +140,30 @@ impl Acl {
         Ok(totals)
     }
 
-    /// Whether the loaded policy allows this, by the programs' own evaluator. The question's slot is
-    /// taken from the active word.
-    #[must_use]
-    pub fn explain(&self, question: &Question) -> Verdict {
-        let active = self.active();
-        if active.epoch == 0 {
-            return Verdict::deny(Reason::NoPolicy);
-        }
-        let question = Question {
-            slot: active.slot,
-            ..*question
+    /// What the programs have told of dropped packets since the last call, oldest first, each with
+    /// the time that has gone by since.
+    ///
+    /// # Errors
+    /// [`AclError::Map`].
+    pub fn drops(&mut self) -> Result<Vec<(Duration, Dropped)>, AclError> {
+        let events = match &mut self.events {
+            Some(events) => events,
+            none => none.insert(Events::open(&self.layout)?),
         };
-        ebpf::verdict::allows(&view::View::new(self), &question)
+        let events = events.take();
+        let now_ns = now_ns();
+        let age = |event: &Dropped| Duration::from_nanos(now_ns.saturating_sub(event.time_ns));
+        Ok(events
+            .into_iter()
+            .map(|event| (age(&event), event))
+            .collect())
+    }
+
+    /// What the programs would do with the first packet of a flow, by their own evaluator. Its
+    /// source port is 0, which no live flow has.
+    #[must_use]
+    pub fn explain(&self, first: &First) -> Verdict {
+        self.judge(&first.packet(), first.direction)
     }
 
     /// What the programs would do with this packet now. Leaves no state behind.
@@ -171,6 +191,7 @@ impl Acl {
         for (store, map) in [
             (Store::Established, &self.established),
             (Store::Opening, &self.opening),
+            (Store::Surplus, &self.surplus),
         ] {
             for (key, flow) in map.entries(limit.saturating_sub(flows.len()))? {
                 flows.push((store, key, flow));
@@ -202,5 +223,49 @@ impl Acl {
             }
         }
         Ok(text)
+    }
+}
+
+/// The first packet of a flow: who initiates what to whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct First {
+    /// Source address.
+    pub src: IpAddr,
+    /// Destination address.
+    pub dst: IpAddr,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Destination port; 0 where the protocol has none.
+    pub port: u16,
+    /// Which way it crosses the device.
+    pub direction: Direction,
+}
+
+impl First {
+    /// The packet that begins such a flow: a SYN, an INIT, a question, or just a datagram.
+    #[must_use]
+    pub fn packet(&self) -> Packet {
+        let (what, tcp_flags) = match self.protocol {
+            protocol::TCP => (What::Segment, tcp::SYN),
+            protocol::SCTP => (What::SctpInit, 0),
+            protocol::ICMP if self.dst.is_ipv4() => (What::Request, 0),
+            protocol::ICMPV6 if self.dst.is_ipv6() => (What::Request, 0),
+            _ => (What::Datagram, 0),
+        };
+        let ports =
+            matches!(what, What::Segment | What::SctpInit) || self.protocol == protocol::UDP;
+        Packet {
+            tuple: Tuple {
+                src: self.src.into(),
+                dst: self.dst.into(),
+                src_port: 0,
+                dst_port: if ports { self.port } else { 0 },
+                protocol: self.protocol,
+                what,
+            },
+            tcp_flags,
+            fragment_protocol: self.protocol,
+            ..Packet::NONE
+        }
     }
 }

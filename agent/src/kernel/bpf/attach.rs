@@ -240,8 +240,13 @@ fn assemble(
         word: ActiveWord::map(&map(maps::ACTIVE)?)?,
         established: map(maps::ESTABLISHED)?,
         opening: map(maps::OPENING)?,
+        surplus: map(maps::SURPLUS)?,
+        shares: map(maps::SHARES)?,
         fragments: map(maps::FRAGMENTS)?,
         counters: map(maps::COUNTERS)?,
+        mark: map(maps::MARK)?,
+        answers: map(maps::ANSWERS)?,
+        events: None,
         outer: [
             map(maps::IDENTITIES)?,
             map(maps::PREFIXES)?,
@@ -381,6 +386,7 @@ fn copy_flows(acl: &Acl, former: &[PathBuf]) {
         for (name, to) in [
             (maps::ESTABLISHED, &acl.established),
             (maps::OPENING, &acl.opening),
+            (maps::SURPLUS, &acl.surplus),
         ] {
             let Ok(from) = RawMap::from_pin(&layout.join(name)) else {
                 continue;
@@ -434,7 +440,7 @@ fn attach_error(interface: &str, error: &dyn std::error::Error) -> AclError {
     }
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(inner) = source {

@@ -7,7 +7,7 @@ use super::Acl;
 use super::policy::{Slot, TrieKey};
 use ebpf::abi::{
     Active, Addr, Flow, FlowKey, Fragment, FragmentKey, Identity, Page, PageKey, PairKey, Ports,
-    PortsKey, SetId,
+    PortsKey, SetId, Share,
 };
 use ebpf::verdict::{Store, Tables};
 
@@ -68,6 +68,7 @@ impl Tables for View<'_> {
         let map = match store {
             Store::Opening => &self.acl.opening,
             Store::Established => &self.acl.established,
+            Store::Surplus => &self.acl.surplus,
         };
         map.get(key).ok().flatten()
     }
@@ -83,6 +84,12 @@ impl Tables for View<'_> {
     }
 
     fn remove(&self, _store: Store, _key: &FlowKey) {}
+
+    fn share(&self, number: u16) -> Option<Share> {
+        self.acl.shares.get(&u32::from(number)).ok().flatten()
+    }
+
+    fn set_share(&self, _number: u16, _share: Share) {}
 
     fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
         self.acl.fragments.get(key).ok().flatten()
