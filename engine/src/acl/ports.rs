@@ -67,6 +67,17 @@ impl PortSet {
         self.any && PORTED.iter().all(full)
     }
 
+    /// The protocols that have an entry of their own.
+    pub(super) fn protocols(&self) -> impl Iterator<Item = Protocol> {
+        self.by_protocol.keys().map(|protocol| Protocol(*protocol))
+    }
+
+    /// Whether the ports of a protocol are too scattered for its entry.
+    pub(super) fn is_paged(&self, protocol: Protocol) -> bool {
+        let ranges = self.by_protocol.get(&protocol.0);
+        ranges.is_some_and(|ranges| ranges.len() > INLINE_RANGES)
+    }
+
     /// Its entries under the id `set`.
     pub(super) fn entries(&self, set: SetId) -> (Entries<PortsKey, Ports>, Entries<PageKey, Page>) {
         let (mut ports, mut pages) = (Vec::new(), Vec::new());
