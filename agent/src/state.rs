@@ -3,7 +3,7 @@
 //! ```text
 //! STATE-DIR/            0700
 //!   netmap              the netmap in force, for a start without the coordinator
-//!   settings            up or down, name, routes, which coordinator
+//!   settings            up or down, name, routes, shields, which coordinator
 //!   netmap.copy         the same once more, should the first be unreadable
 //!   settings.copy
 //! ```
@@ -45,6 +45,17 @@ pub struct Settings {
     pub routes: BTreeSet<Prefix>,
     /// The coordinator of the network that was joined.
     pub coordinator: Option<Coordinator>,
+    /// Whether no new flow from others is let in, whatever policy says.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub shields_up: bool,
+    /// Whether packets that this node refuses to send are dropped without an answer.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub silent: bool,
+}
+
+/// What was never said is not written, so that an older agent can read the file.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// Where the coordinator is.
@@ -306,6 +317,25 @@ mod tests {
         assert_eq!(mode(&state.folder.join(SETTINGS)), 0o600);
         state.wipe().unwrap();
         assert_eq!(fs::read_dir(&state.folder).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_older_agents_wrote_is_read_and_what_they_do_not_know_is_written_only_when_said() {
+        let (_guard, state) = folder();
+        let path = state.folder.join(SETTINGS);
+        state.keep_settings(&settings("a")).unwrap();
+        let text = String::from_utf8(fs::read(&path).unwrap()).unwrap();
+        assert!(
+            !text.contains("shields_up") && !text.contains("silent"),
+            "{text}"
+        );
+        let said = Settings {
+            shields_up: true,
+            silent: true,
+            ..settings("a")
+        };
+        state.keep_settings(&said).unwrap();
+        assert_eq!(state.settings().value, Some(said));
     }
 
     #[test]

@@ -20,9 +20,11 @@ use crate::status::{Failure, Problem, Status};
 use crate::trust::{Distrust, VerifiedNetmap, allowed_ips, verify};
 use crate::{Config, Input, LinkAddr, Links, Output};
 use proto::control::Report;
+use proto::filter::Filter;
 use proto::key::NodeKey;
 use proto::net::Prefix;
 use proto::netmap::{MAX_ENDPOINTS_PER_NODE, Netmap, Peer, Update};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -44,6 +46,8 @@ pub struct Engine {
     /// What the operator wants; `None` until the first word: nothing is touched before.
     up: Option<bool>,
     advertised: BTreeSet<Prefix>,
+    /// Whether nothing that others begin is let in.
+    shields_up: bool,
     /// The netmap as the coordinator has it, trusted or not: the base of its deltas.
     claimed: Option<Netmap>,
     /// A trusted netmap that is not in force yet: the next plan is made for it.
@@ -82,6 +86,7 @@ impl Engine {
             me,
             up: None,
             advertised: BTreeSet::new(),
+            shields_up: false,
             claimed: None,
             offered: None,
             trusted: None,
@@ -117,6 +122,7 @@ impl Engine {
                 self.advertised = routes;
                 self.report();
             }
+            Input::ShieldsUp(up) => self.handle_shields(up),
             Input::Netmap(update) => self.handle_update(update),
             Input::Cached(netmap) => {
                 if self.claimed.is_none() {
@@ -192,7 +198,7 @@ impl Engine {
             netmap: self.trusted.as_ref().map(VerifiedNetmap::netmap),
             lowered: &self.lowered,
             observed: self.observed.as_ref(),
-            converged: converged && self.in_flight.is_none(),
+            converged: converged && self.in_flight.is_none() && self.offered.is_none(),
             problems: self.problems(),
         }
     }
@@ -277,6 +283,18 @@ impl Engine {
         }
     }
 
+    /// The netmap in force is offered once more, to be lowered anew.
+    fn handle_shields(&mut self, up: bool) {
+        if self.shields_up == up {
+            return;
+        }
+        self.shields_up = up;
+        if self.offered.is_none() {
+            self.offered.clone_from(&self.trusted);
+        }
+        self.hurry();
+    }
+
     /// A netmap is claimed: it is checked, and then offered to the next plan, or refused.
     fn claim(&mut self, netmap: Netmap) {
         self.unkept = true;
@@ -302,9 +320,8 @@ impl Engine {
         let Some(offered) = self.offered.take() else {
             return;
         };
-        let change = self
-            .lowered
-            .lower(offered.filter(), offered.me(), offered.peers());
+        let filter = in_force(offered.filter(), self.shields_up);
+        let change = self.lowered.lower(&filter, offered.me(), offered.peers());
         let change = match change {
             Ok(change) => change,
             Err(error) => {
@@ -502,6 +519,17 @@ impl Engine {
             self.paths.insert(peer.key, path);
         }
     }
+}
+
+/// The filter that is lowered: with shields up it permits nothing to come in.
+fn in_force(filter: &Filter, shields_up: bool) -> Cow<'_, Filter> {
+    if !shields_up {
+        return Cow::Borrowed(filter);
+    }
+    Cow::Owned(Filter {
+        ingress: Vec::new(),
+        ..filter.clone()
+    })
 }
 
 /// Where peers may reach this node: its addresses, those in subnets that it serves last (peers

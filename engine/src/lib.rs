@@ -73,6 +73,8 @@ pub enum Input {
     Up(bool),
     /// The operator wants these subnets offered.
     Advertise(BTreeSet<Prefix>),
+    /// The operator wants no new flow from others let in, whatever policy says.
+    ShieldsUp(bool),
     /// The coordinator sent a netmap, or a change of one.
     Netmap(Update),
     /// The netmap of an earlier run was found on disk.

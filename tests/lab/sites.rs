@@ -11,7 +11,7 @@ use tests::wait_until;
 
 use crate::assert_answers;
 
-const POLICY: &str = r#"{
+pub const POLICY: &str = r#"{
   "tagOwners": {"tag:site": ["ana@example.com"]},
   "hosts": {
     "paris-v4": "10.1.0.0/24", "paris-v6": "fd01::/64",
@@ -23,7 +23,7 @@ const POLICY: &str = r#"{
   ],
 }"#;
 
-const SITES: &[Join<'static>] = &[
+pub const SITES: &[Join<'static>] = &[
     Join {
         host: "paris",
         owner: "--tag tag:site",
@@ -48,7 +48,7 @@ const SITES: &[Join<'static>] = &[
 ///   │                     │ 192.0.2.21                 │ 192.0.2.22
 ///  ─┴─────────────────────┴────────────────────────────┴── internet
 /// ```
-fn topology() -> Topology {
+pub fn topology() -> Topology {
     Topology::star(&[])
         .switch("paris-lan")
         .switch("guests")
@@ -80,7 +80,7 @@ fn topology() -> Topology {
 }
 
 /// Waits until the routers have each other's routes.
-fn routed(mesh: &Mesh) -> anyhow::Result<()> {
+pub fn routed(mesh: &Mesh) -> anyhow::Result<()> {
     for (router, routes) in [
         ("paris", ["10.2.0.0/24", "fd02::/64"]),
         ("oslo", ["10.1.0.0/24", "fd01::/64"]),

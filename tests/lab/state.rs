@@ -11,7 +11,7 @@ use tests::wait_until;
 use crate::{POLICY, TRIO, assert_answers, expect};
 
 /// As after a power cut: no agent, no device, no pins; only the disk is left.
-fn power_cut(node: &Node) -> anyhow::Result<()> {
+pub fn power_cut(node: &Node) -> anyhow::Result<()> {
     node.kill();
     node.host.run("ip link del weir0")?;
     let bpf = node.host.folder.join("bpf");
