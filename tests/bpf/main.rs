@@ -7,16 +7,21 @@
 //!                  └─ as they are ─► model: what the words of the policy mean ──────┘
 //! ```
 //!
-//! [`property`] needs neither root nor kernel. Tests named `kernel_…` load the committed object,
+//! [`agreement`] asks `explain` about the first packets that it then runs, and [`events`] what the
+//! programs tell of those that they drop. [`property`] needs neither root nor kernel. Tests named `kernel_…` load the committed object,
 //! attach it to a TUN device in a network namespace of their own, and run packets through it.
 #![allow(clippy::unwrap_used, reason = "a test may fail by it")]
 
+mod agreement;
 mod bed;
 mod craft;
+mod events;
+mod flood;
 mod generate;
 mod kernel;
 mod lifecycle;
 mod model;
 mod property;
+mod refuse;
 mod semantics;
 mod twin;

@@ -1,0 +1,249 @@
+//! Floods leave flows alone that last, and one peer's flood what other peers open.
+//!
+//! Live flows of many peers are opened first; half of them then stay silent. Floods of four times
+//! the table follow, by every peer and from this side too, and the live flows are looked for, first
+//! in the table (which does not count as a use), and at last by packets.
+
+use super::bed::{self, Bed};
+use super::craft::{ACK, Body, SYN, Spec};
+use super::generate::{me, peer};
+use super::semantics::{KNOWN, OPEN, filter, rule};
+use agent::kernel::bpf::{Acl, Options};
+use ebpf::abi::Direction::{self, Egress, Ingress};
+use ebpf::abi::{ESTABLISHED_FLOWS, FlowKey, OPENING_FLOWS};
+use ebpf::verdict::Store;
+use engine::acl::Acl as Lowered;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+const PEERS: u16 = 40;
+const LIVE: usize = 10_000;
+const US: &str = "100.64.0.1";
+
+fn address(number: u16) -> String {
+    format!("100.65.0.{}", number + 1)
+}
+
+/// Everyone may ask us anything, and we everyone.
+fn open_to_all(bed: &Bed) -> Acl {
+    let everything = [(None, 0, 65535)];
+    let policy = filter(
+        vec![rule("100.64.0.0/10", "100.64.0.1/32", &everything)],
+        vec![rule("100.64.0.1/32", "100.64.0.0/10", &everything)],
+    );
+    let peers: BTreeMap<_, _> = (0..PEERS)
+        .map(|number| {
+            let id = u64::from(number) + 2;
+            peer(id, &[&address(number)], &[], BTreeSet::new())
+        })
+        .map(|peer| (peer.id, peer))
+        .collect();
+    let mut acl = bed.open(Options::default());
+    let mut lowered = Lowered::default();
+    let change = lowered
+        .lower(&policy, &me(BTreeSet::new()), &peers)
+        .unwrap();
+    acl.set(lowered.tables(), Some(&change)).unwrap();
+    acl
+}
+
+/// A flow whose packets differ from each other's only in two ports.
+#[derive(Clone, Copy)]
+struct Talk {
+    peer: u16,
+    /// Who begins: a peer, or this side.
+    begins: Direction,
+    tcp: bool,
+    port: u16,
+    service: u16,
+}
+
+impl Talk {
+    /// The packet that `from` sends, with these TCP flags.
+    fn packet(self, from: Direction, flags: u8) -> Vec<u8> {
+        let theirs = address(self.peer);
+        let (src, dst) = if from == Ingress {
+            (theirs.as_str(), US)
+        } else {
+            (US, theirs.as_str())
+        };
+        let (sport, dport) = if from == self.begins {
+            (self.port, self.service)
+        } else {
+            (self.service, self.port)
+        };
+        let body = if self.tcp {
+            Body::Tcp(sport, dport, flags)
+        } else {
+            Body::Udp(sport, dport)
+        };
+        Spec::new(src, dst, body).bytes()
+    }
+
+    /// Its first packets: question, answer, and what goes on.
+    fn packets(self, count: usize) -> impl Iterator<Item = (Direction, Vec<u8>)> {
+        let (one, other) = (self.begins, self.begins.flip());
+        let all = [(one, SYN), (other, SYN | ACK), (one, ACK)];
+        let packets = all.into_iter().take(count);
+        packets.map(move |(from, flags)| (from, self.packet(from, flags)))
+    }
+}
+
+fn run(acl: &Acl, talk: Talk, packets: usize) {
+    for (direction, packet) in talk.packets(packets) {
+        assert!(acl.run(direction, &packet, 1).unwrap().passes);
+    }
+}
+
+/// The live flows: of all peers, TCP and UDP, begun by either side.
+fn live() -> Vec<Talk> {
+    let talk = |number: usize| {
+        let number = u16::try_from(number).unwrap();
+        Talk {
+            peer: number % PEERS,
+            begins: if number / PEERS % 4 == 0 {
+                Egress
+            } else {
+                Ingress
+            },
+            tcp: number / PEERS % 2 == 0,
+            port: 20_000 + number,
+            service: 443,
+        }
+    };
+    (0..LIVE).map(talk).collect()
+}
+
+/// Flow number `number` of a flood, which is none of the live ones.
+fn flood(number: u32, peer: u16) -> Talk {
+    let low = u16::try_from(number & 0xffff).unwrap();
+    Talk {
+        peer,
+        begins: if number % 8 == 0 { Egress } else { Ingress },
+        tcp: number % 2 == 0,
+        port: low,
+        service: 1_000 + u16::try_from(number >> 16).unwrap(),
+    }
+}
+
+/// How many of these flows are in the table of those that last. Looking does not use them.
+fn kept(acl: &Acl, flows: &[Talk]) -> usize {
+    let all = acl.flows(usize::MAX).unwrap();
+    let lasting: BTreeSet<FlowKey> = all
+        .into_iter()
+        .filter(|(store, ..)| *store == Store::Established)
+        .map(|(_, key, _)| key)
+        .collect();
+    let key = |talk: &Talk| {
+        let [local, remote] = [US.to_owned(), address(talk.peer)]
+            .map(|text| text.parse::<std::net::IpAddr>().unwrap().into());
+        let (local_port, remote_port) = if talk.begins == Egress {
+            (talk.port, talk.service)
+        } else {
+            (talk.service, talk.port)
+        };
+        FlowKey {
+            local,
+            remote,
+            local_port,
+            remote_port,
+            protocol: if talk.tcp { 6 } else { 17 },
+            zero: 0,
+            zeros: 0,
+        }
+    };
+    flows
+        .iter()
+        .filter(|talk| lasting.contains(&key(talk)))
+        .count()
+}
+
+/// How many packets, sent by `from`'s side of each flow, were known to belong to one.
+fn hits(acl: &Acl, flows: &[Talk], from: impl Fn(&Talk) -> Direction) -> u64 {
+    let known = |acl| {
+        let counters = bed::counters(acl);
+        counters[&(Ingress, KNOWN)] + counters[&(Egress, KNOWN)]
+    };
+    let before = known(acl);
+    for talk in flows {
+        let direction = from(talk);
+        let packet = talk.packet(direction, ACK);
+        acl.run(direction, &packet, 1).unwrap();
+    }
+    known(acl) - before
+}
+
+#[test]
+fn floods_leave_flows_alone_that_last() {
+    let Some(bed) = Bed::make("floods_leave_flows_alone_that_last") else {
+        return;
+    };
+    let acl = open_to_all(&bed);
+    let live = live();
+    for talk in &live {
+        run(&acl, *talk, 3);
+    }
+    assert_eq!(kept(&acl, &live), LIVE);
+    let (times, part) = if std::env::var_os("WEIR_FULL").is_some() {
+        (4, 8)
+    } else {
+        (1, 4)
+    };
+    let (quiet, talking) = live.split_at(LIVE / 2);
+    // More than the table in the short form, too: what would fill it would be seen.
+    let flows = times * ESTABLISHED_FLOWS + ESTABLISHED_FLOWS / part;
+    for (name, packets, peers) in [
+        ("one packet each, by all peers", 1, PEERS),
+        ("two packets each, by all peers", 2, PEERS),
+        ("three packets each, by one peer", 3, 1),
+    ] {
+        let start = Instant::now();
+        for number in 0..flows {
+            run(
+                &acl,
+                flood(number, u16::try_from(number % u32::from(peers)).unwrap()),
+                packets,
+            );
+            if number % 16_384 == 0 {
+                hits(&acl, talking, |talk| talk.begins);
+            }
+        }
+        let left = kept(&acl, &live);
+        println!(
+            "{flows} flows, {name}: {left} of {LIVE} left, {:?}",
+            start.elapsed()
+        );
+        assert!(left * 100 >= LIVE * 99, "{name}: {left} of {LIVE} left");
+    }
+    let answered = hits(&acl, quiet, |talk| talk.begins.flip())
+        + hits(&acl, talking, |talk| talk.begins.flip());
+    println!("{answered} of {LIVE} answers are known to belong to them");
+    assert!(answered * 100 >= LIVE as u64 * 99);
+}
+
+#[test]
+fn one_peers_flood_leaves_alone_what_others_open() {
+    let Some(bed) = Bed::make("one_peers_flood_leaves_alone_what_others_open") else {
+        return;
+    };
+    let acl = open_to_all(&bed);
+    let asked: Vec<Talk> = (0..1_000).map(|number| flood(number * 2 + 1, 1)).collect();
+    for talk in &asked {
+        run(&acl, *talk, 1);
+    }
+    let flows = 4 * OPENING_FLOWS;
+    for number in 0..flows {
+        run(&acl, flood(number, 0), 1);
+    }
+    let answered = hits(&acl, &asked, |talk| talk.begins.flip());
+    println!("{answered} of 1000 answers pass after {flows} flows of another peer");
+    assert!(answered >= 990, "{answered}");
+    // Who floods is refused nothing either.
+    let last = flood(flows, 0);
+    let counters = bed::counters(&acl);
+    assert_eq!(
+        counters[&(Ingress, OPEN)] + counters[&(Egress, OPEN)],
+        u64::from(flows) + 1_000
+    );
+    run(&acl, last, 3);
+}
