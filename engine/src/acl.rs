@@ -23,12 +23,13 @@
 mod change;
 mod classes;
 mod cost;
+mod near;
 mod ports;
 
 use classes::{Interner, Role, Roles, host, own_is_source};
 use ebpf::abi::{
     Addr, Direction as AbiDirection, EVERYTHING, Identity, Page, PageKey, PairKey, Ports, PortsKey,
-    SetId, side,
+    SetId, share_of, side,
 };
 use ports::PortSet;
 use proto::filter::{Direction, Filter, Label, Rule};
@@ -40,6 +41,7 @@ use std::net::IpAddr;
 
 pub use change::{Change, Patch};
 pub use cost::{RuleCost, Table, TooLarge};
+pub use near::{Flow, Lacks, Near};
 
 /// Most overlay addresses: two for each of the most peers, and our own.
 pub const MAX_IDENTITIES: usize = 262_144;
@@ -190,12 +192,12 @@ impl Acl {
         let mut tables = Tables::default();
         for peer in peers.values() {
             for addr in &peer.addrs {
-                let identity = self.identify(&host(*addr), &peer.labels, side::PEER);
+                let identity = self.identify(&host(*addr), &peer.labels, peer_owner(peer));
                 tables.identities.insert((*addr).into(), identity);
             }
         }
         for addr in &me.addrs {
-            let identity = self.identify(&host(*addr), &me.labels, side::OWN);
+            let identity = self.identify(&host(*addr), &me.labels, OURS);
             tables.identities.insert((*addr).into(), identity);
         }
         self.fits(Table::Addresses, tables.identities.len(), MAX_IDENTITIES)?;
@@ -206,7 +208,8 @@ impl Acl {
         Ok(())
     }
 
-    fn identify(&mut self, prefix: &Prefix, labels: &BTreeSet<Label>, side: u32) -> Identity {
+    fn identify(&mut self, prefix: &Prefix, labels: &BTreeSet<Label>, owner: Owner) -> Identity {
+        let Owner { side, share } = owner;
         let (source, destination) = if side == side::OWN {
             (&mut self.egress.source, &mut self.ingress.destination)
         } else {
@@ -216,6 +219,7 @@ impl Acl {
             as_source: source.class(prefix, labels),
             as_destination: destination.class(prefix, labels),
             side,
+            share,
         }
     }
 
@@ -227,24 +231,26 @@ impl Acl {
         me: &Me,
         peers: &BTreeMap<NodeId, Peer>,
     ) -> Result<(), TooLarge> {
-        let mut routes: BTreeMap<Prefix, u32> = BTreeMap::new();
-        for route in peers.values().flat_map(|peer| &peer.routes) {
-            routes.insert(*route, side::PEER);
+        let mut routes: BTreeMap<Prefix, Owner> = BTreeMap::new();
+        for peer in peers.values() {
+            for route in &peer.routes {
+                routes.insert(*route, peer_owner(peer));
+            }
         }
         // What we serve ourselves is ours, whoever else serves it too.
         for route in &me.routes {
-            routes.insert(*route, side::OWN);
+            routes.insert(*route, OURS);
         }
         let mut entries = routes.clone();
         for named in self.named_prefixes() {
-            if let Some(side) = longest_cover(&routes, &named) {
-                entries.insert(named, side);
+            if let Some(owner) = longest_cover(&routes, &named) {
+                entries.insert(named, owner);
             }
         }
         self.fits(Table::Prefixes, entries.len(), MAX_PREFIXES)?;
         let nobody = BTreeSet::new();
-        for (prefix, side) in entries {
-            let identity = self.identify(&prefix, &nobody, side);
+        for (prefix, owner) in entries {
+            let identity = self.identify(&prefix, &nobody, owner);
             tables.prefixes.insert(prefix.into(), identity);
         }
         Ok(())
@@ -361,6 +367,26 @@ impl Tables {
     }
 }
 
+/// Whose an address is, and which share of the flow tables its flows take.
+#[derive(Clone, Copy)]
+struct Owner {
+    side: u32,
+    share: u32,
+}
+
+/// This node, and what lies behind it.
+const OURS: Owner = Owner {
+    side: side::OWN,
+    share: 0,
+};
+
+fn peer_owner(peer: &Peer) -> Owner {
+    Owner {
+        side: side::PEER,
+        share: share_of(peer.id.0),
+    }
+}
+
 /// The map's number of a direction.
 fn abi(direction: Direction) -> AbiDirection {
     match direction {
@@ -386,7 +412,7 @@ fn used_classes(tables: &Tables, direction: Direction) -> (BTreeSet<u32>, BTreeS
 }
 
 /// Whose the longest route around `prefix` is.
-fn longest_cover(routes: &BTreeMap<Prefix, u32>, prefix: &Prefix) -> Option<u32> {
+fn longest_cover(routes: &BTreeMap<Prefix, Owner>, prefix: &Prefix) -> Option<Owner> {
     (0..=prefix.len()).rev().find_map(|len| {
         let around = Prefix::containing(prefix.addr(), len).ok()?;
         routes.get(&around).copied()

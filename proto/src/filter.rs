@@ -156,10 +156,15 @@ impl Selector {
 }
 
 impl Service {
+    /// Whether `protocol` is meant, on some port.
+    #[must_use]
+    pub fn speaks(&self, protocol: Protocol) -> bool {
+        self.protocol.is_none_or(|wanted| wanted == protocol)
+    }
+
     /// Whether a packet of `protocol` to `port` is meant.
     #[must_use]
     pub fn matches(&self, protocol: Protocol, port: u16) -> bool {
-        self.protocol.is_none_or(|wanted| wanted == protocol)
-            && (!protocol.has_ports() || self.ports.contains(port))
+        self.speaks(protocol) && (!protocol.has_ports() || self.ports.contains(port))
     }
 }
