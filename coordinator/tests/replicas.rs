@@ -1,10 +1,12 @@
 //! Two coordinators on one Postgres serve one network.
 
 use crate::client::{At, Machine, names};
-use crate::place::Place;
+use crate::place::{self, ALLOW_ALL, Place, Process};
 use crate::postgres::Postgres;
+use coordinator::http::admin::Verb;
 use proto::control::JoinToken;
-use proto::netmap::Update;
+use proto::netmap::{Owner, Update};
+use std::collections::BTreeSet;
 use std::fs;
 
 async fn pair(postgres: &Postgres) -> (Place, Place) {
@@ -85,5 +87,66 @@ async fn a_node_whose_coordinator_dies_goes_on_at_the_other() {
     b.connect(there.at()).await.logout().await.unwrap();
     stream
         .until(&mut netmap, |netmap| names(netmap) == ["watcher"])
+        .await;
+}
+
+/// As after a crash: nothing is handed over, and what the dead one held in the database is taken.
+#[tokio::test]
+async fn a_coordinator_that_is_killed_takes_nothing_with_it() {
+    let Some(postgres) = Postgres::start("a_coordinator_that_is_killed_takes_nothing_with_it")
+    else {
+        return;
+    };
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let args = ["--listen", "127.0.0.1:0", "--database", &postgres.url()];
+    let first = Process::start(dirs[0].path(), &args);
+    for file in ["certificate.pem", "certificate-key.pem"] {
+        fs::copy(dirs[0].path().join(file), dirs[1].path().join(file)).unwrap();
+    }
+    let second = Process::start(dirs[1].path(), &args);
+    let home = Verb::NetworkCreate {
+        name: "home".to_owned(),
+        v4: None,
+        v6: None,
+    };
+    place::ask(dirs[0].path(), "", home).await.unwrap();
+    let policy = Verb::PolicySet {
+        text: ALLOW_ALL.to_owned(),
+        file: "policy.hujson".to_owned(),
+        compare: false,
+    };
+    place::ask(dirs[0].path(), "home", policy).await.unwrap();
+    let owner = Owner::Tags(BTreeSet::from(["tag:web".to_owned()]));
+    let token = place::token(dirs[0].path(), "home", owner, true).await;
+    let at = |process: &Process| JoinToken {
+        address: process.addr.to_string(),
+        ..token.clone()
+    };
+    let (here, there) = (at(&first), at(&second));
+
+    let (a, b, c) = (Machine::new(), Machine::new(), Machine::new());
+    a.join(&here, "a").await;
+    b.join(&here, "b").await;
+    let mut stream = a.connect(here.at()).await.poll(None).await.unwrap();
+    let mut netmap = stream.full().await;
+    assert_eq!(names(&netmap), ["b"]);
+    let mut watching = b.connect(there.at()).await.poll(None).await.unwrap();
+    let mut seen = watching.full().await;
+
+    drop(first);
+    while stream.next().await.is_some() {}
+    let base = Some(netmap.generation);
+    let mut stream = a.connect(there.at()).await.poll(base).await.unwrap();
+    match stream.update().await.unwrap() {
+        Update::Full(full) => netmap = *full,
+        Update::Delta(delta) => netmap.apply(*delta).unwrap(),
+    }
+    assert_eq!(names(&netmap), ["b"], "nothing is lost");
+    c.join(&there, "c").await;
+    stream
+        .until(&mut netmap, |netmap| names(netmap) == ["b", "c"])
+        .await;
+    watching
+        .until(&mut seen, |netmap| names(netmap) == ["a", "c"])
         .await;
 }
