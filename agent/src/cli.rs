@@ -9,6 +9,8 @@
 //! | 1 | refused, or failed; a sentence on stderr says why, a second one what to do |
 //! | 2 | wrong use; stderr says how it is meant |
 //!
+//! `policy diff` ends as diff(1) does: 0 the same, 1 different, 2 trouble of any kind.
+//!
 //! Without `--json` a verb prints for people, and may change how from version to version. With it,
 //! stdout carries one document of [`local::report`] and nothing else; a failure is
 //! `{"version":1,"error":{"code":…,"message":…,"next":…}}`. Nothing here asks questions: what a
@@ -42,6 +44,8 @@ pub enum Failure {
     Use(String),
     /// It was refused, or did not work.
     Failed(Complaint),
+    /// The same, of a verb whose exit code 1 is an answer.
+    Trouble(Complaint),
     /// It did not work, and stdout has told so already.
     Told,
     /// Nobody reads stdout any more: not worth a word.
@@ -250,19 +254,26 @@ fn conclude(outcome: Result<(), Failure>, json: bool) -> ExitCode {
             ExitCode::from(2)
         }
         Err(Failure::Failed(complaint)) => {
-            if json {
-                #[derive(Serialize)]
-                struct Error<'a> {
-                    error: &'a Complaint,
-                }
-                let error = Error { error: &complaint };
-                // stderr still says it if stdout is gone.
-                let _ = Console { json }.document(error);
-            }
-            complain(&complaint.message, &complaint.next);
+            report(&complaint, json);
             ExitCode::FAILURE
         }
+        Err(Failure::Trouble(complaint)) => {
+            report(&complaint, json);
+            ExitCode::from(2)
+        }
     }
+}
+
+fn report(complaint: &Complaint, json: bool) {
+    if json {
+        #[derive(Serialize)]
+        struct Error<'a> {
+            error: &'a Complaint,
+        }
+        // stderr still says it if stdout is gone.
+        let _ = Console { json }.document(Error { error: complaint });
+    }
+    complain(&complaint.message, &complaint.next);
 }
 
 fn complain(message: &str, next: &str) {

@@ -195,3 +195,103 @@ fn files_that_are_not_there_are_named() {
         "",
     );
 }
+
+#[test]
+fn a_change_of_reach_is_told_and_ends_as_diff_does() {
+    let files = Files::with(POLICY);
+    let write = |name: &str, text: &str| {
+        fs::write(files.0.path().join(name), text).expect("a file");
+    };
+    write(
+        "wider.hujson",
+        &POLICY.replace("tag:web:443", "tag:web:443,8443"),
+    );
+    write(
+        "same.hujson",
+        &POLICY.replace("web:443\"]},", "web:443\"], \"proto\": \"\"},"),
+    );
+    write("bad.hujson", &POLICY.replace("tag:web:443", "tag:wbe:443"));
+    write("silent.hujson", "{}");
+    write("settings.json", "{}");
+    let diff = |new: &str, code, says: &str| {
+        let line = format!("policy diff policy.hujson {new} --network network.json");
+        check(&files, &line, code, says)
+    };
+    assert_eq!(
+        diff("wider.hujson", 1, ""),
+        "laptop\n  + may reach web on tcp+udp 8443\n"
+    );
+    diff("same.hujson", 0, "nothing changes for anybody");
+    diff("wider.hujson --settings settings.json", 1, "8443");
+    diff("wider.hujson --settings policy.hujson", 2, "no JSON");
+    diff("bad.hujson", 2, "bad.hujson:4:");
+    diff("silent.hujson", 2, "says nothing about access");
+    diff("none.hujson", 2, "`none.hujson` cannot be read");
+    check(
+        &files,
+        "policy diff policy.hujson wider.hujson",
+        2,
+        "--network",
+    );
+
+    let told = document(&diff("wider.hujson --json", 1, ""));
+    assert_eq!(told["version"], 1);
+    assert_eq!(told["same"], false);
+    assert_eq!(told["changes"][0]["effect"], "opens");
+    assert_eq!(told["changes"][0]["srcs"], serde_json::json!(["laptop"]));
+    let error = document(&diff("bad.hujson --json", 2, ""));
+    assert_eq!(error["error"]["line"], 4, "{error}");
+}
+
+#[test]
+fn a_policy_is_formatted_in_place_with_its_comments() {
+    let untidy = POLICY
+        .replace("  \"acls\": [", "\"acls\":[\t")
+        .replace("\n  // Ana", "\n\n\t// Ana\tB");
+    let files = Files::with(&untidy);
+    let file = files.0.path().join("policy.hujson");
+    let printed = check(&files, "policy fmt policy.hujson", 0, "");
+    assert_eq!(printed.trim_end(), POLICY.replace("// Ana", "// Ana\tB"));
+    check(
+        &files,
+        "policy fmt --check policy.hujson",
+        1,
+        "line 2 is the first",
+    );
+    assert_eq!(
+        fs::read_to_string(&file).expect("a file"),
+        untidy,
+        "only asked"
+    );
+    check(
+        &files,
+        "policy fmt --write policy.hujson",
+        0,
+        "policy.hujson: formatted.",
+    );
+    assert_eq!(fs::read_to_string(&file).expect("a file"), printed);
+    check(&files, "policy fmt --write policy.hujson", 0, "already");
+    check(
+        &files,
+        "policy fmt --check policy.hujson",
+        0,
+        "well formatted",
+    );
+    let left = fs::read_dir(files.0.path()).expect("a folder").count();
+    assert_eq!(left, 2, "nothing else is left behind");
+
+    check(
+        &files,
+        "policy fmt --check --write policy.hujson",
+        2,
+        "cannot be used with",
+    );
+    fs::write(&file, "{\"acls\": [}").expect("a file");
+    check(
+        &files,
+        "policy fmt --write policy.hujson",
+        1,
+        "policy.hujson:1:",
+    );
+    assert_eq!(fs::read_to_string(&file).expect("a file"), "{\"acls\": [}");
+}

@@ -107,6 +107,34 @@ pub enum Policy {
     },
     /// Which rule allows a connection, or which come closest
     Explain(Explain),
+    /// Who may reach more or less by NEW than by OLD; exits with 0 if nobody, with 1 if somebody
+    Diff(PolicyDiff),
+    /// Print a policy in its one form: other whitespace, the same words and comments
+    Fmt {
+        /// The policy
+        file: PathBuf,
+        /// Only tell whether it is in that form; exits with 1 if not
+        #[arg(long, conflicts_with = "write")]
+        check: bool,
+        /// Change the file instead of printing
+        #[arg(long)]
+        write: bool,
+    },
+}
+
+/// `weir policy diff`.
+#[derive(Args)]
+pub struct PolicyDiff {
+    /// The policy as it was
+    pub old: PathBuf,
+    /// The policy as it is to be
+    pub new: PathBuf,
+    /// Users and nodes
+    #[arg(long, value_name = "TOPOLOGY.json")]
+    pub network: PathBuf,
+    /// The network's settings
+    #[arg(long, value_name = "FILE")]
+    pub settings: Option<PathBuf>,
 }
 
 /// `weir agent`.

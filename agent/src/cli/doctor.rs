@@ -108,7 +108,7 @@ pub(super) fn doctor(agent: &Agent, console: &Console, state_dir: &Path) -> Resu
 
 fn no_agent(failure: &Failure) -> Check {
     match failure {
-        Failure::Failed(complaint) => {
+        Failure::Failed(complaint) | Failure::Trouble(complaint) => {
             Check::fail("agent", complaint.message.clone(), complaint.next.clone())
         }
         Failure::Use(_) | Failure::Unheard | Failure::Told => Check::fail("agent", "no answer", ""),

@@ -3,17 +3,18 @@
 //! All meaning is in `proto::policy`; here files are read and answers printed. A network is
 //! described by a file: users, and nodes with their addresses, owners and routes.
 
-use super::arguments::{Explain, Policy as Verb};
+use super::arguments::{Explain, Policy as Verb, PolicyDiff};
 use super::target::{choose, first_packet};
 use super::{Complaint, Console, Failure, chain};
 use proto::net::Protocol;
 use proto::policy::{
     Compiled, Diagnostics, Directory, Explanation, Flow, MAX_TEXT_BYTES, OfflineError, Policy,
-    check_write, compile_offline, explain as explain_flow, parse, read_topology, run_tests,
+    check_settings, check_write, compile_offline, diff as diff_policies, explain as explain_flow,
+    format, parse, read_topology, run_tests,
 };
 use serde::Serialize;
-use std::fs::File;
-use std::io::Read;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
 use std::net::IpAddr;
 use std::path::Path;
 
@@ -30,6 +31,16 @@ pub(super) fn policy(console: &Console, verb: &Verb) -> Result<(), Failure> {
             settings,
         } => compile(console, policy, network, settings.as_deref()),
         Verb::Explain(explain) => offline(console, explain),
+        // Its exit code 1 is an answer.
+        Verb::Diff(files) => diff(console, files).map_err(|failure| match failure {
+            Failure::Failed(complaint) => Failure::Trouble(complaint),
+            other => other,
+        }),
+        Verb::Fmt { file, check, write } => match (check, write) {
+            (true, _) => formatted(console, file),
+            (_, true) => rewrite(console, file),
+            _ => print_formatted(console, file),
+        },
     }
 }
 
@@ -81,6 +92,118 @@ fn compile(
     let text = serde_json::to_string_pretty(&compiled)
         .map_err(|error| Failure::new("failed", error.to_string(), ""))?;
     console.say(&format!("{text}\n"))
+}
+
+/// Who may reach more or less by the new policy than by the old one, in that network.
+fn diff(console: &Console, files: &PolicyDiff) -> Result<(), Failure> {
+    if let Some(settings) = &files.settings {
+        check_settings(&read(settings, MAX_NETWORK_BYTES)?).map_err(unfit)?;
+    }
+    let directory = read_network(&files.network)?;
+    let compiled = |file: &Path| {
+        let policy = read_policy(file)?;
+        check_write(&policy).map_err(|fault| faulty(file, &fault.into()))?;
+        Compiled::new(&policy, &directory).map_err(|faults| faulty(file, &faults))
+    };
+    let (old, new) = (compiled(&files.old)?, compiled(&files.new)?);
+    let diff = diff_policies(&old, &new, &directory)
+        .map_err(|error| Failure::new("too_large", error.to_string(), ""))?;
+    if console.json {
+        console.document(diff.document())?;
+    } else {
+        console.say(&diff.to_string())?;
+    }
+    if diff.is_empty() {
+        Ok(())
+    } else {
+        Err(Failure::Told)
+    }
+}
+
+#[derive(Serialize)]
+struct Formatted {
+    formatted: bool,
+}
+
+fn read_formatted(file: &Path) -> Result<(String, String), Failure> {
+    let text = read(file, MAX_TEXT_BYTES as u64)?;
+    let formatted = format(&text).map_err(|faults| faulty(file, &faults))?;
+    Ok((text, formatted))
+}
+
+/// Whether the file is in the one form.
+fn formatted(console: &Console, file: &Path) -> Result<(), Failure> {
+    let (text, formatted) = read_formatted(file)?;
+    let same = text == formatted;
+    let name = file.display();
+    if console.json {
+        console.document(Formatted { formatted: same })?;
+    } else if same {
+        console.say(&format!("{name}: well formatted.\n"))?;
+    } else {
+        let same = text.lines().zip(formatted.lines());
+        let line = same.take_while(|(is, wanted)| is == wanted).count() + 1;
+        console.say(&format!(
+            "{name}: line {line} is the first that `weir policy fmt --write {name}` would change.\n"
+        ))?;
+    }
+    if same { Ok(()) } else { Err(Failure::Told) }
+}
+
+/// Puts the file into the one form. What was there stays until all of it is written.
+fn rewrite(console: &Console, file: &Path) -> Result<(), Failure> {
+    let (text, formatted) = read_formatted(file)?;
+    let changed = text != formatted;
+    if changed {
+        replace(file, &formatted).map_err(|error| {
+            let message = format!("`{}` cannot be written: {}", file.display(), chain(&error));
+            Failure::new("unwritable", message, "Nothing was changed.")
+        })?;
+    }
+    if console.json {
+        return console.document(Formatted { formatted: true });
+    }
+    let how = if changed {
+        "formatted"
+    } else {
+        "well formatted already"
+    };
+    console.say(&format!("{}: {how}.\n", file.display()))
+}
+
+/// Replaces a file as a whole, in place of links and with its permissions.
+fn replace(file: &Path, text: &str) -> io::Result<()> {
+    let file = fs::canonicalize(file)?;
+    let mut name = file.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".{}.new", std::process::id()));
+    let new = file.with_file_name(name);
+    let written = File::create_new(&new).and_then(|mut out| {
+        out.set_permissions(fs::metadata(&file)?.permissions())?;
+        out.write_all(text.as_bytes())?;
+        out.sync_all()
+    });
+    let replaced = written.and_then(|()| fs::rename(&new, &file));
+    if replaced.is_err() {
+        // The error that matters is told already.
+        let _ = fs::remove_file(&new);
+    }
+    replaced
+}
+
+fn print_formatted(console: &Console, file: &Path) -> Result<(), Failure> {
+    let (_, text) = read_formatted(file)?;
+    if console.json {
+        #[derive(Serialize)]
+        struct Text {
+            text: String,
+        }
+        return console.document(Text { text });
+    }
+    // As it is, tabs in comments and all: it may become the file.
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(|_| Failure::Unheard)
 }
 
 /// Which rule of a file allows a connection, or which come closest.

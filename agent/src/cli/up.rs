@@ -71,7 +71,7 @@ pub(super) fn up(agent: &Agent, console: &Console, arguments: Arguments) -> Resu
 fn wait_for_agent(agent: &Agent) {
     let deadline = Instant::now() + APPEAR;
     let absent = |failure: &Failure| match failure {
-        Failure::Failed(complaint) => complaint.code == "no_agent",
+        Failure::Failed(complaint) | Failure::Trouble(complaint) => complaint.code == "no_agent",
         Failure::Use(_) | Failure::Told | Failure::Unheard => false,
     };
     while Instant::now() < deadline {
