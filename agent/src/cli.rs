@@ -18,8 +18,10 @@
 
 mod arguments;
 mod doctor;
+mod monitor;
 mod ping;
 mod policy;
+mod set;
 mod show;
 mod target;
 mod up;
@@ -110,6 +112,17 @@ impl Console {
             document,
         };
         let text = serde_json::to_string_pretty(&versioned)
+            .map_err(|error| Failure::new("failed", error.to_string(), ""))?;
+        self.say(&format!("{text}\n"))
+    }
+
+    /// Prints one of many documents of a `--json` run, on one line.
+    fn line<T: Serialize>(&self, document: T) -> Result<(), Failure> {
+        let versioned = Versioned {
+            version: local::VERSION,
+            document,
+        };
+        let text = serde_json::to_string(&versioned)
             .map_err(|error| Failure::new("failed", error.to_string(), ""))?;
         self.say(&format!("{text}\n"))
     }
@@ -232,12 +245,14 @@ pub fn run(arguments: Arguments) -> ExitCode {
         Verb::Agent(_) => Ok(()),
         Verb::Up(up) => up::up(&agent, &console, up),
         Verb::Down { purge } => up::down(&agent, &console, purge),
+        Verb::Set(set) => set::set(&agent, &console, &set),
         Verb::Status => show::status(&agent, &console),
         Verb::Peers => show::peers(&agent, &console),
         Verb::Ping { peer, count } => ping::ping(&agent, &console, &peer, count),
         Verb::Explain(explain) if explain.policy.is_some() => policy::offline(&console, &explain),
         Verb::Explain(explain) => show::explain(&agent, &console, &explain),
         Verb::Counters => show::counters(&agent, &console),
+        Verb::Monitor(monitor) => monitor::monitor(&agent, &console, monitor),
         Verb::Doctor => doctor::doctor(&agent, &console, &state_dir),
         Verb::Policy(verb) => policy::policy(&console, &verb),
     };

@@ -15,7 +15,10 @@
 //! go on without us, and the next start adopts them. Only `weir down` takes anything away.
 
 mod answer;
+mod explain;
 mod join;
+mod monitor;
+mod settings;
 
 use crate::config::Config;
 use crate::control;
@@ -26,8 +29,10 @@ use crate::state::{Settings, StateDir, StateError};
 use engine::status::Failure;
 use engine::{DEFAULT_MTU, Engine, Input, Output};
 use join::Link;
+use monitor::{Look, Monitor};
 use proto::netmap::Netmap;
 use sd_notify::NotifyState;
+use settings::Setting;
 use std::collections::VecDeque;
 use std::error::Error;
 use std::sync::Arc;
@@ -77,6 +82,8 @@ enum Event {
     Input(Input),
     Control(control::Event),
     Call(Call),
+    /// What the programs told of dropped packets, while somebody follows.
+    Looked(Look),
     /// The netmap could, or could not, be kept on disk.
     Kept(Result<(), StateError>),
     Tick,
@@ -116,6 +123,8 @@ struct Daemon {
     link: Link,
     going_up: VecDeque<Waiter>,
     leaving: Option<Leaving>,
+    setting: VecDeque<Setting>,
+    monitor: Monitor,
     /// The newest netmap on its way to the disk.
     netmaps: watch::Sender<Option<Arc<Netmap>>>,
     /// Not ready before this, as long as the node is not up.
@@ -143,6 +152,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     spawn_watch(&config, inputs.clone());
     let (events_in, mut events) = mpsc::channel(QUEUE);
     let (kept_in, mut kept) = mpsc::channel(QUEUE);
+    let (looks_in, mut looks) = mpsc::channel(QUEUE);
     let netmaps = spawn_keeper(state.clone(), kept_in);
     let stop = |_| DaemonError::System { what: "signals" };
     let mut terminate = signal(SignalKind::terminate()).map_err(stop)?;
@@ -162,6 +172,8 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
         link: Link::new(events_in)?,
         going_up: VecDeque::new(),
         leaving: None,
+        setting: VecDeque::new(),
+        monitor: Monitor::new(looks_in),
         netmaps,
         ready_by: Some(Instant::now() + READY_PATIENCE),
         config,
@@ -174,6 +186,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
             Some(input) = answers.recv() => Event::Input(input),
             Some(event) = events.recv() => Event::Control(event),
             Some(call) = calls.recv() => Event::Call(call),
+            Some(look) = looks.recv() => Event::Looked(look),
             Some(result) = kept.recv() => Event::Kept(result),
             () = tick(&mut watchdog) => Event::Tick,
             _ = terminate.recv() => Event::Stop,
@@ -183,6 +196,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
             Event::Input(input) => daemon.engine.handle(Instant::now(), input),
             Event::Control(event) => daemon.handle_control(event),
             Event::Call(call) => daemon.handle_call(call),
+            Event::Looked(look) => daemon.looked(look),
             Event::Kept(result) => daemon.kept(result),
             Event::Tick => notify(&[NotifyState::Watchdog]),
             Event::Stop => break,
@@ -207,11 +221,15 @@ impl Daemon {
         let known = netmap.value.as_ref().filter(|_| netmap.problem.is_none());
         let generation = known.map(|netmap| netmap.generation);
         self.note("netmap_damaged", netmap.problem);
-        let Some(settings) = settings.value else {
-            // Nobody ever said what is to be: nothing is touched.
+        let nobody_said = settings.value.is_none();
+        self.settings = settings.value.unwrap_or_default();
+        self.switch_answers();
+        if nobody_said {
+            // What is to be: nothing is touched.
             return;
-        };
-        self.settings = settings;
+        }
+        self.engine
+            .handle(now, Input::ShieldsUp(self.settings.shields_up));
         self.engine
             .handle(now, Input::Advertise(self.settings.routes.clone()));
         if let Some(netmap) = netmap.value {
@@ -283,15 +301,22 @@ impl Daemon {
         });
     }
 
-    fn handle_call(&mut self, Call { request, reply }: Call) {
+    fn handle_call(&mut self, call: Call) {
+        let Call {
+            request,
+            reply,
+            more,
+        } = call;
         match request {
             Request::Up(up) => self.up(up, reply),
             Request::Down { purge } => self.down(purge, reply),
+            Request::Set(set) => self.set(set, reply),
             Request::Status => self.answer_status(reply),
             Request::Peers => send(reply, Response::Peers(self.peers())),
             Request::Ping { peer } => self.answer_ping(&peer, reply),
             Request::Explain(explain) => self.answer_explain(&explain, reply),
             Request::Counters => self.answer_counters(reply),
+            Request::Monitor(monitor) => self.follow(monitor, more, reply),
         }
     }
 
@@ -336,12 +361,16 @@ impl Daemon {
         if self.leaving.is_some() {
             self.answer_leaving(now);
         }
+        let setting = match self.setting.is_empty() {
+            true => None,
+            false => self.answer_setting(now),
+        };
         let leaving = self.leaving.iter().flat_map(|leaving| {
             let logout = leaving.logout.as_ref().map(|(until, _)| *until);
             logout.into_iter().chain([leaving.waiter.deadline])
         });
         let going_up = self.going_up.iter().map(|waiter| waiter.deadline);
-        let all = leaving.chain(going_up).chain(self.ready_by);
+        let all = leaving.chain(going_up).chain(setting).chain(self.ready_by);
         all.filter(|at| *at > now).min()
     }
 
@@ -425,6 +454,7 @@ impl Daemon {
         let identity = Arc::new(Identity::fresh(&self.config.state_dir)?);
         self.identity.send_replace(Arc::clone(&identity));
         self.engine = new_engine(&self.config, &identity);
+        self.switch_answers();
         Ok(())
     }
 

@@ -37,7 +37,7 @@ const QUEUE: usize = 16;
 pub type LendSecret = Box<dyn Fn(&mut dyn FnMut(&[u8; KEY_BYTES])) + Send>;
 
 /// A question about the programs and their maps, which are `None` while not attached.
-pub type Question = Box<dyn FnOnce(Option<&bpf::Acl>) + Send>;
+pub type Question = Box<dyn FnOnce(Option<&mut bpf::Acl>) + Send>;
 
 /// What a [`Kernel`] is told once.
 pub struct Config {
@@ -112,6 +112,8 @@ pub enum Job {
     Apply(Vec<Step>, oneshot::Sender<Result<(), ApplyError>>),
     /// Read what is there.
     Observe(oneshot::Sender<Result<Observed, ObserveError>>),
+    /// Answer refused packets from now on, or drop them in silence.
+    AnswerRefusals(bool, oneshot::Sender<Result<(), bpf::AclError>>),
     /// Answer a question about the programs and their maps.
     Ask(Question),
 }
@@ -124,6 +126,8 @@ pub struct Kernel {
     wireguard: Option<WireGuard>,
     switches: Switches,
     acl: Option<bpf::Acl>,
+    /// Whether refused packets are answered; `None` until somebody said.
+    answer_refusals: Option<bool>,
     /// The policy that this process wrote into the maps.
     policy: Option<u64>,
     /// How many peers the device has, as far as is known.
@@ -185,6 +189,7 @@ impl Kernel {
             wireguard: None,
             switches: Switches::new(&config.interface, config.switches.clone()),
             acl: None,
+            answer_refusals: None,
             policy: None,
             peers: 0,
             threaded: None,
@@ -202,7 +207,12 @@ impl Kernel {
             Job::Observe(reply) => {
                 let _ = reply.send(self.observe().await);
             }
-            Job::Ask(question) => question(self.acl.as_ref()),
+            Job::AnswerRefusals(answer, reply) => {
+                self.answer_refusals = Some(answer);
+                let acl = self.acl.as_ref();
+                let _ = reply.send(acl.map_or(Ok(()), |acl| acl.answer_refusals(answer)));
+            }
+            Job::Ask(question) => question(self.acl.as_mut()),
         }
     }
 
@@ -358,6 +368,9 @@ impl Kernel {
         self.policy = None;
         let interface = &self.config.interface;
         let acl = bpf::Acl::attach_or_adopt(interface, index, &self.config.bpf_dir)?;
+        if let Some(answer) = self.answer_refusals {
+            acl.answer_refusals(answer)?;
+        }
         self.acl = Some(acl);
         Ok(())
     }

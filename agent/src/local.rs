@@ -8,9 +8,12 @@
 //! ← {"version":1,"response":{"status":{"interface":{"name":"weir0", …}, …}}}
 //! ```
 //!
+//! Only [`Request::Monitor`] is answered with more than one line: after the first one the agent goes
+//! on, a line whenever there is something to tell, until the client hangs up.
+//!
 //! Anyone on the machine may connect and read ([`Access::Read`]); verbs that change something
-//! ([`Access::Change`]) are for root and for the user that the agent runs as, told by the kernel
-//! (`SO_PEERCRED`), each time, per verb. No answer carries a secret; a join token is the only
+//! ([`Access::Change`]) or show other users' traffic ([`Access::Watch`]) are for root and for the
+//! user that the agent runs as, told by the kernel (`SO_PEERCRED`), each time, per verb. No answer carries a secret; a join token is the only
 //! secret that a request may carry, and it does not print.
 //!
 //! This module knows the types, the server ([`Server`]) and the client ([`ask`]). It decides
@@ -22,15 +25,15 @@ mod client;
 pub mod report;
 mod server;
 
-pub use client::{AskError, ask};
+pub use client::{AskError, ask, follow};
 pub use server::{BindError, Server};
 
 use proto::control::{JoinToken, ParseTokenError};
 use proto::net::{Prefix, Protocol};
-use report::{Counter, Explanation, PeerStatus, PingTarget, Status};
+use report::{Counters, Explanation, PeerStatus, PingTarget, Refuse, Seen, Status};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use zeroize::Zeroizing;
 
 /// The version of this API and of the documents that `--json` prints.
@@ -73,6 +76,8 @@ pub enum Request {
         /// Also leave the network and forget identity and state.
         purge: bool,
     },
+    /// Change settings of this node. Answered with [`Response::Done`] when they are in force.
+    Set(Set),
     /// How the agent is.
     Status,
     /// All peers and how they are.
@@ -87,6 +92,18 @@ pub enum Request {
     Explain(Explain),
     /// The programs' counters.
     Counters,
+    /// Dropped packets, as they are dropped.
+    Monitor(Monitor),
+}
+
+/// See [`Request::Monitor`]. What is `None` does not matter.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Monitor {
+    /// Only packets that were dropped for this reason.
+    pub reason: Option<String>,
+    /// Only packets from or to this node or address.
+    pub peer: Option<String>,
 }
 
 /// See [`Request::Up`]. What is `None` stays as it was.
@@ -99,6 +116,16 @@ pub struct Up {
     pub hostname: Option<String>,
     /// Subnets to offer.
     pub routes: Option<BTreeSet<Prefix>>,
+}
+
+/// See [`Request::Set`]. What is `None` stays as it was.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Set {
+    /// Whether no new flow from others is let in, whatever policy says.
+    pub shields_up: Option<bool>,
+    /// What becomes of packets that this node refuses to send.
+    pub refuse: Option<Refuse>,
 }
 
 /// See [`Request::Explain`].
@@ -140,7 +167,7 @@ impl TokenText {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Response {
-    /// To [`Request::Down`]: it is done. The sentences tell what else there is to know (the
+    /// To [`Request::Down`] and [`Request::Set`]: it is done. The sentences tell what else there is to know (the
     /// coordinator could not be told, say); most often there are none.
     Done(Vec<String>),
     /// To [`Request::Status`] and, when it is up, to [`Request::Up`].
@@ -152,7 +179,9 @@ pub enum Response {
     /// To [`Request::Explain`].
     Explanation(Box<Explanation>),
     /// To [`Request::Counters`], by direction, verdict and reason.
-    Counters(Vec<Counter>),
+    Counters(Counters),
+    /// To [`Request::Monitor`], again and again.
+    Seen(Seen),
     /// To anything: it is not done.
     Refused(Refused),
 }
@@ -194,6 +223,8 @@ pub enum RefusedCode {
 pub enum Access {
     /// Any user of this machine.
     Read,
+    /// Root, or the user that the agent runs as: it shows what other users send and receive.
+    Watch,
     /// Root, or the user that the agent runs as.
     Change,
 }
@@ -203,7 +234,8 @@ impl Request {
     #[must_use]
     pub fn access(&self) -> Access {
         match self {
-            Self::Up(_) | Self::Down { .. } => Access::Change,
+            Self::Up(_) | Self::Down { .. } | Self::Set(_) => Access::Change,
+            Self::Monitor(_) => Access::Watch,
             Self::Status | Self::Peers | Self::Ping { .. } | Self::Explain(_) | Self::Counters => {
                 Access::Read
             }
@@ -218,4 +250,7 @@ pub struct Call {
     pub request: Request,
     /// Where the answer goes.
     pub reply: oneshot::Sender<Response>,
+    /// Where more goes after it, for a request that is answered with a stream. Closed when the
+    /// client hangs up; dropping it ends the stream.
+    pub more: Option<mpsc::Sender<Response>>,
 }

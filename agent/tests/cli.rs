@@ -3,7 +3,9 @@
 //! The agent behind it is played by a thread that serves the real local API with answers made up
 //! here; the binary, the socket and the kernel's word on who is asking are real.
 
-use agent::local::report::{Acl, Coordinator, Interface, Phase, Problem, Status};
+use agent::local::report::{
+    Acl, Coordinator, Counters, Interface, Phase, Problem, Refuse, Seen, Status,
+};
 use agent::local::{Call, Refused, RefusedCode, Request, Response, Server};
 use proto::control::{JoinToken, TOKEN_SECRET_BYTES, TokenSecret};
 use proto::key::Fingerprint;
@@ -129,6 +131,8 @@ fn status(phase: Phase) -> Status {
             attached: up,
             hook: up.then(|| "tcx".to_owned()),
             why: None,
+            shields_up: false,
+            refuse: Refuse::Answer,
         },
         peers: 0,
         problems: Vec::new(),
@@ -304,17 +308,18 @@ fn what_other_machines_say_does_not_command_the_terminal() {
 }
 
 #[test]
-fn another_user_may_read_but_not_change() {
-    let name = "another_user_may_read_but_not_change";
+fn another_user_may_read_but_neither_change_nor_watch() {
+    let name = "another_user_may_read_but_neither_change_nor_watch";
     if !rustix::process::geteuid().is_root() {
         skip(name, "only root can run a child as another user");
         return;
     }
     let agent = Agent::answering(|request| match request {
         Request::Status | Request::Up(_) => Response::Status(Box::new(status(Phase::Up))),
-        Request::Down { .. } => Response::Done(Vec::new()),
+        Request::Down { .. } | Request::Set(_) => Response::Done(Vec::new()),
         Request::Peers => Response::Peers(Vec::new()),
-        Request::Counters => Response::Counters(Vec::new()),
+        Request::Counters => Response::Counters(Counters::default()),
+        Request::Monitor(_) => Response::Seen(Seen::Begun),
         Request::Ping { .. } | Request::Explain(_) => refused(RefusedCode::UnknownPeer),
     });
     // The checkout may be closed to others.
@@ -328,6 +333,8 @@ fn another_user_may_read_but_not_change() {
     };
     for verb in [&["up"][..], &["down"], &["down", "--purge"]] {
         assert_eq!(agent.weir(verb, "").status.code(), Some(0), "{verb:?}");
+    }
+    for verb in [&["up"][..], &["down"], &["down", "--purge"], &["monitor"]] {
         let output = as_nobody(verb);
         assert_eq!(output.status.code(), Some(1), "{verb:?}");
         assert!(err(&output).contains("only root") && err(&output).contains("sudo"));

@@ -44,16 +44,17 @@ pub fn kind(counter: u32, packet: Option<&Packet>) -> u32 {
         let rest = u32::from(tuple.dst_port) << 16 | u32::from(tuple.protocol);
         hash = mix(hash, rest, u32::from(packet.tcp_flags));
     }
-    (hash >> 32) as u32 ^ hash as u32
+    // A product's upper half depends on all bits below it.
+    ((hash ^ hash >> 32).wrapping_mul(MULTIPLIER) >> 32) as u32
 }
 
-/// The multiplier is 2^64 divided by the golden ratio (Knuth, TAOCP 3, 6.4).
+/// 2^64 divided by the golden ratio (Knuth, TAOCP 3, 6.4).
+const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
+
 #[inline(always)]
 const fn mix(hash: u64, one: u32, two: u32) -> u64 {
     let word = (one as u64) << 32 | two as u64;
-    (hash ^ word)
-        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
-        .rotate_left(29)
+    (hash ^ word).wrapping_mul(MULTIPLIER).rotate_left(29)
 }
 
 /// Whether this kind is new in its window; if so, it is not any more.
@@ -94,8 +95,8 @@ pub fn describe<T: Tables, B: Bytes>(
         time_ns: now_ns,
         src: Addr { words: [0; 4] },
         dst: Addr { words: [0; 4] },
-        source: NOBODY,
-        destination: NOBODY,
+        src_class: 0,
+        dst_class: 0,
         len: bytes.len(),
         src_port: 0,
         dst_port: 0,
@@ -105,19 +106,23 @@ pub fn describe<T: Tables, B: Bytes>(
         protocol: 0,
         tcp_flags: 0,
         icmp_type: 0,
-        later_fragment: 0,
-        zero: 0,
+        src_side: side::NOBODY as u8,
+        dst_side: side::NOBODY as u8,
     };
     let header = addresses(bytes, &mut event);
     if let Some(packet) = packet {
-        event.known = known::ALL;
+        let later = packet.tuple.what == What::LaterFragment;
+        event.known = if later {
+            known::LATER_FRAGMENT
+        } else {
+            known::ALL
+        };
         event.protocol = packet.tuple.protocol;
         event.src_port = packet.tuple.src_port;
         event.dst_port = packet.tuple.dst_port;
         event.tcp_flags = packet.tcp_flags;
-        event.later_fragment = u8::from(packet.tuple.what == What::LaterFragment);
         let icmp = matches!(event.protocol, protocol::ICMP | protocol::ICMPV6);
-        if icmp && event.later_fragment == 0 {
+        if icmp && !later {
             event.icmp_type = match bytes.words::<1>(header) {
                 Some([word]) => word.to_ne_bytes()[0],
                 None => 0,
@@ -126,24 +131,23 @@ pub fn describe<T: Tables, B: Bytes>(
     }
     let active = tables.active();
     if event.known != known::NOTHING && active.epoch != 0 {
-        event.source = owner(tables, active.slot, &event.src);
-        event.destination = owner(tables, active.slot, &event.dst);
+        if let Some(source) = owner(tables, active.slot, &event.src) {
+            event.src_class = source.as_source;
+            event.src_side = source.side as u8;
+        }
+        if let Some(destination) = owner(tables, active.slot, &event.dst) {
+            event.dst_class = destination.as_destination;
+            event.dst_side = destination.side as u8;
+        }
     }
     event
 }
 
-const NOBODY: Identity = Identity {
-    as_source: 0,
-    as_destination: 0,
-    side: side::NOBODY,
-};
-
 #[inline(always)]
-fn owner<T: Tables>(tables: &T, slot: u32, addr: &Addr) -> Identity {
-    let exact = tables.identity(slot, addr);
-    match exact {
-        Some(identity) => identity,
-        None => tables.route(slot, addr).unwrap_or(NOBODY),
+fn owner<T: Tables>(tables: &T, slot: u32, addr: &Addr) -> Option<Identity> {
+    match tables.identity(slot, addr) {
+        Some(identity) => Some(identity),
+        None => tables.route(slot, addr),
     }
 }
 

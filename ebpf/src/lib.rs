@@ -6,6 +6,7 @@
 //! | [`event`] | what is told of dropped packets, and how often |
 //! | [`packet`] | bytes to [`packet::Packet`]; what cannot be read is a reason to drop |
 //! | [`verdict`] | [`verdict::decide`]: flow state and policy to a verdict |
+//! | [`refuse`] | what is answered to a packet that is refused on its way out |
 //! | [`reason`] | why a packet passed or not, with stable names |
 //! | `src/bin/acl.rs` | the two classifiers on the WireGuard device (built for BPF alone) |
 //!
@@ -22,4 +23,5 @@ pub mod abi;
 pub mod event;
 pub mod packet;
 pub mod reason;
+pub mod refuse;
 pub mod verdict;

@@ -378,7 +378,7 @@ fn part(offset: u32, more: bool) -> Part {
 
 /// Next-header values that are no upper-layer protocol.
 #[inline(always)]
-fn is_extension(next: u8) -> bool {
+pub(crate) fn is_extension(next: u8) -> bool {
     matches!(
         next,
         protocol::HOP_BY_HOP

@@ -2,7 +2,10 @@
 
 use super::target::{Port, parse_protocol};
 use crate::config::{DEFAULT_INTERFACE, DEFAULT_LISTEN_PORT, InterfaceName};
+use crate::local::report::Refuse;
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
+use ebpf::reason::Reason;
 use proto::control::MAX_HOSTNAME_BYTES;
 use proto::net::{Prefix, Protocol};
 use proto::netmap::MAX_ROUTES_PER_NODE;
@@ -50,6 +53,8 @@ pub enum Verb {
         #[arg(long)]
         purge: bool,
     },
+    /// Decide for this machine alone, whatever the network's policy says
+    Set(Set),
     /// How this machine is connected, and what is wrong if something is
     Status,
     /// The nodes that this one may talk with
@@ -66,6 +71,8 @@ pub enum Verb {
     Explain(Explain),
     /// Packets let through and dropped, by reason
     Counters,
+    /// Follow dropped packets as they are dropped, until Ctrl-C
+    Monitor(Monitor),
     /// Check what weir needs of this machine
     Doctor,
     /// Policy files, without an agent
@@ -171,6 +178,20 @@ pub struct Up {
     pub advertise_routes: Option<Routes>,
 }
 
+/// `weir set`.
+#[derive(Args)]
+#[group(required = true, multiple = true)]
+pub struct Set {
+    /// Let nothing in that others begin, whatever policy says
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "true")]
+    pub shields_up: Option<bool>,
+    /// What becomes of packets that policy does not permit to leave here: `answer` tells whoever
+    /// sent them, `drop` does not
+    #[arg(long, value_name = "HOW", value_parser = parse_refuse)]
+    pub refuse: Option<Refuse>,
+}
+
 /// Subnets, as given on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Routes(pub BTreeSet<Prefix>);
@@ -193,6 +214,19 @@ pub struct Explain {
     /// Users and nodes, with --policy
     #[arg(long, value_name = "TOPOLOGY.json", requires = "policy")]
     pub network: Option<PathBuf>,
+}
+
+/// `weir monitor`.
+#[derive(Args)]
+pub struct Monitor {
+    /// Only packets dropped for this reason
+    #[arg(long, value_name = "R", value_parser = PossibleValuesParser::new(
+        Reason::ALL.iter().map(|reason| reason.name())
+    ))]
+    pub reason: Option<String>,
+    /// Only packets from or to this node or address
+    #[arg(long, value_name = "P")]
+    pub peer: Option<String>,
 }
 
 /// What the command line says; or how it should end already (help was asked for, or it says
@@ -223,6 +257,14 @@ fn without_tokens(text: &str, arguments: &[OsString]) -> Option<String> {
         .collect();
     let safe = |text: String, token: &&str| text.replace(token, "weir1.…");
     (!tokens.is_empty()).then(|| tokens.iter().fold(text.to_owned(), safe))
+}
+
+fn parse_refuse(text: &str) -> Result<Refuse, String> {
+    match text {
+        "answer" => Ok(Refuse::Answer),
+        "drop" => Ok(Refuse::Drop),
+        _ => Err("`answer` or `drop`".to_owned()),
+    }
 }
 
 fn parse_hostname(text: &str) -> Result<String, String> {

@@ -168,6 +168,8 @@ fn acl_check(acl: &Acl, wanted: bool) -> Check {
         attached,
         hook,
         why,
+        shields_up: _,
+        refuse: _,
     } = acl;
     match (attached, why) {
         (true, _) => {

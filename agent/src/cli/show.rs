@@ -6,7 +6,8 @@ use super::arguments::Explain as Arguments;
 use super::target::{choose, first_packet};
 use super::{Agent, Console, Failure, PATIENCE, astray};
 use crate::local::report::{
-    Coordinator, Counter, End, Explanation, Node, PeerStatus, Phase, Problem, Status, Verdict,
+    Answers, Coordinator, Counters, End, Explanation, Node, PeerStatus, Phase, Problem,
+    Refuse, Status, Verdict,
 };
 use crate::local::{Explain, Request, Response};
 use proto::filter::Direction;
@@ -72,11 +73,7 @@ pub(super) fn counters(agent: &Agent, console: &Console) -> Result<(), Failure> 
         return Err(astray());
     };
     if console.json {
-        #[derive(Serialize)]
-        struct Counters {
-            counters: Vec<Counter>,
-        }
-        console.document(Counters { counters })
+        console.document(counters)
     } else {
         console.say(&counters_text(&counters))
     }
@@ -147,6 +144,13 @@ fn status_text(status: &Status) -> String {
         (false, _) => format!("the programs are not attached{}", or_nothing(why)),
     };
     table.row(["  policy", &enforced]);
+    if acl.shields_up {
+        let shields = "up: nothing that others begin is let in (`weir set --shields-up=false`)";
+        table.row(["  shields", shields]);
+    }
+    if acl.refuse == Refuse::Drop {
+        table.row(["  refusals", "silent (`weir set --refuse=answer`)"]);
+    }
     if let Some(generation) = generation {
         let netmap = format!("generation {generation}, {}", count(*peers, "peer"));
         table.row(["  netmap", &netmap]);
@@ -257,6 +261,8 @@ pub(super) fn explanation_text(explanation: &Explanation) -> String {
         verdict,
         reason,
         rule: _,
+        matched: _,
+        near: _,
         sentences,
     } = explanation;
     let verdict = match verdict {
@@ -286,7 +292,7 @@ pub(super) fn explanation_text(explanation: &Explanation) -> String {
     text
 }
 
-fn counters_text(counters: &[Counter]) -> String {
+fn counters_text(Counters { counters, answers }: &Counters) -> String {
     let mut table = Table::headed(["DIRECTION", "VERDICT", "REASON", "PACKETS"]);
     let mut seen = false;
     for counter in counters.iter().filter(|counter| counter.packets > 0) {
@@ -305,6 +311,9 @@ fn counters_text(counters: &[Counter]) -> String {
             &counter.reason,
             &counter.packets.to_string(),
         ]);
+    }
+    for Answers { outcome, packets } in answers.iter().filter(|answers| answers.packets > 0) {
+        table.row(["egress", "answer", outcome, &packets.to_string()]);
     }
     if seen {
         table.print()

@@ -214,7 +214,7 @@ pub(super) fn down(agent: &Agent, console: &Console, purge: bool) -> Result<(), 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::local::report::{Acl, Coordinator, Interface};
+    use crate::local::report::{Acl, Coordinator, Interface, Refuse};
 
     fn starting() -> Status {
         Status {
@@ -239,6 +239,8 @@ mod tests {
                 attached: false,
                 hook: None,
                 why: Some("there is no bpffs".to_owned()),
+                shields_up: false,
+                refuse: Refuse::Answer,
             },
             peers: 0,
             problems: Vec::new(),

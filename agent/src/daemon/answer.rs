@@ -1,17 +1,17 @@
 //! What the agent answers: the documents of the local API, from the engine's view and the maps.
 
+use super::explain::{same_family, way};
 use super::{Daemon, refused, send};
 use crate::kernel::{Job, bpf};
 use crate::local::report::{
-    Acl, Coordinator, Counter, End, Explanation, Interface, Node, PeerStatus, Phase, PingTarget,
-    Problem, RuleRef, Status, Verdict,
+    Acl, Answers, Coordinator, Counter, Counters, Interface, Node, PeerStatus, Phase, PingTarget,
+    Problem, Refuse, Status, Verdict,
 };
-use crate::local::{Explain, RefusedCode, Response};
+use crate::local::{RefusedCode, Response};
 use ebpf::abi;
-use ebpf::verdict::Question;
+use ebpf::refuse::Outcome;
 use engine::plan;
 use engine::status::{FailureKind, Problem as EngineProblem};
-use proto::filter::Direction;
 use proto::net::Protocol;
 use proto::netmap::{Netmap, Peer};
 use std::net::IpAddr;
@@ -54,6 +54,12 @@ impl Daemon {
                 attached,
                 hook: None,
                 why: not_attached.filter(|_| !attached),
+                shields_up: self.settings.shields_up,
+                refuse: if self.settings.silent {
+                    Refuse::Drop
+                } else {
+                    Refuse::Answer
+                },
             },
             peers: engine.netmap.map_or(0, |netmap| netmap.peers.len()),
             problems: self.own_problems().chain(problems).collect(),
@@ -137,17 +143,14 @@ impl Daemon {
 
     pub(super) fn answer_counters(&self, reply: oneshot::Sender<Response>) {
         self.ask_maps(
-            |acl| acl.map(bpf::Acl::counters),
+            |acl| acl.map(|acl| Ok((acl.counters()?, acl.answers()?))),
             move |counters| {
                 let response = match counters {
-                    Some(Ok(counters)) => {
-                        Response::Counters(counters.into_iter().map(counter).collect())
-                    }
-                    Some(Err(error)) => refused(
-                        RefusedCode::Failed,
-                        &super::chain(&error),
-                        "Run weir doctor.",
-                    ),
+                    Some(Ok((counters, answers))) => Response::Counters(Counters {
+                        counters: counters.into_iter().map(counter).collect(),
+                        answers: answers.into_iter().map(answered).collect(),
+                    }),
+                    Some(Err(error)) => failed(&error),
                     None => not_attached(),
                 };
                 send(reply, response);
@@ -156,9 +159,9 @@ impl Daemon {
     }
 
     /// Asks the kernel's thread about the maps, and goes on with the answer.
-    fn ask_maps<T: Send + 'static>(
+    pub(super) fn ask_maps<T: Send + 'static>(
         &self,
-        question: impl FnOnce(Option<&bpf::Acl>) -> Option<T> + Send + 'static,
+        question: impl FnOnce(Option<&mut bpf::Acl>) -> Option<T> + Send + 'static,
         with: impl FnOnce(Option<T>) + Send + 'static,
     ) {
         let (tell, told) = oneshot::channel();
@@ -212,26 +215,6 @@ impl Daemon {
         }
     }
 
-    pub(super) fn answer_explain(&self, explain: &Explain, reply: oneshot::Sender<Response>) {
-        let (src, dst) = match (self.find(&explain.src), self.find(&explain.dst)) {
-            (Ok(src), Ok(dst)) => same_family(src, dst),
-            (Err(response), _) | (_, Err(response)) => return send(reply, response),
-        };
-        let Some((src, dst)) = src.zip(dst) else {
-            let message = "the two have no addresses of the same family";
-            return send(reply, refused(RefusedCode::BadRequest, message, ""));
-        };
-        let port = explain
-            .protocol
-            .has_ports()
-            .then_some(explain.port)
-            .flatten();
-        self.explain(src, dst, explain.protocol, port, move |explanation| {
-            let response = explanation.map(|found| Response::Explanation(Box::new(found)));
-            send(reply, response.unwrap_or_else(not_attached));
-        });
-    }
-
     pub(super) fn answer_ping(&self, name: &str, reply: oneshot::Sender<Response>) {
         let netmap = self.engine.status().netmap;
         let addrs = match self.find(name) {
@@ -268,7 +251,7 @@ impl Daemon {
     }
 
     /// The addresses that a name or an address stands for.
-    fn find(&self, text: &str) -> Result<Vec<IpAddr>, Response> {
+    pub(super) fn find(&self, text: &str) -> Result<Vec<IpAddr>, Response> {
         if let Ok(addr) = text.parse() {
             return Ok(vec![addr]);
         }
@@ -282,145 +265,25 @@ impl Daemon {
             .map(|(_, addrs)| addrs.clone())
             .ok_or_else(|| unknown(text))
     }
-
-    /// Which way a first packet would cross the device: whichever end is ours says it.
-    fn direction(&self, src: IpAddr, dst: IpAddr) -> Option<Direction> {
-        let me = &self.engine.status().netmap?.me;
-        let ours = |addr: IpAddr| {
-            me.addrs.contains(&addr) || me.routes.iter().any(|route| route.contains(addr))
-        };
-        match (ours(src), ours(dst)) {
-            (true, false) => Some(Direction::Egress),
-            (false, true) => Some(Direction::Ingress),
-            (true, true) | (false, false) => None,
-        }
-    }
-
-    fn end(&self, addr: IpAddr) -> End {
-        let node = self.engine.status().netmap.and_then(|netmap| {
-            if netmap.me.addrs.contains(&addr) {
-                return Some(netmap.me.name.clone());
-            }
-            let has = |peer: &&Peer| peer.addrs.contains(&addr);
-            netmap
-                .peers
-                .values()
-                .find(has)
-                .map(|peer| peer.name.clone())
-        });
-        End { addr, node }
-    }
-
-    /// What the loaded tables say of a first packet; `None` if none are loaded.
-    fn explain(
-        &self,
-        src: IpAddr,
-        dst: IpAddr,
-        protocol: Protocol,
-        port: Option<u16>,
-        with: impl FnOnce(Option<Explanation>) + Send + 'static,
-    ) {
-        let mut explanation = Explanation {
-            src: self.end(src),
-            dst: self.end(dst),
-            protocol,
-            port,
-            direction: self.direction(src, dst),
-            verdict: Verdict::Deny,
-            reason: "not_here".to_owned(),
-            rule: None,
-            sentences: Vec::new(),
-        };
-        let Some(direction) = explanation.direction else {
-            explanation.sentences = vec![
-                "Such a packet does not cross this node's device: neither end (or both) is this \
-                 node or a subnet that it serves. Ask on the node of either end."
-                    .to_owned(),
-            ];
-            return with(Some(explanation));
-        };
-        let rules = self.engine.status().lowered.allowing(
-            direction,
-            src,
-            dst,
-            protocol,
-            port.unwrap_or_default(),
-        );
-        let rule = rules.first().map(|rule| RuleRef {
-            index: rule.index,
-            line: rule.line,
-        });
-        let question = Question {
-            src: src.into(),
-            dst: dst.into(),
-            port: u32::from(port.unwrap_or_default()),
-            protocol: u32::from(protocol.0),
-            direction: match direction {
-                Direction::Ingress => abi::Direction::Ingress,
-                Direction::Egress => abi::Direction::Egress,
-            } as u32,
-            slot: 0,
-        };
-        self.ask_maps(
-            move |acl| acl.map(|acl| acl.explain(&question)),
-            move |verdict| {
-                with(verdict.map(|verdict| {
-                    explanation.reason = verdict.name().to_owned();
-                    explanation.sentences = sentences(verdict, rule, direction);
-                    if verdict.passes() {
-                        explanation.verdict = Verdict::Accept;
-                        explanation.rule = rule;
-                    }
-                    explanation
-                }));
-            },
-        );
-    }
 }
 
-fn sentences(
-    verdict: ebpf::verdict::Verdict,
-    rule: Option<RuleRef>,
-    direction: Direction,
-) -> Vec<String> {
-    let here = match (verdict.passes(), rule) {
-        (true, Some(RuleRef { index, line })) => {
-            format!("Entry {index} of the policy, at line {line}, allows it.")
-        }
-        (true, None) => "The tables that are loaded allow it.".to_owned(),
-        (false, _) => verdict.reason().map_or_else(
-            || "It is denied.".to_owned(),
-            |reason| match reason {
-                ebpf::reason::Reason::Policy => "No rule of the policy allows it.".to_owned(),
-                ebpf::reason::Reason::NoPolicy => "No policy is loaded: all is denied.".to_owned(),
-                other => format!("It is denied before any rule is asked: {}.", other.name()),
-            },
-        ),
-    };
-    let there = match direction {
-        Direction::Egress => "The receiver decides too: ask there with the same words.",
-        Direction::Ingress => "The sender decides too: ask there with the same words.",
-    };
-    vec![here, there.to_owned()]
+fn failed(error: &bpf::AclError) -> Response {
+    let message = super::chain(error);
+    refused(RefusedCode::Failed, &message, "Run weir doctor.")
 }
 
-/// One address of each, of a family that both have; IPv4 first.
-fn same_family(src: Vec<IpAddr>, dst: Vec<IpAddr>) -> (Option<IpAddr>, Option<IpAddr>) {
-    let pair = [true, false].into_iter().find_map(|v4| {
-        let of = |addrs: &[IpAddr]| addrs.iter().copied().find(|addr| addr.is_ipv4() == v4);
-        of(&src).zip(of(&dst))
-    });
-    pair.unzip()
+fn answered((outcome, packets): (Outcome, u64)) -> Answers {
+    Answers {
+        outcome: outcome.name().to_owned(),
+        packets,
+    }
 }
 
 fn counter(
     (direction, verdict, packets): (abi::Direction, ebpf::verdict::Verdict, u64),
 ) -> Counter {
     Counter {
-        direction: match direction {
-            abi::Direction::Ingress => Direction::Ingress,
-            abi::Direction::Egress => Direction::Egress,
-        },
+        direction: way(direction),
         verdict: if verdict.passes() {
             Verdict::Accept
         } else {
@@ -447,7 +310,7 @@ fn unknown(name: &str) -> Response {
     )
 }
 
-fn not_attached() -> Response {
+pub(super) fn not_attached() -> Response {
     refused(
         RefusedCode::Failed,
         "the ACL programs are not attached",

@@ -15,7 +15,7 @@
 //! programs are replaced; until then the old ones decide.
 //!
 //! A policy is written into the idle slot and made to count by one store ([`policy`]). `explain` and
-//! dumps read the same maps ([`view`]). [`place`] refuses a folder whose pins would die with the
+//! dumps read the same maps ([`view`]), and [`events`] what the programs tell of drops. [`place`] refuses a folder whose pins would die with the
 //! agent's own mount namespace.
 //!
 //! Everything unsafe of the agent's BPF is in this file: map access by `bpf(2)` ([`RawMap`]), and
@@ -27,8 +27,10 @@
 
 mod acl;
 mod attach;
+mod events;
 mod place;
 mod policy;
+mod refuse;
 mod view;
 
 use ebpf::abi::{Active, maps};
@@ -39,7 +41,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-pub use self::acl::Acl;
+pub use self::acl::{Acl, First};
 pub use attach::{How, Options};
 
 /// The committed object, aligned as the loader wants it.
@@ -262,8 +264,9 @@ struct RunAttr {
     zero: u32,
 }
 
-/// `TC_ACT_SHOT` (include/uapi/linux/pkt_cls.h).
-const DROPPED: u32 = 2;
+/// `TC_ACT_UNSPEC` (include/uapi/linux/pkt_cls.h): what the programs return for a packet that may go
+/// on. Any other packet is dropped, or replaced by the answer to it.
+const PASSED: u32 = u32::MAX;
 
 #[repr(C)]
 #[derive(Default)]
@@ -350,7 +353,7 @@ fn test_run(program: &OwnedFd, packet: &[u8], repeat: u32) -> io::Result<Run> {
     // SAFETY: the packet lives through the call; no output is asked for.
     unsafe { bpf(command::PROG_TEST_RUN, &mut attr) }?;
     Ok(Run {
-        passes: attr.result != DROPPED,
+        passes: attr.result == PASSED,
         mean_ns: attr.duration_ns,
     })
 }

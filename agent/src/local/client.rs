@@ -1,4 +1,5 @@
-//! The socket's other side, for the command line: one question, one answer.
+//! The socket's other side, for the command line: one question, one answer ([`ask`]), or a stream of
+//! them ([`follow`]).
 
 use super::{MAX_RESPONSE_BYTES, Request, RequestLine, Response, ResponseLine, VERSION};
 use serde::Deserialize;
@@ -6,6 +7,8 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use zeroize::Zeroizing;
 
 /// Why there is no answer.
@@ -45,21 +48,8 @@ pub enum AskError {
 /// [`AskError`]. After [`AskError::Late`] and [`AskError::BrokenOff`] the request may still have
 /// been carried out.
 pub fn ask(socket: &Path, request: Request, patience: Duration) -> Result<Response, AskError> {
-    let mut stream = UnixStream::connect(socket).map_err(|source| match source.kind() {
-        io::ErrorKind::PermissionDenied => AskError::NotPermitted {
-            socket: socket.to_owned(),
-        },
-        _ => AskError::NoAgent {
-            socket: socket.to_owned(),
-            source,
-        },
-    })?;
-    let line = RequestLine {
-        version: VERSION,
-        request,
-    };
-    let mut line = Zeroizing::new(serde_json::to_vec(&line).map_err(AskError::Unreadable)?);
-    line.push(b'\n');
+    let mut stream = UnixStream::connect(socket).map_err(|error| unreachable(socket, error))?;
+    let line = written(request)?;
     let mut answer = Vec::new();
     let exchange = || {
         stream.set_read_timeout(Some(patience))?;
@@ -73,6 +63,67 @@ pub fn ask(socket: &Path, request: Request, patience: Duration) -> Result<Respon
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => AskError::Late(patience),
         _ => AskError::BrokenOff(error),
     })?;
+    read(&answer)
+}
+
+/// Asks the agent at `socket` for a stream, whose lines come from [`Stream::next`].
+///
+/// # Errors
+/// [`AskError`].
+pub async fn follow(socket: &Path, request: Request) -> Result<Stream, AskError> {
+    let connected = tokio::net::UnixStream::connect(socket).await;
+    let stream = connected.map_err(|error| unreachable(socket, error))?;
+    let (reader, mut writer) = stream.into_split();
+    let line = written(request)?;
+    writer.write_all(&line).await.map_err(AskError::BrokenOff)?;
+    Ok(Stream {
+        reader: tokio::io::BufReader::new(reader),
+        _writer: writer,
+    })
+}
+
+/// Answers that come as they come. Dropping it hangs up.
+pub struct Stream {
+    reader: tokio::io::BufReader<OwnedReadHalf>,
+    /// Who closes this side has hung up.
+    _writer: OwnedWriteHalf,
+}
+
+impl Stream {
+    /// The next one, however long it takes.
+    ///
+    /// # Errors
+    /// [`AskError`]; [`AskError::BrokenOff`] when the agent ends.
+    pub async fn next(&mut self) -> Result<Response, AskError> {
+        let mut answer = Vec::new();
+        let mut bounded = (&mut self.reader).take(MAX_RESPONSE_BYTES);
+        let taken = bounded.read_until(b'\n', &mut answer).await;
+        taken.map_err(AskError::BrokenOff)?;
+        read(&answer)
+    }
+}
+
+fn unreachable(socket: &Path, source: io::Error) -> AskError {
+    let socket = socket.to_owned();
+    match source.kind() {
+        io::ErrorKind::PermissionDenied => AskError::NotPermitted { socket },
+        _ => AskError::NoAgent { socket, source },
+    }
+}
+
+/// The request as it stands on the socket.
+fn written(request: Request) -> Result<Zeroizing<Vec<u8>>, AskError> {
+    let line = RequestLine {
+        version: VERSION,
+        request,
+    };
+    let mut line = Zeroizing::new(serde_json::to_vec(&line).map_err(AskError::Unreadable)?);
+    line.push(b'\n');
+    Ok(line)
+}
+
+/// The answer in a whole line.
+fn read(answer: &[u8]) -> Result<Response, AskError> {
     if answer.last() != Some(&b'\n') {
         return Err(AskError::BrokenOff(io::ErrorKind::UnexpectedEof.into()));
     }
@@ -80,10 +131,10 @@ pub fn ask(socket: &Path, request: Request, patience: Duration) -> Result<Respon
     struct AnyVersion {
         version: u32,
     }
-    let AnyVersion { version } = serde_json::from_slice(&answer).map_err(AskError::Unreadable)?;
+    let AnyVersion { version } = serde_json::from_slice(answer).map_err(AskError::Unreadable)?;
     if version != VERSION {
         return Err(AskError::Version(version));
     }
-    let line: ResponseLine = serde_json::from_slice(&answer).map_err(AskError::Unreadable)?;
+    let line: ResponseLine = serde_json::from_slice(answer).map_err(AskError::Unreadable)?;
     Ok(line.response)
 }

@@ -121,6 +121,21 @@ pub struct Acl {
     pub hook: Option<String>,
     /// Why they are not attached, as a sentence; `null` where that is nothing unusual.
     pub why: Option<String>,
+    /// Whether this machine lets nothing in that others begin, whatever policy says.
+    pub shields_up: bool,
+    /// What becomes of packets that this machine refuses to send.
+    pub refuse: Refuse,
+}
+
+/// What whoever sent a packet learns when this machine refuses to let it out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Refuse {
+    /// At once that it is not permitted: by a reset, or an ICMP error.
+    #[default]
+    Answer,
+    /// Nothing.
+    Drop,
 }
 
 /// Something that is wrong.
@@ -191,6 +206,10 @@ pub struct Explanation {
     pub reason: String,
     /// The rule that allows it; `null` when denied.
     pub rule: Option<RuleRef>,
+    /// The selectors of that rule that matched, as the policy has them; `null` when denied.
+    pub matched: Option<Matched>,
+    /// The rules that came closest, nearest first; empty unless no rule allows it.
+    pub near: Vec<NearMiss>,
     /// The same in sentences: what matched, or what came closest and why it failed.
     pub sentences: Vec<String>,
 }
@@ -221,6 +240,127 @@ pub struct RuleRef {
     pub index: u32,
     /// The line where it starts, from 1.
     pub line: u32,
+}
+
+/// Which selectors of a rule matched.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Matched {
+    /// Of its sources.
+    pub src: String,
+    /// Of its destinations.
+    pub dst: String,
+}
+
+/// A rule that does not allow a flow, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NearMiss {
+    /// Which one.
+    #[serde(flatten)]
+    pub rule: RuleRef,
+    /// What it lacks, as a clause.
+    pub why: String,
+}
+
+/// One line of `weir monitor`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Seen {
+    /// From here on drops are told.
+    Begun,
+    /// A packet was dropped.
+    Drop(Box<Drop>),
+    /// More packets were dropped than told.
+    LeftOut(LeftOut),
+}
+
+/// A dropped packet. Never what it carried.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drop {
+    /// When, in milliseconds since 1970.
+    pub time_ms: u64,
+    /// Which way.
+    pub direction: Direction,
+    /// Why: the name of the counter that it raised.
+    pub reason: String,
+    /// Who sent it; `null` where the packet could not be read so far.
+    pub src: Option<Party>,
+    /// To whom; `null` likewise.
+    pub dst: Option<Party>,
+    /// The protocol; `null` likewise.
+    pub protocol: Option<Protocol>,
+    /// Letters of its TCP flags (`S`, `SA`, `R` …); `null` of other protocols.
+    pub tcp_flags: Option<String>,
+    /// Its ICMP type; `null` of other protocols.
+    pub icmp_type: Option<u8>,
+    /// Whether it is a fragment after the first, which has no ports.
+    pub later_fragment: bool,
+    /// Its length, IP header included.
+    pub length_bytes: u32,
+    /// The rule that came closest, where no rule allows it; `null` if none came close, or the reason
+    /// is another.
+    pub near: Option<NearMiss>,
+    /// Why, as a sentence.
+    pub why: String,
+}
+
+/// One end of a dropped packet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Party {
+    /// Its address.
+    pub addr: IpAddr,
+    /// Its port; `null` where there is none.
+    pub port: Option<u16>,
+    /// The name of the node that has the address, or a subnet with it behind it; `null` if no known
+    /// node has.
+    pub node: Option<String>,
+    /// Whose the loaded tables say that it is.
+    pub side: Side,
+    /// Its class in the loaded tables, as a source or as a destination: addresses that no rule tells
+    /// apart have the same; 0 is named by no rule.
+    pub class: u32,
+}
+
+/// Whose an address is in the loaded tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Side {
+    /// Nobody's.
+    Nobody,
+    /// A peer's, or behind a peer.
+    Peer,
+    /// This node's, or behind it.
+    Own,
+}
+
+/// Drops that were counted and not told: alike to one that was, or too many at a time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeftOut {
+    /// Which way.
+    pub direction: Direction,
+    /// Why they were dropped.
+    pub reason: String,
+    /// How many, since the last such line.
+    pub packets: u64,
+}
+
+/// `weir counters`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Packets by direction and what became of them.
+    pub counters: Vec<Counter>,
+    /// Packets that this machine refused to send and that were due an answer, by what became of
+    /// that. Each is also counted as dropped, under its reason.
+    pub answers: Vec<Answers>,
+}
+
+/// Answers to refused packets.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answers {
+    /// `sent`; `limited`, when there were too many lately; `failed`, when the kernel could not make
+    /// one. Stable.
+    pub outcome: String,
+    /// How many, since the programs were loaded.
+    pub packets: u64,
 }
 
 /// One line of `weir counters`.

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::unix::OwnedWriteHalf;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
@@ -23,6 +24,8 @@ const MAX_CLIENTS: usize = 64;
 const IDLE: Duration = Duration::from_secs(30);
 /// Longest wait for a client to take its answer.
 const TAKE: Duration = Duration::from_secs(30);
+/// Lines of a stream that may wait for a client to take them.
+const STREAM: usize = 256;
 /// Longest path of a unix socket, in bytes (`sun_path` in unix(7), less its NUL).
 const MAX_PATH_BYTES: usize = 107;
 
@@ -151,25 +154,44 @@ async fn converse(stream: UnixStream, owner: u32, calls: mpsc::Sender<Call>) -> 
             return Ok(());
         }
         let whole = line.last() == Some(&b'\n');
+        let mut stream = None;
         let response = match parse(&line, may_change) {
             Ok(request) => {
+                let (more_in, more) = mpsc::channel(STREAM);
+                let streams = matches!(request, Request::Monitor(_));
+                stream = streams.then_some(more);
                 tokio::select! {
-                    response = answer(request, &calls) => response,
+                    response = answer(request, streams.then_some(more_in), &calls) => response,
                     () = hung_up(&mut reader) => return Ok(()),
                 }
             }
             Err(refused) => Response::Refused(refused),
         };
-        let mut answer = serde_json::to_vec(&ResponseLine {
-            version: VERSION,
-            response,
-        })?;
-        answer.push(b'\n');
-        timeout(TAKE, writer.write_all(&answer)).await??;
+        tell(&mut writer, response).await?;
+        while let Some(more) = &mut stream {
+            let next = tokio::select! {
+                next = more.recv() => next,
+                () = hung_up(&mut reader) => return Ok(()),
+            };
+            match next {
+                Some(response) => tell(&mut writer, response).await?,
+                None => stream = None,
+            }
+        }
         if !whole {
             return Ok(());
         }
     }
+}
+
+/// Writes one line.
+async fn tell(writer: &mut OwnedWriteHalf, response: Response) -> io::Result<()> {
+    let mut line = serde_json::to_vec(&ResponseLine {
+        version: VERSION,
+        response,
+    })?;
+    line.push(b'\n');
+    timeout(TAKE, writer.write_all(&line)).await?
 }
 
 /// The request in the line, if its sender may make it.
@@ -210,13 +232,27 @@ fn parse(line: &[u8], may_change: bool) -> Result<Request, Refused> {
             "only root may change how this machine is connected".to_owned(),
             "Run the same command with sudo.",
         )),
-        Access::Change | Access::Read => Ok(request),
+        Access::Watch if !may_change => Err(refused(
+            RefusedCode::NotPermitted,
+            "only root may see what others send and receive".to_owned(),
+            "Run the same command with sudo.",
+        )),
+        Access::Change | Access::Watch | Access::Read => Ok(request),
     }
 }
 
-async fn answer(request: Request, calls: &mpsc::Sender<Call>) -> Response {
+async fn answer(
+    request: Request,
+    more: Option<mpsc::Sender<Response>>,
+    calls: &mpsc::Sender<Call>,
+) -> Response {
     let (reply, response) = oneshot::channel();
-    let sent = calls.send(Call { request, reply }).await;
+    let call = Call {
+        request,
+        reply,
+        more,
+    };
+    let sent = calls.send(call).await;
     match (sent, response.await) {
         (Ok(()), Ok(response)) => response,
         (Err(_), _) | (_, Err(_)) => Response::Refused(Refused {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::local::report::{Acl, Interface, RuleRef};
+use crate::local::report::{Acl, Counter, Interface, Matched, RuleRef};
 use proto::id::{Generation, NodeId};
 use proto::key::NodeKey;
 use proto::net::Protocol;
@@ -43,6 +43,8 @@ fn up() -> Status {
             attached: true,
             hook: Some("tcx".to_owned()),
             why: None,
+            shields_up: false,
+            refuse: Refuse::Answer,
         },
         peers: 1,
         problems: vec![Problem {
@@ -112,6 +114,8 @@ fn a_status_before_joining_reads_like_this() {
             attached: false,
             hook: None,
             why: None,
+            shields_up: true,
+            refuse: Refuse::Drop,
         },
         peers: 0,
         problems: Vec::new(),
@@ -120,6 +124,8 @@ fn a_status_before_joining_reads_like_this() {
 This machine is not in a network. `weir up --token-file FILE` joins one.
   device       weir0 is not up
   policy       nothing to enforce while the device is not up
+  shields      up: nothing that others begin is let in (`weir set --shields-up=false`)
+  refusals     silent (`weir set --refuse=answer`)
   coordinator  none yet
 ";
     assert_eq!(status_text(&status), want);
@@ -159,6 +165,11 @@ fn an_explanation_reads_like_this() {
         verdict: Verdict::Accept,
         reason: "new".to_owned(),
         rule: Some(RuleRef { index: 2, line: 17 }),
+        matched: Some(Matched {
+            src: "tag:web".to_owned(),
+            dst: "*".to_owned(),
+        }),
+        near: Vec::new(),
         sentences: vec!["Entry 2 of the policy, at line 17, allows it.".to_owned()],
     };
     let want = "\
@@ -180,11 +191,20 @@ fn counters_that_never_counted_are_left_out() {
 DIRECTION  VERDICT  REASON  PACKETS
 ingress    deny     policy  5
 ";
-    assert_eq!(
-        counters_text(&[counter("policy", 5), counter("spoofed", 0)]),
-        want
-    );
-    assert!(counters_text(&[counter("policy", 0)]).starts_with("No packet"));
+    let some = |counters: &[Counter], sent| {
+        let answers = [("sent", sent), ("limited", 0)].map(|(outcome, packets)| Answers {
+            outcome: outcome.to_owned(),
+            packets,
+        });
+        counters_text(&Counters {
+            counters: counters.to_vec(),
+            answers: answers.to_vec(),
+        })
+    };
+    let both = [counter("policy", 5), counter("spoofed", 0)];
+    assert_eq!(some(&both, 0), want);
+    assert!(some(&both, 7).ends_with("egress     answer   sent    7\n"));
+    assert!(some(&[counter("policy", 0)], 0).starts_with("No packet"));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 use super::*;
-use crate::local::{AskError, Explain, Up, ask};
+use crate::local::report::Seen;
+use crate::local::{AskError, Explain, Monitor, Up, ask, follow};
 use proto::net::Protocol;
 use std::io::{BufRead, Write};
 
@@ -56,11 +57,12 @@ fn requests() -> Vec<(Request, Access)> {
         (Request::Ping { peer }, Access::Read),
         (Request::Explain(explain), Access::Read),
         (Request::Counters, Access::Read),
+        (Request::Monitor(Monitor::default()), Access::Watch),
     ]
 }
 
 #[test]
-fn changing_verbs_need_root_or_the_agents_user_and_reading_verbs_nobody() {
+fn verbs_that_change_or_watch_need_root_or_the_agents_user_and_others_nobody() {
     for (request, access) in requests() {
         let line = serde_json::to_vec(&RequestLine {
             version: VERSION,
@@ -69,7 +71,7 @@ fn changing_verbs_need_root_or_the_agents_user_and_reading_verbs_nobody() {
         .unwrap();
         assert!(parse(&line, true).is_ok());
         let refused = parse(&line, false).err().map(|refused| refused.code);
-        let wanted = (access == Access::Change).then_some(RefusedCode::NotPermitted);
+        let wanted = (access != Access::Read).then_some(RefusedCode::NotPermitted);
         assert_eq!(refused, wanted);
     }
 }
@@ -83,6 +85,29 @@ async fn every_verb_is_answered_to_the_agents_own_user() {
         let asked = tokio::task::spawn_blocking(move || ask(&path, request, PATIENCE));
         assert_eq!(asked.await.unwrap().unwrap(), Response::Done(Vec::new()));
     }
+}
+
+#[tokio::test]
+async fn a_stream_goes_on_until_the_client_hangs_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("weir.sock");
+    let server = Server::bind(&path).unwrap();
+    let (calls, mut received) = mpsc::channel::<Call>(1);
+    tokio::spawn(server.serve(calls));
+    let request = Request::Monitor(Monitor::default());
+    let mut stream = follow(&path, request).await.unwrap();
+    let call = received.recv().await.unwrap();
+    let more = call.more.unwrap();
+    let begun = Response::Seen(Seen::Begun);
+    call.reply.send(begun.clone()).unwrap();
+    for _ in 0..3 {
+        more.send(begun.clone()).await.unwrap();
+    }
+    for _ in 0..4 {
+        assert_eq!(stream.next().await.unwrap(), begun);
+    }
+    drop(stream);
+    more.closed().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
