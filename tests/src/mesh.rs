@@ -277,6 +277,21 @@ impl Node {
         rows.iter().map(row).collect()
     }
 
+    /// Answers to packets that it refused to send, by what became of them.
+    ///
+    /// # Errors
+    /// If the agent does not answer.
+    pub fn answers(&self) -> anyhow::Result<Counters> {
+        let document = self.weir("counters --json")?.json()?;
+        let rows = document["answers"].as_array().context("no answers")?;
+        let row = |row: &Value| {
+            let outcome = row["outcome"].as_str().context("a word")?;
+            let packets = row["packets"].as_u64().context("a number")?;
+            Ok((outcome.to_owned(), packets))
+        };
+        rows.iter().map(row).collect()
+    }
+
     /// The public keys of the peers in its kernel.
     ///
     /// # Errors

@@ -18,7 +18,7 @@ pub const UDP: u8 = 17;
 /// Protocol number of ICMPv6.
 pub const ICMPV6: u8 = 58;
 /// Protocol number that opens a socket on which whole packets are sent.
-const WHOLE: u8 = 255;
+pub const WHOLE: u8 = 255;
 
 /// TCP flags by their bit (RFC 9293 3.1).
 pub mod flag {
@@ -209,6 +209,18 @@ fn checksummed(
     let sum = checksum(&[&pseudo, &segment]);
     segment[offset..offset + 2].copy_from_slice(&sum.to_be_bytes());
     ip(src, dst, protocol, &segment)
+}
+
+/// Whether the checksum of an IPv4 packet's ICMP message or TCP segment is right.
+#[must_use]
+pub fn is_whole(packet: &[u8]) -> bool {
+    let (header, body) = packet.split_at(packet.len().min(20));
+    let length = u16::try_from(body.len()).unwrap_or(u16::MAX).to_be_bytes();
+    match header.get(9) {
+        Some(&ICMP) => checksum(&[body]) == 0,
+        Some(&TCP) => checksum(&[&header[12..], &[0, TCP], &length, body]) == 0,
+        _ => false,
+    }
 }
 
 /// The Internet checksum (RFC 1071) of parts of which all but the last have an even length.
