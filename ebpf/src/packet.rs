@@ -527,7 +527,7 @@ fn icmp_what(kind: u8, v6: bool) -> What {
 }
 
 /// The packet that an ICMP error embeds, into `tuple`; `None` if it cannot be read. Only its first
-/// eight transport bytes are promised (RFC 792); extension headers inside are not walked.
+/// eight transport bytes are promised (RFC 792).
 #[inline(always)]
 fn embedded<B: Bytes>(
     bytes: &B,
@@ -539,13 +539,14 @@ fn embedded<B: Bytes>(
     let mut header = 40;
     if v6 {
         let [first, second, s0, s1, s2, s3, d0, d1, d2, d3] = bytes.words::<10>(offset)?;
-        let protocol = second.to_ne_bytes()[2];
-        if first.to_ne_bytes()[0] >> 4 != 6 || is_extension(protocol) {
+        if first.to_ne_bytes()[0] >> 4 != 6 {
             return None;
         }
         let src = [s0, s1, s2, s3];
         let dst = [d0, d1, d2, d3];
+        let protocol = second.to_ne_bytes()[2];
         bare(tuple, Addr { words: src }, Addr { words: dst }, protocol);
+        header += extensions_within(bytes, offset + 40, total, &mut tuple.protocol)?;
     } else {
         let [first, second, third, src, dst] = bytes.words::<5>(offset)?;
         let first = first.to_ne_bytes()[0];
@@ -575,4 +576,30 @@ fn embedded<B: Bytes>(
         _ => {}
     }
     Some(())
+}
+
+/// Bytes of extension headers at `offset` of an embedded packet, whose first is `next`; leaves the
+/// upper-layer protocol there. `None` for headers that are unknown, out of place or too many, and
+/// for a later fragment.
+#[inline(never)]
+fn extensions_within<B: Bytes>(bytes: &B, offset: u32, total: u32, next: &mut u8) -> Option<u32> {
+    let mut length = 0;
+    let mut position = 0;
+    while is_extension(*next) {
+        if position == MAX_EXTENSIONS || offset + length + 8 > total {
+            return None;
+        }
+        let [word] = bytes.words::<1>(offset + length)?;
+        let [after, units, third, fourth] = word.to_ne_bytes();
+        length += match *next {
+            protocol::HOP_BY_HOP if position == 0 => (u32::from(units) + 1) * 8,
+            protocol::DESTINATION => (u32::from(units) + 1) * 8,
+            protocol::ROUTING if fourth == 0 => (u32::from(units) + 1) * 8,
+            protocol::FRAGMENT if u16::from_be_bytes([third, fourth]) & 0xfff8 == 0 => 8,
+            _ => return None,
+        };
+        *next = after;
+        position += 1;
+    }
+    Some(length)
 }

@@ -140,6 +140,54 @@ fn every_shape_is_read_for_what_it_is() {
 }
 
 #[test]
+fn an_error_about_a_packet_with_extension_headers_names_its_flow() {
+    let udp = [0, 53, 4, 0, 0, 8, 0, 0];
+    let options = |next| [next, 0, 1, 4, 0, 0, 0, 0];
+    let [first, later] = [[17, 0, 0, 1, 0, 0, 0, 7], [17, 0, 0, 9, 0, 0, 0, 7]];
+    let about = |next, headers: &[[u8; 8]]| {
+        let inner = v6(next, &[headers.concat(), udp.to_vec()].concat());
+        read(&v6(58, &[&[1, 4, 0, 0, 0, 0, 0, 0][..], &inner].concat()))
+            .1
+            .inner
+    };
+    for inner in [
+        about(0, &[options(60), options(17)]),
+        about(60, &[options(44), first]),
+        about(
+            60,
+            &[
+                options(60),
+                options(60),
+                options(60),
+                options(60),
+                options(60),
+                options(17),
+            ],
+        ),
+    ] {
+        let Tuple {
+            src_port,
+            dst_port,
+            protocol,
+            what,
+            ..
+        } = inner;
+        assert_eq!(
+            (src_port, dst_port, protocol, what),
+            (53, 1024, 17, What::Datagram)
+        );
+    }
+    for unreadable in [
+        about(44, &[later]),
+        about(60, &[options(0), options(17)]),
+        about(135, &[options(17)]),
+        about(60, &[options(60); 7]),
+    ] {
+        assert_eq!(unreadable.what, What::Error);
+    }
+}
+
+#[test]
 fn a_packet_cut_anywhere_is_refused_and_never_read_past_its_end() {
     for shape in shapes() {
         for cut in 0..shape.len() {

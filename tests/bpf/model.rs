@@ -379,8 +379,7 @@ impl Model {
             Direction::Egress => Direction::Ingress,
         };
         let first = inner.fragment.is_none_or(|part| part.offset == 0);
-        let readable = first && (inner.src.is_ipv4() || inner.fragment.is_none());
-        let Some(key) = key_of(sent, inner).filter(|_| readable && inner.src == spec.dst) else {
+        let Some(key) = key_of(sent, inner).filter(|_| first && inner.src == spec.dst) else {
             return false;
         };
         self.expire(now, &key);
