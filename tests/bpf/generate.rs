@@ -284,6 +284,40 @@ pub fn packet(random: &mut Random, sent: &mut Vec<(Direction, Spec)>) -> (Direct
     (direction, spec)
 }
 
+/// The first packet of a new flow and the way it goes, between any two addresses. Its source port
+/// is `fresh`, from a range that no packet goes to: nothing can be an answer to anything.
+pub fn first(random: &mut Random, fresh: u16) -> (Direction, Spec) {
+    let v4 = random.one_in(2);
+    let (local, remote) = if v4 {
+        (*random.pick(&LOCAL_V4), *random.pick(&REMOTE_V4))
+    } else {
+        (*random.pick(&LOCAL_V6), *random.pick(&REMOTE_V6))
+    };
+    let port = if random.one_in(8) {
+        u16::try_from(random.below(20_000)).unwrap()
+    } else {
+        *random.pick(&PORTS)
+    };
+    let body = match random.below(8) {
+        0..=3 => Body::Tcp(fresh, port, SYN),
+        4 | 5 => Body::Udp(fresh, port),
+        6 => Body::Sctp(fresh, port, 1),
+        _ => Body::Echo(true, fresh),
+    };
+    let (mut src, mut dst) = (local, remote);
+    if random.one_in(20) {
+        // An address that has no business at that end.
+        src = if v4 { REMOTE_V4[0] } else { REMOTE_V6[0] };
+    }
+    let direction = if random.one_in(2) {
+        Direction::Egress
+    } else {
+        (src, dst) = (dst, src);
+        Direction::Ingress
+    };
+    (direction, Spec::new(src, dst, body))
+}
+
 fn body(random: &mut Random) -> Body {
     let (one, two) = (*random.pick(&PORTS), *random.pick(&PORTS));
     match random.below(12) {

@@ -87,7 +87,7 @@ pub fn set(acl: &mut Acl, lowered: &mut Lowered, filter: &Filter) {
 }
 
 /// A device under the usual policy.
-fn usual_bed(name: &str) -> Option<(Bed, Acl, Lowered)> {
+pub fn usual_bed(name: &str) -> Option<(Bed, Acl, Lowered)> {
     let bed = Bed::make(name)?;
     let (mut acl, mut lowered) = (bed.open(Options::default()), Lowered::default());
     set(&mut acl, &mut lowered, &usual());
