@@ -8,10 +8,10 @@ use engine::plan::{Acl, Device, LiveRoute, Observed, Step};
 use engine::status::{Failure, FailureKind, Problem};
 use engine::{Config, DEFAULT_MTU, Engine, Input, LONGEST_PAUSE, LinkAddr, Links, Output, TICK};
 use proptest::prelude::*;
-use proto::filter::Filter;
+use proto::filter::{Filter, Rule, Selector, Service};
 use proto::id::{Generation, NetworkId, NodeId};
 use proto::key::NodeKey;
-use proto::net::Prefix;
+use proto::net::{PortRange, Prefix};
 use proto::netmap::{Delta, Me, Netmap, Network, Owner, Peer, Update};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -249,6 +249,73 @@ fn a_delta_on_the_wrong_base_asks_for_everything() {
     assert_eq!(driver.kernel.present().unwrap().peers.len(), 2);
 }
 
+/// A netmap under whose policy anybody may do anything.
+fn open_netmap(generation: u64, peers: &[u8]) -> Netmap {
+    let everything = Rule {
+        index: 0,
+        line: 1,
+        srcs: vec![Selector::Prefix(Prefix::ALL_V4)],
+        dsts: vec![Selector::Prefix(Prefix::ALL_V4)],
+        services: vec![Service {
+            protocol: None,
+            ports: PortRange::ALL,
+        }],
+    };
+    let mut netmap = netmap(generation, peers);
+    netmap.filter.ingress = vec![everything.clone()];
+    netmap.filter.egress = vec![everything];
+    netmap
+}
+
+/// Whether the tables in the kernel let something in, and something out.
+fn lets(driver: &Driver) -> (bool, bool) {
+    let steps = driver.plans.iter().flatten();
+    let mut policies = steps.filter_map(|step| match step {
+        Step::SetAcl(policy) => Some(policy),
+        _ => None,
+    });
+    let tables = &policies.next_back().unwrap().tables;
+    let any = |direction: u32| tables.pairs.keys().any(|pair| pair.direction == direction);
+    (any(0), any(1))
+}
+
+#[test]
+fn nothing_that_comes_from_outside_lowers_shields() {
+    let mut driver = Driver::new();
+    let whole = |map: Netmap| Input::Netmap(Update::Full(Box::new(map)));
+    driver.input(whole(open_netmap(1, &[2])));
+    assert_eq!(lets(&driver), (true, true));
+    driver.input(Input::ShieldsUp(true));
+    assert_eq!(lets(&driver), (false, true));
+    assert!(driver.engine.status().converged);
+    // Another netmap, a delta with another policy, another network, the cache of an earlier run.
+    driver.input(whole(open_netmap(2, &[2, 3])));
+    assert_eq!(lets(&driver), (false, true));
+    let mut filter = open_netmap(3, &[2]).filter;
+    filter.ingress[0].line = 9;
+    driver.input(Input::Netmap(Update::Delta(Box::new(Delta {
+        base: Generation(2),
+        next: Generation(3),
+        network: None,
+        me: None,
+        set: vec![],
+        removed: vec![],
+        filter: Some(filter),
+        peers_empty_on_purpose: false,
+    }))));
+    assert_eq!(lets(&driver), (false, true));
+    driver.input(Input::Forget);
+    driver.input(whole(open_netmap(1, &[4])));
+    assert_eq!(lets(&driver), (false, true));
+    driver.input(Input::ShieldsUp(false));
+    assert_eq!(lets(&driver), (true, true));
+
+    let mut restarted = Driver::new();
+    restarted.input(Input::ShieldsUp(true));
+    restarted.input(Input::Cached(Box::new(open_netmap(3, &[2]))));
+    assert_eq!(lets(&restarted), (false, true));
+}
+
 #[test]
 fn a_refused_netmap_leaves_the_last_good_one_and_says_why() {
     let mut driver = Driver::new();
@@ -444,6 +511,7 @@ fn input() -> impl Strategy<Value = Input> {
     let peers = prop::collection::btree_set(id.clone(), 0..4);
     prop_oneof![
         any::<bool>().prop_map(Input::Up),
+        any::<bool>().prop_map(Input::ShieldsUp),
         (0u64..9, peers.clone()).prop_map(|(generation, peers)| {
             full(generation, &peers.into_iter().collect::<Vec<_>>())
         }),

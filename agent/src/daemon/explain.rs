@@ -19,6 +19,9 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use tokio::sync::oneshot;
 
+/// What comes first when shields, and not the policy, keep a packet out.
+const SHIELDED: &str = "The shields of this node are up: whatever policy says, nothing that others \
+                        begin is let in. `weir set --shields-up=false` lowers them.";
 /// Most rules that are named as near misses.
 const MAX_NEAR: usize = 3;
 /// Most selectors or ports of a rule that a sentence lists.
@@ -84,6 +87,7 @@ impl Daemon {
             .map(|rule| (place(rule), matched(lowered, rule, &flow)));
         let near = near(lowered, direction, &flow, MAX_NEAR);
         let first = first(&flow, direction);
+        let shielded = self.settings.shields_up && direction == Direction::Ingress;
         self.ask_maps(
             move |acl| acl.map(|acl| acl.explain(&first)),
             move |verdict| {
@@ -97,6 +101,9 @@ impl Daemon {
                         explanation.near = near;
                     }
                     explanation.sentences = sentences(&explanation, verdict.reason(), &flow);
+                    if shielded && verdict.reason() == Some(Reason::Policy) {
+                        explanation.sentences.insert(0, SHIELDED.to_owned());
+                    }
                     explanation
                 }));
             },
