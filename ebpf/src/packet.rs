@@ -546,7 +546,11 @@ fn embedded<B: Bytes>(
         let dst = [d0, d1, d2, d3];
         let protocol = second.to_ne_bytes()[2];
         bare(tuple, Addr { words: src }, Addr { words: dst }, protocol);
-        header += extensions_within(bytes, offset + 40, total, &mut tuple.protocol)?;
+        let walked = extensions_within(bytes, offset + 40, total, &mut tuple.protocol);
+        if walked == UNREADABLE {
+            return None;
+        }
+        header += walked;
     } else {
         let [first, second, third, src, dst] = bytes.words::<5>(offset)?;
         let first = first.to_ne_bytes()[0];
@@ -578,28 +582,33 @@ fn embedded<B: Bytes>(
     Some(())
 }
 
+/// No length of headers that can be read.
+const UNREADABLE: u32 = u32::MAX;
+
 /// Bytes of extension headers at `offset` of an embedded packet, whose first is `next`; leaves the
-/// upper-layer protocol there. `None` for headers that are unknown, out of place or too many, and
-/// for a later fragment.
-#[inline(never)]
-fn extensions_within<B: Bytes>(bytes: &B, offset: u32, total: u32, next: &mut u8) -> Option<u32> {
+/// upper-layer protocol there. [`UNREADABLE`] for headers that are unknown, out of place or too many,
+/// and for a later fragment: BPF functions return one register, and an option may need two.
+#[inline(always)]
+fn extensions_within<B: Bytes>(bytes: &B, offset: u32, total: u32, next: &mut u8) -> u32 {
     let mut length = 0;
     let mut position = 0;
     while is_extension(*next) {
         if position == MAX_EXTENSIONS || offset + length + 8 > total {
-            return None;
+            return UNREADABLE;
         }
-        let [word] = bytes.words::<1>(offset + length)?;
+        let Some([word]) = bytes.words::<1>(offset + length) else {
+            return UNREADABLE;
+        };
         let [after, units, third, fourth] = word.to_ne_bytes();
         length += match *next {
             protocol::HOP_BY_HOP if position == 0 => (u32::from(units) + 1) * 8,
             protocol::DESTINATION => (u32::from(units) + 1) * 8,
             protocol::ROUTING if fourth == 0 => (u32::from(units) + 1) * 8,
             protocol::FRAGMENT if u16::from_be_bytes([third, fourth]) & 0xfff8 == 0 => 8,
-            _ => return None,
+            _ => return UNREADABLE,
         };
         *next = after;
         position += 1;
     }
-    Some(length)
+    length
 }

@@ -28,7 +28,7 @@ use aya_ebpf::bindings::{
 };
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
-use aya_ebpf::helpers::{bpf_ktime_get_coarse_ns, bpf_skb_load_bytes};
+use aya_ebpf::helpers::{bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_skb_load_bytes};
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
 use core::ptr::NonNull;
@@ -90,6 +90,36 @@ static ALLOWANCES: PerCpuArray<Allowance, { 2 * OUTCOMES as usize }> = PerCpuArr
 /// every value that it may have. One a CPU is enough: bottom halves are off while a classifier runs.
 #[btf_map]
 static PACKET: PerCpuArray<Packet, 1> = PerCpuArray::new();
+
+/// What the coarse clock said, and in which tick.
+#[repr(C)]
+struct Clock {
+    tick: u64,
+    now_ns: u64,
+}
+
+/// One a CPU. The coarse clock moves once a tick; the tick is one load, the clock three calls.
+#[btf_map]
+static CLOCK: PerCpuArray<Clock, 1> = PerCpuArray::new();
+
+/// The coarse monotonic clock.
+#[inline(always)]
+fn now_ns() -> u64 {
+    // SAFETY: takes no argument and changes nothing.
+    let tick = unsafe { bpf_jiffies64() };
+    // SAFETY: as above.
+    let coarse = || unsafe { bpf_ktime_get_coarse_ns() };
+    let Some(clock) = CLOCK.get_ptr_mut(0) else {
+        return coarse();
+    };
+    // SAFETY: this CPU's element, which nobody else touches meanwhile.
+    let clock = unsafe { &mut *clock };
+    if clock.tick != tick {
+        clock.now_ns = coarse();
+        clock.tick = tick;
+    }
+    clock.now_ns
+}
 
 /// The loaded maps.
 struct Maps;
@@ -405,8 +435,7 @@ impl Bytes for InPlace {
 
 #[inline(always)]
 fn classify(ctx: &TcContext, direction: Direction) -> i32 {
-    // SAFETY: takes no argument and changes nothing.
-    let now_ns = unsafe { bpf_ktime_get_coarse_ns() };
+    let now_ns = now_ns();
     let len = ctx.len();
     let bytes = InPlace { skb: ctx.skb.skb };
     let (read, verdict) = match PACKET.get_ptr_mut(0) {
