@@ -100,17 +100,23 @@ pub fn diff(old: &Compiled, new: &Compiled, directory: &Directory) -> Result<Dif
     let mut outcomes = Outcomes {
         views: &views,
         users: &users,
-        found: BTreeMap::new(),
+        numbers: BTreeMap::new(),
         known: BTreeMap::new(),
+        found: Vec::new(),
+        key: Vec::new(),
     };
+    let mut marks = Marks(views.each_ref().map(|rules| vec![false; rules.len()]));
     for (src, row) in rows.iter().enumerate() {
+        let class = &sources[src];
+        marks.set(class, true);
         for dst in row {
             let pair = (src as u32, *dst);
-            outcomes.note(pair, &sources[src], &destinations[*dst as usize]);
+            outcomes.note(pair, &marks, class, &destinations[*dst as usize]);
         }
+        marks.set(class, false);
     }
     Ok(Diff {
-        changes: changes(&outcomes.found, &sources, &destinations),
+        changes: changes(&outcomes, &sources, &destinations),
         groups: text::groups(policies, &census.ends),
         ends: census.ends,
     })
@@ -333,60 +339,83 @@ fn rows(
     Ok(out)
 }
 
-/// Pairs of classes by what changes between them.
-type Found = BTreeMap<(Effect, Pairs, Services), Vec<(u32, u32)>>;
-
-/// Rules that decide about a pair in both policies, and what its users may do among their own.
-type Deciding = ([Vec<u32>; 2], Option<(u32, Mix)>);
+/// What changes between two classes.
+type Outcome = (Effect, Pairs, Services);
 
 /// Which pairs of nodes two classes of equal [`Class::own`] have.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy)]
 enum Mix {
     OneUser,
     Both,
 }
 
-/// What was found so far. Few pairs are decided by different rules, so answers are kept.
-struct Outcomes<'v> {
-    views: &'v [Vec<ClassRule>; 2],
-    users: &'v Users,
-    found: Found,
-    known: BTreeMap<Deciding, Vec<(Effect, Pairs, Services)>>,
-}
+/// The rules that select one source, marked: by policy, by rule.
+struct Marks([Vec<bool>; 2]);
 
-impl Outcomes<'_> {
-    fn note(&mut self, pair: (u32, u32), src: &Class, dst: &Class) {
-        if src.ends.len() == 1 && src.ends == dst.ends {
-            return;
-        }
-        let common = [0, 1].map(|it| common(&src.rules[it], &dst.rules[it]));
-        let own = src.own.filter(|own| dst.own == Some(*own));
-        let own = own.and_then(|own| Some((own, mix(src, dst, &self.users.of)?)));
-        let (views, users) = (self.views, self.users);
-        let known = self
-            .known
-            .entry((common, own))
-            .or_insert_with_key(|(common, own)| answers(views, users, common, *own));
-        for outcome in known.iter() {
-            match self.found.get_mut(outcome) {
-                Some(pairs) => pairs.push(pair),
-                None => {
-                    self.found.insert(outcome.clone(), vec![pair]);
-                }
-            }
+impl Marks {
+    fn set(&mut self, class: &Class, marked: bool) {
+        for (marks, rules) in self.0.iter_mut().zip(&class.rules) {
+            rules.iter().for_each(|rule| marks[*rule as usize] = marked);
         }
     }
 }
 
-/// What is in both lists, which are sorted.
-fn common(one: &[u32], other: &[u32]) -> Vec<u32> {
-    let (few, many) = if one.len() < other.len() {
-        (one, other)
-    } else {
-        (other, one)
-    };
-    let shared = few.iter().filter(|rule| many.binary_search(rule).is_ok());
-    shared.copied().collect()
+/// What was found so far. Few pairs are decided by different rules, so answers are kept, and
+/// outcomes are known by number.
+struct Outcomes<'v> {
+    views: &'v [Vec<ClassRule>; 2],
+    users: &'v Users,
+    numbers: BTreeMap<Outcome, usize>,
+    /// By what decides about a pair ([`Outcomes::key`]): its outcomes.
+    known: BTreeMap<Vec<u32>, Vec<usize>>,
+    /// By outcome.
+    found: Vec<Vec<(u32, u32)>>,
+    /// Of the pair at hand: how many rules of the old policy decide, these, those of the new one,
+    /// and, where it has nodes of one user, what these may do among themselves and the [`Mix`].
+    key: Vec<u32>,
+}
+
+impl Outcomes<'_> {
+    fn note(&mut self, pair: (u32, u32), marks: &Marks, src: &Class, dst: &Class) {
+        if src.ends.len() == 1 && src.ends == dst.ends {
+            return;
+        }
+        self.key.clear();
+        self.key.push(0);
+        let common = |it: usize| {
+            let rules = dst.rules[it].iter().copied();
+            rules.filter(move |rule| marks.0[it][*rule as usize])
+        };
+        self.key.extend(common(0));
+        let old = self.key.len();
+        self.key[0] = old as u32;
+        self.key.extend(common(1));
+        let new = self.key.len();
+        let own = src.own.filter(|own| dst.own == Some(*own));
+        let own = own.and_then(|own| Some((own, mix(src, dst, &self.users.of)?)));
+        if let Some((own, mix)) = own {
+            self.key.extend([u32::MAX, own, mix as u32]);
+        }
+        let known = match self.known.get(&self.key) {
+            Some(known) => known,
+            None => {
+                let common = [&self.key[1..old], &self.key[old..new]];
+                let mut numbered = Vec::new();
+                for outcome in answers(self.views, self.users, common, own) {
+                    let next = self.found.len();
+                    let number = *self.numbers.entry(outcome).or_insert(next);
+                    if number == next {
+                        self.found.push(Vec::new());
+                    }
+                    numbered.push(number);
+                }
+                self.known.entry(self.key.clone()).or_insert(numbered)
+            }
+        };
+        for outcome in known {
+            self.found[*outcome].push(pair);
+        }
+    }
 }
 
 /// Whether the two classes have pairs of different nodes of one user, and others; `None` if they
@@ -396,9 +425,12 @@ fn mix(src: &Class, dst: &Class, of: &[Option<u32>]) -> Option<Mix> {
         let ends = class.ends.iter().copied();
         ends.filter(|end| of[*end as usize] == Some(user)).collect()
     };
-    let mut shared = common(&src.users, &dst.users).into_iter();
-    let pair = |user: u32| {
-        let (srcs, dsts) = (nodes(src, user), nodes(dst, user));
+    let mut shared = src
+        .users
+        .iter()
+        .filter(|user| dst.users.binary_search(user).is_ok());
+    let pair = |user: &u32| {
+        let (srcs, dsts) = (nodes(src, *user), nodes(dst, *user));
         srcs.len() > 1 || srcs != dsts
     };
     shared.any(pair).then_some(())?;
@@ -409,9 +441,9 @@ fn mix(src: &Class, dst: &Class, of: &[Option<u32>]) -> Option<Mix> {
 fn answers(
     views: &[Vec<ClassRule>; 2],
     users: &Users,
-    common: &[Vec<u32>; 2],
+    common: [&[u32]; 2],
     own: Option<(u32, Mix)>,
-) -> Vec<(Effect, Pairs, Services)> {
+) -> Vec<Outcome> {
     let across = [0, 1].map(|it| {
         let rules = common[it].iter();
         Services::union(rules.map(|rule| &views[it][*rule as usize].services))
@@ -445,10 +477,10 @@ fn answers(
 }
 
 /// The changes between endpoints, the same ones of both families in one.
-fn changes(found: &Found, sources: &[Class], destinations: &[Class]) -> Vec<Change> {
+fn changes(outcomes: &Outcomes<'_>, sources: &[Class], destinations: &[Class]) -> Vec<Change> {
     let mut out: BTreeMap<Change, (bool, bool)> = BTreeMap::new();
-    for ((effect, pairs, services), met) in found {
-        for (srcs, dsts) in rectangles(met) {
+    for ((effect, pairs, services), number) in &outcomes.numbers {
+        for (srcs, dsts) in rectangles(&outcomes.found[*number]) {
             let Some(v4) = srcs.first().map(|class| sources[*class as usize].v4) else {
                 continue;
             };

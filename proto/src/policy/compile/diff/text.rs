@@ -68,31 +68,35 @@ impl Diff {
         self.changes.is_empty()
     }
 
-    /// The names of some endpoints, for people.
+    /// The names of some endpoints, for people: of groups first, the largest before the others, as
+    /// far as they say more than what is named already.
     fn names(&self, some: &[u32]) -> String {
-        let mut left: BTreeSet<u32> = some.iter().copied().collect();
+        let mut wanted = vec![false; self.ends.len()];
+        some.iter().for_each(|end| wanted[*end as usize] = true);
+        let (mut left, mut unnamed) = (wanted.clone(), some.len());
         let mut names = Vec::new();
-        let fits = |group: &&Group| {
-            group.members.len() <= some.len()
-                && group
-                    .members
-                    .iter()
-                    .all(|member| some.binary_search(member).is_ok())
-        };
-        for group in self.groups.iter().filter(fits) {
-            let told = group.members.iter().filter(|member| left.contains(member));
-            if told.count() > 1 {
-                left.retain(|end| group.members.binary_search(end).is_err());
+        for group in &self.groups {
+            if unnamed < 2 || names.len() == MAX_NAMES {
+                break;
+            }
+            let members = group.members.iter().map(|member| *member as usize);
+            if members.clone().any(|member| !wanted[member]) {
+                continue;
+            }
+            let told = members.clone().filter(|member| left[*member]).count();
+            if told > 1 {
+                members.for_each(|member| left[member] = false);
+                unnamed -= told;
                 names.push(format!("{} ({} nodes)", group.name, group.members.len()));
             }
         }
-        let single = left.iter().filter_map(|end| self.ends.get(*end as usize));
-        names.extend(single.map(|end| end.name.clone()));
-        let more = names.len().saturating_sub(MAX_NAMES);
-        names.truncate(MAX_NAMES);
+        let room = MAX_NAMES - names.len();
+        let single = some.iter().filter(|end| left[**end as usize]);
+        let single = single.filter_map(|end| self.ends.get(*end as usize));
+        names.extend(single.take(room).map(|end| end.name.clone()));
         let mut out = names.join(", ");
-        if more > 0 {
-            out += &format!(" and {more} more");
+        if unnamed > room {
+            out += &format!(" and {} more", unnamed - room);
         }
         out
     }
