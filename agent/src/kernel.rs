@@ -270,6 +270,9 @@ impl Kernel {
             (None, _) | (_, None) => false,
         };
         if ours {
+            if let Some(Err(error)) = self.acl.as_mut().map(bpf::Acl::recount) {
+                tracing::debug!(%error, "flows are not counted anew");
+            }
             return Acl::Attached(self.policy);
         }
         self.acl = None;

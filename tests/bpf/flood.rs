@@ -8,9 +8,9 @@ use super::bed::{self, Bed};
 use super::craft::{ACK, Body, SYN, Spec};
 use super::generate::{me, peer};
 use super::semantics::{KNOWN, OPEN, filter, rule};
-use agent::kernel::bpf::{Acl, Options};
+use agent::kernel::bpf::{Acl, Options, RawMap};
 use ebpf::abi::Direction::{self, Egress, Ingress};
-use ebpf::abi::{ESTABLISHED_FLOWS, FlowKey, OPENING_FLOWS};
+use ebpf::abi::{ESTABLISHED_FLOWS, FlowKey, OPENING_FLOWS, Share, maps, share_of};
 use ebpf::verdict::Store;
 use engine::acl::Acl as Lowered;
 use std::collections::{BTreeMap, BTreeSet};
@@ -246,4 +246,37 @@ fn one_peers_flood_leaves_alone_what_others_open() {
         u64::from(flows) + 1_000
     );
     run(&acl, last, 3);
+}
+
+#[test]
+fn kernel_the_agent_puts_right_what_the_programs_counted() {
+    let Some(bed) = Bed::make("kernel_the_agent_puts_right_what_the_programs_counted") else {
+        return;
+    };
+    let acl = open_to_all(&bed);
+    for number in 0..30 {
+        run(&acl, flood(number, 0), 3);
+        run(&acl, flood(number, 1), if number < 10 { 3 } else { 2 });
+    }
+    let layout = format!("layout-{:08x}", ebpf::abi::layout());
+    let shares = RawMap::from_pin(&bed.folder.join(layout).join(maps::SHARES)).unwrap();
+    let count = |number: u32| {
+        shares
+            .get::<_, Share>(&number)
+            .unwrap()
+            .unwrap()
+            .established
+    };
+    let counts = || [0, share_of(2), share_of(3), share_of(4)].map(count);
+    assert_eq!(counts(), [40, 30, 10, 0], "as the programs count");
+    for number in [0, share_of(2), share_of(4)] {
+        let wrong = Share {
+            established: 60_000,
+            ..shares.get(&number).unwrap().unwrap()
+        };
+        shares.put(&number, &wrong, 0).unwrap();
+    }
+    drop(acl);
+    bed.open(Options::default()).recount().unwrap();
+    assert_eq!(counts(), [40, 30, 10, 0], "as the next agent counts");
 }

@@ -30,6 +30,7 @@ mod attach;
 mod events;
 mod place;
 mod policy;
+mod recount;
 mod refuse;
 mod view;
 

@@ -30,6 +30,8 @@ pub struct Acl {
     pub(super) opening: RawMap,
     pub(super) surplus: RawMap,
     pub(super) shares: RawMap,
+    /// When flows were last counted anew.
+    pub(super) recounted_ns: Option<u64>,
     pub(super) fragments: RawMap,
     pub(super) counters: RawMap,
     pub(super) mark: RawMap,
@@ -88,6 +90,7 @@ impl Acl {
             // The old programs still decide; the next policy tries again.
             self.waiting = Some(waiting);
         }
+        self.recounted_ns = None;
         taken
     }
 

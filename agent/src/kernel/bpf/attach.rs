@@ -242,6 +242,7 @@ fn assemble(
         opening: map(maps::OPENING)?,
         surplus: map(maps::SURPLUS)?,
         shares: map(maps::SHARES)?,
+        recounted_ns: None,
         fragments: map(maps::FRAGMENTS)?,
         counters: map(maps::COUNTERS)?,
         mark: map(maps::MARK)?,

@@ -1,0 +1,67 @@
+//! Counts anew what each peer has of the table of lasting flows.
+//!
+//! The programs count up and down as flows come and go, but nobody tells them of a flow that the
+//! table evicted or that timed out unseen, so their counts rise over time. A count that is too high
+//! denies nothing: its peer's next flows are only less protected. While no agent lives, that is all.
+
+use super::{ANY, Acl, AclError, now_ns};
+use ebpf::abi::{Flow, FlowKey, SHARES, Share};
+use ebpf::verdict::{Limits, Store, is_live};
+use std::collections::BTreeMap;
+
+/// So often at most: a full table takes some fifty milliseconds to read.
+const EVERY_NS: u64 = 60_000_000_000;
+/// The share that is all peers together.
+const TOGETHER: u32 = 0;
+
+impl Acl {
+    /// Counts anew, if that is due: once after the start, and then each minute while so many flows
+    /// last that shares are asked for at all. What timed out is removed.
+    ///
+    /// # Errors
+    /// [`AclError::Map`].
+    pub fn recount(&mut self) -> Result<(), AclError> {
+        let now = now_ns();
+        let first = self.recounted_ns.is_none();
+        if self
+            .recounted_ns
+            .is_some_and(|last| now.saturating_sub(last) < EVERY_NS)
+        {
+            return Ok(());
+        }
+        self.recounted_ns = Some(now);
+        let together: Share = self.shares.get(&TOGETHER)?.unwrap_or_default();
+        if !first && together.established < Limits::USUAL.together / 2 {
+            return Ok(());
+        }
+        let counts = self.count_lasting(now)?;
+        for number in 0..SHARES {
+            let share: Share = self.shares.get(&number)?.unwrap_or_default();
+            let established = counts.get(&number).copied().unwrap_or_default();
+            if share.established != established {
+                let share = Share {
+                    established,
+                    ..share
+                };
+                self.shares.put(&number, &share, ANY)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn count_lasting(&self, now: u64) -> Result<BTreeMap<u32, u32>, AclError> {
+        let mut counts = BTreeMap::new();
+        for (key, flow) in self.established.entries::<FlowKey, Flow>(usize::MAX)? {
+            if !is_live(&key, Store::Established, &flow, now) {
+                self.established.remove(&key)?;
+                continue;
+            }
+            *counts.entry(TOGETHER).or_default() += 1;
+            let share = u32::from(flow.share);
+            if share != TOGETHER {
+                *counts.entry(share).or_default() += 1;
+            }
+        }
+        Ok(counts)
+    }
+}
