@@ -22,6 +22,8 @@ const ATTEMPTS: usize = 200;
 const BATCH: usize = 100;
 /// Ports that policy and questions are about.
 const PORTS: std::ops::Range<u64> = 7000..7024;
+/// Rules of the policy.
+const RULES: usize = 12;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Numbers from a seed (xorshift64*).
@@ -47,10 +49,10 @@ impl Random {
 /// Who a, b and c belong to.
 const OWNERS: [&str; 3] = ["ana@example.com", "tag:server", "tag:other"];
 
-/// Six rules, each on a line of its own, and how many peers they give to each of the three.
+/// Random rules, each on a line of its own, and how many peers they give to each of the three.
 fn policy(random: &mut Random) -> (String, [usize; 3]) {
     let (mut rules, mut pairs) = (String::new(), BTreeSet::new());
-    for _ in 0..6 {
+    for _ in 0..RULES {
         let proto = random.pick(&["\"proto\": \"tcp\", ", "\"proto\": \"udp\", ", ""]);
         let src = *random.pick(&[OWNERS[0], OWNERS[1], OWNERS[2], "*"]);
         let dst = *random.pick(&OWNERS);
@@ -58,7 +60,7 @@ fn policy(random: &mut Random) -> (String, [usize; 3]) {
             pairs.extend([(one, dst), (dst, one)]);
         }
         let first = random.port();
-        let ports = format!("{first}-{},{}", first + random.below(8), random.port());
+        let ports = format!("{first}-{},{}", first + random.below(16), random.port());
         rules += &format!(
             "    {{\"action\": \"accept\", {proto}\"src\": [\"{src}\"], \"dst\": [\"{dst}:{ports}\"]}},\n"
         );
