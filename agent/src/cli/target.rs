@@ -3,6 +3,7 @@
 use super::Failure;
 use super::arguments::Explain;
 use proto::net::Protocol;
+use proto::policy::Protocols;
 use std::net::{IpAddr, Ipv6Addr};
 
 /// A destination and perhaps a port.
@@ -87,31 +88,10 @@ pub(super) fn first_packet(protocol: Protocol, dst: IpAddr) -> Protocol {
     }
 }
 
-/// Names that people use for protocols (IANA "Assigned Internet Protocol Numbers").
-const NAMES: [(&str, u8); 16] = [
-    ("icmp", 1),
-    ("igmp", 2),
-    ("ipv4", 4),
-    ("ip-in-ip", 4),
-    ("tcp", 6),
-    ("egp", 8),
-    ("igp", 9),
-    ("udp", 17),
-    ("gre", 47),
-    ("esp", 50),
-    ("ah", 51),
-    ("ipv6-icmp", 58),
-    ("icmpv6", 58),
-    ("ospf", 89),
-    ("sctp", 132),
-    ("udplite", 136),
-];
-
-/// Reads a protocol by name or number.
+/// Reads a protocol by a name that policies use, or by number.
 pub(super) fn parse_protocol(text: &str) -> Result<Protocol, String> {
-    let lower = text.to_ascii_lowercase();
-    if let Some((_, number)) = NAMES.iter().find(|(name, _)| *name == lower) {
-        return Ok(Protocol(*number));
+    if let Some(protocol) = Protocols::named(&text.to_ascii_lowercase()) {
+        return Ok(protocol);
     }
     let digits = text.bytes().all(|byte| byte.is_ascii_digit());
     match text.parse() {

@@ -363,12 +363,19 @@ impl Protocols {
         if lower.is_empty() {
             return Some(Self::Usual);
         }
-        if let Some((_, number)) = PROTOCOLS.iter().find(|(name, _)| *name == lower) {
-            return Some(Self::One(Protocol(*number)));
+        if let Some(protocol) = Self::named(&lower) {
+            return Some(Self::One(protocol));
         }
         let plain = lower.bytes().all(|b| b.is_ascii_digit()) && !lower.starts_with('0');
         let number = plain.then(|| lower.parse().ok()).flatten()?;
         Some(Self::One(Protocol(number)))
+    }
+
+    /// The protocol with this name, in lower case.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Protocol> {
+        let known = PROTOCOLS.iter().find(|(known, _)| *known == name);
+        known.map(|(_, number)| Protocol(*number))
     }
 
     /// The known protocol names, for near misses.
