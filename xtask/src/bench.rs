@@ -1,6 +1,9 @@
 //! `cargo xtask bench NAME`: measures in a kernel with WireGuard. The measurements are the program
 //! `bench` of the package `tests`.
 //!
+//! `bench acl` needs no WireGuard and is about the kernel's BPF compiler, so it runs on this
+//! machine, as root; what it finds goes to `acl.json` and `acl.svg` in the results folder.
+//!
 //! With `--icount` the guest is emulated and its clock counts instructions: figures are then the
 //! same on a busy machine as on an idle one, and say nothing about wall time.
 
@@ -8,7 +11,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
-use crate::{build, setup, vm};
+use crate::{build, house, setup, vm};
 
 /// Counting instructions is slow, and so are gigabytes through an emulated processor.
 const LONGEST: Duration = Duration::from_secs(3 * 3600);
@@ -48,6 +51,9 @@ pub fn run_verb(args: Args) -> anyhow::Result<u8> {
             2
         });
     }
+    if args.what.first().is_some_and(|name| name == "acl") {
+        return on_this_machine(&program, &args);
+    }
     let mut job = vm::Job::new(vm::pick(&args.wish)?, vec![program])?;
     job.command.extend(args.what);
     if args.wish.icount {
@@ -63,4 +69,23 @@ pub fn run_verb(args: Args) -> anyhow::Result<u8> {
         job.command.extend(["--json".into(), rows]);
         job.start(Stdio::inherit(), Stdio::inherit())?.wait()
     })
+}
+
+fn on_this_machine(program: &str, args: &Args) -> anyhow::Result<u8> {
+    let results = house::results()?;
+    let json = args
+        .json
+        .clone()
+        .unwrap_or_else(|| results.join("acl.json"));
+    let mut command = std::process::Command::new(program);
+    command.args(&args.what).arg("--json").arg(&json);
+    if !args.what.iter().any(|word| word.starts_with("--svg")) {
+        command.arg("--svg").arg(results.join("acl.svg"));
+    }
+    let ended = command.status()?;
+    // What ended by a signal has no code.
+    Ok(ended
+        .code()
+        .and_then(|code| u8::try_from(code).ok())
+        .unwrap_or(1))
 }

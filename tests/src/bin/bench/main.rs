@@ -2,6 +2,7 @@
 //!
 //! A figure is never a claim about other machines: the JSON names the kernel and the processor.
 
+mod acl;
 mod acl_tax;
 mod verdict;
 
@@ -23,6 +24,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Bench {
+    /// What the policy costs a live packet, against nftables, iptables and connection tracking
+    Acl(acl::Args),
     /// What the programs cost on kernel WireGuard: the same transfer with and without them
     AclTax(acl_tax::Args),
     /// What one packet costs in the programs, with 10 and with 10,000 peers
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> anyhow::Result<()> {
     let mut result = match &cli.bench {
+        Bench::Acl(args) => acl::run(args)?,
         Bench::AclTax(args) => acl_tax::run(args)?,
         Bench::Verdict(args) => verdict::run(args)?,
     };

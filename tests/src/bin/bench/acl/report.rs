@@ -1,0 +1,247 @@
+//! From slices to figures: medians, quartiles, what is added, and the aims.
+
+use serde_json::{Value, json};
+
+use super::Case;
+use super::apply::{self, Applied};
+
+/// Nobody decides.
+pub const NOBODY: &str = "nothing attached";
+/// An empty chain drops.
+pub const WALL: &str = "bare drop";
+/// weir's programs.
+pub const WEIR: &str = "weir";
+/// weir's programs with a large flow table.
+pub const WEIR_FLOWS: &str = "weir, 50,000 flows";
+/// weir's programs, flows only begin.
+pub const WEIR_NEW: &str = "weir, new flows";
+/// One look-up in a set of concatenations.
+pub const SET: &str = "nft set";
+/// One rule after the other.
+pub const LINEAR: &str = "nft linear";
+/// Connection tracking, and the rule that lets known flows pass.
+pub const CONNTRACK: &str = "nf_conntrack";
+/// Connection tracking, flows only begin.
+pub const CONNTRACK_NEW: &str = "nf_conntrack, new flows";
+
+/// Median and quartiles.
+#[derive(Clone, Copy, Debug)]
+pub struct Spread {
+    pub low: f64,
+    pub median: f64,
+    pub high: f64,
+}
+
+impl Spread {
+    /// Of these figures; all are NaN if there are none.
+    pub fn of(mut figures: Vec<f64>) -> Self {
+        figures.sort_by(f64::total_cmp);
+        let at = |quarter: usize| {
+            let index = figures.len().saturating_sub(1) * quarter;
+            figures.get((index + 2) / 4).copied().unwrap_or(f64::NAN)
+        };
+        Self {
+            low: at(1),
+            median: at(2),
+            high: at(3),
+        }
+    }
+
+    pub fn json(&self) -> Value {
+        json!({"median": self.median, "q1": self.low, "q3": self.high})
+    }
+}
+
+/// What one kind of packets cost at one contender, in nanoseconds a packet by round.
+pub struct Row {
+    pub contender: String,
+    pub rules: u32,
+    pub case: Case,
+    pub rounds: Vec<f64>,
+}
+
+/// All rows of a run.
+pub struct Table {
+    pub rows: Vec<Row>,
+}
+
+impl Table {
+    pub fn new(rows: Vec<Row>) -> Self {
+        Self { rows }
+    }
+
+    fn find(&self, contender: &str, rules: Option<u32>, case: Case) -> Option<&Row> {
+        self.rows.iter().find(|row| {
+            row.contender == contender
+                && row.case == case
+                && rules.is_none_or(|rules| row.rules == rules)
+        })
+    }
+
+    /// What a row costs beyond the way to where it is decided, by round.
+    pub fn added(&self, row: &Row) -> Vec<f64> {
+        let base = if row.case.allowed() { NOBODY } else { WALL };
+        let Some(base) = self.find(base, None, row.case) else {
+            return Vec::new();
+        };
+        let rounds = row.rounds.iter().zip(&base.rounds);
+        rounds.map(|(row, base)| row - base).collect()
+    }
+
+    /// Added cost of the first row in that of the second, by round.
+    fn ratio(&self, over: &Row, under: &Row) -> Spread {
+        let rounds = self.added(over).into_iter().zip(self.added(under));
+        Spread::of(rounds.map(|(over, under)| over / under).collect())
+    }
+
+    pub fn print(&self) {
+        println!(
+            "{:<26} {:>7}  {:<24} {:>9}  {:>9}  {:>17}",
+            "who decides", "rules", "packets", "ns each", "added ns", "quartiles"
+        );
+        for row in &self.rows {
+            let total = Spread::of(row.rounds.clone()).median;
+            let Spread { low, median, high } = Spread::of(self.added(row));
+            let (name, case) = (&row.contender, row.case.name());
+            let rules = row.rules;
+            println!(
+                "{name:<26} {rules:>7}  {case:<24} {total:>9.0}  {median:>9.1}  {low:>8.1}-{high:.1}"
+            );
+        }
+    }
+
+    pub fn json(&self) -> Value {
+        let rows = self.rows.iter().map(|row| {
+            json!({
+                "contender": row.contender, "rules": row.rules, "packets": row.case.name(),
+                "total_ns": Spread::of(row.rounds.clone()).json(),
+                "added_ns": Spread::of(self.added(row)).json(),
+            })
+        });
+        rows.collect()
+    }
+}
+
+/// A ratio, and what it should be.
+pub struct Aim {
+    what: String,
+    ratio: Spread,
+    limit: f64,
+    at_most: bool,
+}
+
+impl Aim {
+    fn met(&self) -> bool {
+        if self.at_most {
+            self.ratio.median <= self.limit
+        } else {
+            self.ratio.median >= self.limit
+        }
+    }
+}
+
+/// The aims as far as this run has figures for them.
+pub fn aims(table: &Table, applied: &[Applied]) -> Vec<Aim> {
+    let mut aims = Vec::new();
+    let mut add = |what: String, over: Option<&Row>, under: Option<&Row>, limit, at_most| {
+        if let (Some(over), Some(under)) = (over, under) {
+            let ratio = table.ratio(over, under);
+            aims.push(Aim {
+                what,
+                ratio,
+                limit,
+                at_most,
+            });
+        }
+    };
+    let (mut first, mut last) = (None, None);
+    for row in table.rows.iter().filter(|row| row.contender == WEIR) {
+        first = first.or(Some(row.rules));
+        last = Some(row.rules);
+        let set = table.find(SET, Some(row.rules), row.case);
+        let what = format!("weir / nft set, {} rules, {}", row.rules, row.case.name());
+        add(what, Some(row), set, 0.6, true);
+    }
+    for (case, limit) in [
+        (Case::Known, 1.1),
+        (Case::Refused, 1.1),
+        (Case::RefusedSpread, 6.0),
+    ] {
+        let (few, many) = (table.find(WEIR, first, case), table.find(WEIR, last, case));
+        let (first, last) = (first.unwrap_or(0), last.unwrap_or(0));
+        add(
+            format!("weir, {last} / {first} rules, {}", case.name()),
+            many,
+            few,
+            limit,
+            true,
+        );
+    }
+    for (peer, limit) in [
+        (LINEAR, 50.0),
+        ("iptables-legacy", 15.0),
+        ("iptables-nft", 15.0),
+    ] {
+        for case in [Case::Known, Case::Refused] {
+            let (linear, weir) = (
+                table.find(peer, Some(1_000), case),
+                table.find(WEIR, Some(1_000), case),
+            );
+            add(
+                format!("{peer} / weir, 1000 rules, {}", case.name()),
+                linear,
+                weir,
+                limit,
+                false,
+            );
+        }
+    }
+    for (case, ours, theirs, limit) in [
+        (Case::Known, WEIR_FLOWS, CONNTRACK, 0.5),
+        (Case::KnownMany, WEIR_FLOWS, CONNTRACK, 0.5),
+        (Case::New, WEIR_NEW, CONNTRACK_NEW, 0.7),
+        (Case::Refused, WEIR_FLOWS, CONNTRACK_NEW, 0.6),
+    ] {
+        let (ours, theirs) = (table.find(ours, None, case), table.find(theirs, None, case));
+        add(
+            format!("weir / nf_conntrack, {}", case.name()),
+            ours,
+            theirs,
+            limit,
+            true,
+        );
+    }
+    aims.extend(applied.iter().map(|applied| Aim {
+        what: format!(
+            "{} / {}, {} rules",
+            apply::OURS,
+            applied.peer,
+            applied.rules
+        ),
+        ratio: applied.ratio(),
+        limit: 0.25,
+        at_most: true,
+    }));
+    aims
+}
+
+pub fn print_aims(aims: &[Aim]) {
+    println!();
+    for aim in aims {
+        let Spread { low, median, high } = aim.ratio;
+        let sign = if aim.at_most { "<=" } else { ">=" };
+        let verdict = if aim.met() { "met" } else { "MISSED" };
+        let (what, limit) = (&aim.what, aim.limit);
+        println!("{what:<58} {median:>8.2} ({low:.2}-{high:.2})  aim {sign} {limit}  {verdict}");
+    }
+}
+
+pub fn aims_json(aims: &[Aim]) -> Value {
+    let aims = aims.iter().map(|aim| {
+        json!({
+            "what": aim.what, "ratio": aim.ratio.json(), "met": aim.met(),
+            "aim": {"at_most": aim.at_most, "limit": aim.limit},
+        })
+    });
+    aims.collect()
+}
