@@ -14,9 +14,10 @@ const BPFFS: &str = "/sys/fs/bpf";
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
-/// Removed with everything in it when dropped.
+/// Removed with everything in it when dropped; after a failure the maps' contents are left behind.
 pub struct Bed {
     pub folder: PathBuf,
+    name: String,
 }
 
 impl Bed {
@@ -32,6 +33,7 @@ impl Bed {
         ip(&["tuntap", "add", DEVICE, "mode", "tun"]);
         Some(Self {
             folder: PathBuf::from(folder),
+            name: name.to_owned(),
         })
     }
 
@@ -43,22 +45,40 @@ impl Bed {
     pub fn open(&self, options: Options) -> Acl {
         Acl::open(DEVICE, self.index(), &self.folder, options).unwrap()
     }
+
+    /// Writes what the maps hold, as whoever looks into the failure would ask for next. By taking
+    /// the maps over, as an agent does after a crash.
+    fn leave_evidence(&self) -> Option<PathBuf> {
+        let index = try_index_of(DEVICE)?;
+        let acl = Acl::open(DEVICE, index, &self.folder, Options::default()).ok()?;
+        let file = tests::lab::results().join(format!("{}.maps.txt", self.name));
+        std::fs::create_dir_all(file.parent()?).ok()?;
+        std::fs::write(&file, acl.dump().ok()?).ok()?;
+        Some(file)
+    }
 }
 
 impl Drop for Bed {
     fn drop(&mut self) {
+        if std::thread::panicking()
+            && let Some(file) = self.leave_evidence()
+        {
+            eprintln!("the maps, as they were: {}", file.display());
+        }
         let _ = detach_and_unpin(DEVICE, &self.folder);
     }
 }
 
 /// The index of a device of this namespace.
 pub fn index_of(device: &str) -> u32 {
-    let output = Command::new("ip")
-        .args(["-o", "link", "show", device])
-        .output()
-        .unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    text.split(':').next().unwrap().trim().parse().unwrap()
+    try_index_of(device).unwrap()
+}
+
+fn try_index_of(device: &str) -> Option<u32> {
+    let mut ip = Command::new("ip");
+    let output = ip.args(["-o", "link", "show", device]).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    text.split(':').next()?.trim().parse().ok()
 }
 
 pub fn ip(arguments: &[&str]) {

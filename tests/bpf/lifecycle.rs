@@ -328,7 +328,8 @@ fn kernel_a_peer_that_joins_ten_thousand_adds_its_own_entries_in_place() {
     let Change::InPlace(patch) = &change else {
         panic!("a join is no swap: {change:?}");
     };
-    assert!(patch.entries() <= 2, "{} entries", patch.entries());
+    // The address that it has; the rule that admits it is there.
+    assert_eq!(patch.entries(), 1);
     let packet = Spec::new("100.66.0.1", "100.64.0.1", Body::Tcp(1, 80, SYN)).bytes();
     assert_eq!(
         send(&acl, Ingress, &packet),
@@ -350,10 +351,12 @@ fn kernel_a_hundred_thousand_rules_are_swapped_in_at_once() {
     let Some(bed) = Bed::make("kernel_a_hundred_thousand_rules") else {
         return;
     };
-    let (count, per_peer) = if std::env::var_os("WEIR_FULL").is_some() {
-        (1_000_u32, 100_u16)
+    // The short form also runs in emulated kernels, which are twenty times slower.
+    let full = std::env::var_os("WEIR_FULL").is_some();
+    let (count, per_peer, bound) = if full {
+        (1_000_u32, 100_u16, Duration::from_secs(1))
     } else {
-        (500, 40)
+        (500, 40, Duration::from_secs(10))
     };
     let peers = crowd(count);
     let mut rules = Vec::new();
@@ -382,7 +385,7 @@ fn kernel_a_hundred_thousand_rules_are_swapped_in_at_once() {
     let swap = start.elapsed();
     let entries = lowered.tables().entries();
     println!("{total} rules: lowered in {lowering:?} to {entries} entries, swapped in {swap:?}");
-    assert!(swap < Duration::from_secs(10));
+    assert!(swap < bound, "swapped in {swap:?}");
     let probe = Spec::new("100.65.0.0", "100.64.0.1", Body::Tcp(1, 1_600, SYN)).bytes();
     assert_eq!(send(&acl, Ingress, &probe), OPEN);
 }
