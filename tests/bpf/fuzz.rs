@@ -107,7 +107,7 @@ fn v4(
     let (id, field) = part.map_or((0, 0), |part| {
         (
             part.id,
-            part.offset / 8 | if part.more { 0x2000 } else { 0 },
+            part.offset / 8 + if part.more { 0x2000 } else { 0 },
         )
     });
     let field = field | if random.one_in(3) { 0x4000 } else { 0 };
@@ -172,7 +172,7 @@ fn v6(
     let payload = u16::try_from(rest.len()).unwrap().to_be_bytes();
     let next = kinds.first().copied().unwrap_or(*protocol);
     let head = vec![
-        0x60 | byte(random) & 0x0f,
+        0x60 | (byte(random) & 0x0f),
         byte(random),
         byte(random),
         byte(random),

@@ -22,6 +22,9 @@ use etherparse::{
 };
 use std::net::IpAddr;
 
+/// An embedded packet: addresses, protocol, kind and ports.
+type Embedded = (IpAddr, IpAddr, u8, What, (u16, u16));
+
 /// What both parsers can say of a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
@@ -34,8 +37,8 @@ pub struct Seen {
     pub part: Part,
     /// Of a fragment: identification, and where it begins, in bytes.
     pub fragment: (u32, u16),
-    /// What an ICMP error embeds: addresses, protocol, kind and ports.
-    pub inner: Option<(IpAddr, IpAddr, u8, What, (u16, u16))>,
+    /// What an ICMP error embeds.
+    pub inner: Option<Embedded>,
 }
 
 /// What our parser says, in the same words.
@@ -340,7 +343,7 @@ fn icmp_v6(rest: &[u8]) -> (What, (u16, u16)) {
     }
 }
 
-fn embedded(bytes: &[u8], v6: bool) -> Option<(IpAddr, IpAddr, u8, What, (u16, u16))> {
+fn embedded(bytes: &[u8], v6: bool) -> Option<Embedded> {
     let (src, dst, protocol, rest): (IpAddr, IpAddr, _, _) = if v6 {
         let header = Ipv6HeaderSlice::from_slice(bytes).ok()?;
         let walked = walk_within(header.next_header(), &bytes[40..])?;
