@@ -35,6 +35,7 @@ use sd_notify::NotifyState;
 use settings::Setting;
 use std::collections::VecDeque;
 use std::error::Error;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
@@ -192,14 +193,8 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
             _ = terminate.recv() => Event::Stop,
             _ = interrupt.recv() => Event::Stop,
         };
-        match event {
-            Event::Input(input) => daemon.engine.handle(Instant::now(), input),
-            Event::Control(event) => daemon.handle_control(event),
-            Event::Call(call) => daemon.handle_call(call),
-            Event::Looked(look) => daemon.looked(look),
-            Event::Kept(result) => daemon.kept(result),
-            Event::Tick => notify(&[NotifyState::Watchdog]),
-            Event::Stop => break,
+        if daemon.handle(event).is_break() {
+            break;
         }
     }
     tracing::info!("stopping; what is in the kernel stays as it is");
@@ -245,6 +240,20 @@ impl Daemon {
             self.connect(&coordinator);
             self.link.send(control::Command::Poll { base: generation });
         }
+    }
+
+    /// Takes in what woke the loop, which may be its end.
+    fn handle(&mut self, event: Event) -> ControlFlow<()> {
+        match event {
+            Event::Input(input) => self.engine.handle(Instant::now(), input),
+            Event::Control(event) => self.handle_control(event),
+            Event::Call(call) => self.handle_call(call),
+            Event::Looked(look) => self.looked(look),
+            Event::Kept(result) => self.kept(result),
+            Event::Tick => notify(&[NotifyState::Watchdog]),
+            Event::Stop => return ControlFlow::Break(()),
+        }
+        ControlFlow::Continue(())
     }
 
     /// Lets the engine do all that it wants now; returns when to wake it.
