@@ -176,7 +176,7 @@ async fn a_network_is_made_joined_and_shown() {
 /// `policy diff` in a network with a laptop and a web server, in which `text` allows all.
 fn what_a_policy_would_change_is_told(state: &Path, file: &Path, text: &str) {
     let path = file.to_str().unwrap();
-    let mut told = |text: &str, flag: &str, code: i32| {
+    let told = |text: &str, flag: &str, code: i32| {
         fs::write(file, text).unwrap();
         let args = ["policy", "diff", path, flag];
         let output = run(state, if flag.is_empty() { &args[..3] } else { &args });

@@ -356,34 +356,17 @@ impl Admin {
             Verb::PolicySet {
                 text,
                 file,
-                compare: wanted,
+                compare,
             } => {
                 let set = network::set_policy(store, now, actor, id, &text).await;
                 let before = set.map_err(|error| policy_fault(error, &file))?;
-                let mut message = format!("the policy of `{name}` is set");
-                let reach = match wanted {
-                    false => None,
-                    true => match compare(before, text).await? {
-                        Ok(reach) => Some(reach),
-                        Err(error) => {
-                            message += &format!("; what it changes cannot be told: {error}");
-                            None
-                        }
-                    },
-                };
-                Answer::PolicySet { message, reach }
+                let message = format!("the policy of `{name}` is set");
+                policy_set(message, before, compare.then_some(text)).await?
             }
             Verb::PolicyDiff { text, file } => {
                 let before = network::in_force(store, id).await?;
-                match compare(before, text).await? {
-                    Ok(reach) => Answer::Reach(reach),
-                    Err(CompareError::New(faults)) => {
-                        return Err(policy_fault(CommandError::Policy(faults), &file));
-                    }
-                    Err(error @ (CompareError::Old(_) | CompareError::TooLarge(_))) => {
-                        return Err(Refused::new(RefusalCode::BadRequest, error.to_string()));
-                    }
-                }
+                let compared = compare(before, text).await?;
+                Answer::Reach(compared.map_err(|error| incomparable(error, &file))?)
             }
             Verb::PolicyGet => Answer::Policy {
                 text: network::policy(store, id).await?,
@@ -450,6 +433,36 @@ impl Admin {
             message,
             token: token.expose(),
         })
+    }
+}
+
+/// The answer to `policy set`, with what has changed if the new text is there to compare with.
+async fn policy_set(
+    mut message: String,
+    before: InForce,
+    text: Option<String>,
+) -> Result<Answer, Refused> {
+    let mut reach = None;
+    if let Some(text) = text {
+        match compare(before, text).await? {
+            Ok(compared) => reach = Some(compared),
+            // It is set all the same.
+            Err(error) => message += &format!("; what that changes cannot be told: {error}"),
+        }
+    }
+    Ok(Answer::PolicySet { message, reach })
+}
+
+/// Why there is no answer to `policy diff`.
+fn incomparable(error: CompareError, file: &str) -> Refused {
+    match error {
+        CompareError::New(faults) => {
+            let message = format!("the policy would be refused\n{}", faults.render(file));
+            Refused::new(RefusalCode::BadRequest, message)
+        }
+        CompareError::Old(_) | CompareError::TooLarge(_) => {
+            Refused::new(RefusalCode::BadRequest, error.to_string())
+        }
     }
 }
 
