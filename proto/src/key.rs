@@ -107,6 +107,17 @@ public_key!(
     "challenge"
 );
 
+public_key!(
+    /// A relay's X25519 key, which its clients' logins are sealed for.
+    RelayKey,
+    "relaykey"
+);
+public_key!(
+    /// The Ed25519 key that checks the relay permits of one network's coordinator.
+    PermitKey,
+    "permitkey"
+);
+
 impl NodeKey {
     /// The form that `wg` prints and reads.
     #[must_use]

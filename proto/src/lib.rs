@@ -13,12 +13,18 @@
 //! | [`netmap`] | all that one node may know, and deltas of it |
 //! | [`policy`] | the document people write, and its compiler |
 //! | [`control`] | messages between a node and the coordinator |
+//! | [`derp`] | frames between a node and a relay, and the login of one at the other |
+//! | [`permit`] | the coordinator's word that a node may use a relay |
+//! | [`stun`] | the question "what address do you see?" and its answer |
 #![forbid(unsafe_code)]
 
 pub mod control;
+pub mod derp;
 pub mod filter;
 pub mod id;
 pub mod key;
 pub mod net;
 pub mod netmap;
+pub mod permit;
 pub mod policy;
+pub mod stun;
