@@ -1,6 +1,38 @@
-//! The relay: carries sealed packets between two nodes that have no direct path.
+//! The relay: carries sealed packets between two nodes that have no direct path. It knows keys and
+//! queues and nothing else: not what is in a packet, not who a key belongs to, no database.
 //!
-//! Nothing is here yet. The relay and the path selection that uses it are built together (see
-//! ARCHITECTURE.md, "What is planned"); this version of weir connects peers directly, at the
-//! endpoints that they report, and says so when none of them works.
+//! ```text
+//!  TCP ─► server ─► tls ─► http ─► session ──► switch ──► queue of the destination ─► its session
+//!                                     │ login
+//!                                     ▼
+//!                                   admit (permit signed by a coordinator | open)
+//!  UDP ─► stun
+//! ```
+//!
+//! | module | what it decides |
+//! |---|---|
+//! | [`config`] | what `serve` is told |
+//! | [`tls`] | the certificate shown, and the relay's own key |
+//! | [`http`] | the request that opens a stream, and the few pages beside it |
+//! | [`admit`] | who may use the relay, for which network, how long and how fast |
+//! | [`session`] | one client: login, its frames, what it is sent |
+//! | [`switch`] | who is here; where a packet goes. Synchronous, no socket |
+//! | [`queue`] | what waits for one client, in what order, and what is dropped |
+//! | [`stun`] | tells whoever asks which address it comes from |
+//! | [`metrics`] | what is counted |
+//! | [`server`] | puts the above together |
+//!
+//! One direction: server → session → switch. The node agent does not use a relay yet (see
+//! ARCHITECTURE.md, "What is planned").
 #![forbid(unsafe_code)]
+
+pub mod admit;
+pub mod config;
+pub mod http;
+pub mod metrics;
+pub mod queue;
+pub mod server;
+pub mod session;
+pub mod stun;
+pub mod switch;
+pub mod tls;

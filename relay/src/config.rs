@@ -1,0 +1,318 @@
+//! What `serve` is told: flags over a TOML file over defaults, parsed once into checked types.
+
+use crate::admit::Admission;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use proto::id::NetworkId;
+use proto::key::PermitKey;
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+/// What a client may send in a second if nothing else is said: 400 Mbit/s.
+pub const DEFAULT_RATE: u64 = 50_000_000;
+
+/// weir's relay: carries sealed packets between nodes that have no direct path, and tells nodes
+/// their own address (STUN).
+#[derive(Debug, Parser)]
+#[command(name = "weir-relay", version, propagate_version = true)]
+pub struct Cli {
+    /// Folder of the relay's state: its key and its certificate
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        default_value = "/var/lib/weir-relay"
+    )]
+    pub state_dir: PathBuf,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the relay
+    Serve(Flags),
+}
+
+/// Flags of `serve`; each wins over the file.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Flags {
+    /// Where nodes connect to [default: 0.0.0.0:443]
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub listen: Option<SocketAddr>,
+    /// Where STUN is answered, by UDP [default: 0.0.0.0:3478]
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub stun_listen: Option<SocketAddr>,
+    /// Where /health and /metrics are shown, without TLS [default: 127.0.0.1:9180]
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub status_listen: Option<SocketAddr>,
+    /// The certificate: the relay's own, one that the configuration names, or none: plain HTTP
+    /// [default: own]
+    #[arg(long, value_name = "WHICH")]
+    pub tls: Option<Tls>,
+    /// Who may use the relay: nodes with a permit of their coordinator, or, for tests, anybody
+    /// [default: permit]
+    #[arg(long, value_name = "WHO")]
+    pub admit: Option<Admit>,
+    /// A TOML file; flags win over it
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// Which certificate is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Tls {
+    /// The relay's own, made once.
+    Own,
+    /// The one in `[certificate]`.
+    Given,
+    /// None: plain HTTP. What passes is sealed all the same; keys of who talks to whom are not.
+    Off,
+}
+
+/// Who may use the relay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Admit {
+    /// Nodes with a permit.
+    Permit,
+    /// Anybody.
+    Open,
+}
+
+/// All that the relay is told at its start.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Holds the relay's key and its own certificate.
+    pub state_dir: PathBuf,
+    /// Where nodes connect to.
+    pub listen: SocketAddr,
+    /// Where STUN is answered.
+    pub stun_listen: SocketAddr,
+    /// Where health and metrics are shown.
+    pub status_listen: SocketAddr,
+    /// The certificate.
+    pub certificate: Certificate,
+    /// Who is let in.
+    pub admission: Admission,
+    /// What a client may send in a second, in bytes; 0: no limit.
+    pub rate: u64,
+}
+
+/// Where the certificate comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Certificate {
+    /// The state folder.
+    Own,
+    /// These files.
+    Given {
+        /// The chain, in PEM.
+        certificate: PathBuf,
+        /// Its key, in PEM.
+        key: PathBuf,
+    },
+    /// None: plain HTTP.
+    Off,
+}
+
+/// Why the configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file is not what it should be; the source says where.
+    #[error("the configuration {path} is not right")]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Why, with line and column.
+        source: Box<toml::de::Error>,
+    },
+    /// `given` without files.
+    #[error(
+        "`--tls given` needs a [certificate] section with `chain` and `key` in the configuration"
+    )]
+    NoCertificate,
+    /// Nobody could be admitted.
+    #[error(
+        "no network to serve: name each in a [[network]] section with its `id` and `keys` (or, for \
+         tests alone, let anybody in with `--admit open`)"
+    )]
+    NoNetwork,
+    /// A network without keys would admit nobody.
+    #[error("network {0} has no keys, so nobody of it could be admitted")]
+    NoKeys(NetworkId),
+    /// One network, twice.
+    #[error("network {0} is named twice; give all its keys in one section")]
+    Twice(NetworkId),
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct File {
+    listen: Option<SocketAddr>,
+    stun_listen: Option<SocketAddr>,
+    status_listen: Option<SocketAddr>,
+    tls: Option<Tls>,
+    admit: Option<Admit>,
+    client_bytes_per_second: Option<u64>,
+    certificate: Option<Files>,
+    #[serde(default)]
+    network: Vec<Network>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Files {
+    chain: PathBuf,
+    key: PathBuf,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Network {
+    id: NetworkId,
+    keys: Vec<PermitKey>,
+}
+
+impl Config {
+    /// Flags over file over defaults.
+    ///
+    /// # Errors
+    /// If the file cannot be read or understood, or what it says cannot work.
+    pub fn load(state_dir: PathBuf, flags: Flags) -> Result<Self, ConfigError> {
+        let file = flags
+            .config
+            .as_deref()
+            .map(read)
+            .transpose()?
+            .unwrap_or_default();
+        let any = |port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
+        let certificate = match flags.tls.or(file.tls).unwrap_or(Tls::Own) {
+            Tls::Own => Certificate::Own,
+            Tls::Off => Certificate::Off,
+            Tls::Given => {
+                let files = file.certificate.ok_or(ConfigError::NoCertificate)?;
+                Certificate::Given {
+                    certificate: files.chain,
+                    key: files.key,
+                }
+            }
+        };
+        let admission = match flags.admit.or(file.admit).unwrap_or(Admit::Permit) {
+            Admit::Open => Admission::Open,
+            Admit::Permit => Admission::Permit(networks(file.network)?),
+        };
+        let status = || SocketAddr::from((Ipv4Addr::LOCALHOST, 9180));
+        Ok(Self {
+            state_dir,
+            listen: flags.listen.or(file.listen).unwrap_or_else(|| any(443)),
+            stun_listen: flags
+                .stun_listen
+                .or(file.stun_listen)
+                .unwrap_or_else(|| any(3478)),
+            status_listen: flags
+                .status_listen
+                .or(file.status_listen)
+                .unwrap_or_else(status),
+            certificate,
+            admission,
+            rate: file.client_bytes_per_second.unwrap_or(DEFAULT_RATE),
+        })
+    }
+}
+
+fn networks(named: Vec<Network>) -> Result<BTreeMap<NetworkId, Vec<PermitKey>>, ConfigError> {
+    let mut networks = BTreeMap::new();
+    for Network { id, keys } in named {
+        if keys.is_empty() {
+            return Err(ConfigError::NoKeys(id));
+        }
+        if networks.insert(id, keys).is_some() {
+            return Err(ConfigError::Twice(id));
+        }
+    }
+    if networks.is_empty() {
+        return Err(ConfigError::NoNetwork);
+    }
+    Ok(networks)
+}
+
+fn read(path: &Path) -> Result<File, ConfigError> {
+    let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+        path: path.to_owned(),
+        source,
+    })?;
+    toml::from_str(&text).map_err(|source| ConfigError::Syntax {
+        path: path.to_owned(),
+        source: Box::new(source),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str, flags: Flags) -> Result<Config, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("relay.toml");
+        fs::write(&path, text).unwrap();
+        let flags = Flags {
+            config: Some(path),
+            ..flags
+        };
+        Config::load("/s".into(), flags)
+    }
+
+    fn network(id: u64) -> String {
+        format!(
+            "[[network]]\nid = {id}\nkeys = ['{}']\n",
+            PermitKey([id as u8; 32])
+        )
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_unknown_words_are_refused() {
+        let text = format!("listen = '192.0.2.1:1'\ntls = 'off'\n{}", network(1));
+        let config = load(&text, Flags::default()).unwrap();
+        assert_eq!(config.listen.to_string(), "192.0.2.1:1");
+        assert_eq!(config.certificate, Certificate::Off);
+        let flags = Flags {
+            listen: Some("192.0.2.2:2".parse().unwrap()),
+            tls: Some(Tls::Own),
+            ..Flags::default()
+        };
+        let config = load(&text, flags).unwrap();
+        assert_eq!(config.listen.to_string(), "192.0.2.2:2");
+        assert_eq!(config.certificate, Certificate::Own);
+        let error = load("lisen = '192.0.2.1:1'\n", Flags::default()).unwrap_err();
+        let source = std::error::Error::source(&error).unwrap().to_string();
+        assert!(source.contains("lisen"), "{source}");
+    }
+
+    #[test]
+    fn nobody_is_let_in_by_leaving_something_out() {
+        let check = |text: &str, expected: &str| {
+            let error = load(text, Flags::default()).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        };
+        check("", "no network to serve");
+        check("[[network]]\nid = 5\nkeys = []\n", "network 5 has no keys");
+        check(&(network(5) + &network(5)), "network 5 is named twice");
+        check("tls = 'given'\nadmit = 'open'\n", "[certificate]");
+        let config = load("admit = 'open'\n", Flags::default()).unwrap();
+        assert!(matches!(config.admission, Admission::Open));
+    }
+}

@@ -1,0 +1,352 @@
+//! A running relay: its state folder, its three doors and its tasks, started and stopped as one.
+//!
+//! Doors: DERP over TCP (with TLS or without), STUN over UDP, and a page of health and counters that
+//! is shown on this machine alone unless asked otherwise.
+
+use crate::admit::Admission;
+use crate::config::{Certificate, Config};
+use crate::http::{self, Request};
+use crate::metrics::Metrics;
+use crate::session::{End, Session, Shared};
+use crate::stun;
+use crate::switch::Switch;
+use crate::tls::{self, Identity, TlsError};
+use bytes::BytesMut;
+use proto::derp::LOGIN_TIMEOUT;
+use proto::key::{Fingerprint, RelayKey};
+use rustix::fs::{FlockOperation, flock};
+use std::fs::{DirBuilder, File};
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+
+const LOCK_FILE: &str = "lock";
+/// Most connections at once; one more waits in the kernel's queue.
+const MAX_CONNECTIONS: u32 = 65_536;
+/// Most connections at once to the page of health and counters.
+const MAX_STATUS_CONNECTIONS: u32 = 16;
+/// A connection is dead when it leaves packets unanswered for this long (RFC 5482).
+const DEAD_PEER_MILLIS: u32 = 15_000;
+/// Pause when the kernel has no file descriptors left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Longest wait for clients to take the word that the relay stops.
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Why the relay does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The state folder cannot be used.
+    #[error("cannot use the state folder {path}")]
+    StateDir {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Two relays cannot share a state folder.
+    #[error("a relay runs on {0} already; give this one another --state-dir")]
+    Running(PathBuf),
+    /// The address is not ours, or taken.
+    #[error("cannot listen on {addr}")]
+    Listen {
+        /// The address.
+        addr: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// See [`TlsError`].
+    #[error("there is no key or certificate to show")]
+    Tls(#[from] TlsError),
+}
+
+/// A running relay.
+pub struct Server {
+    /// Where nodes connect to.
+    pub addr: SocketAddr,
+    /// Where STUN is answered.
+    pub stun_addr: SocketAddr,
+    /// Where health and counters are shown.
+    pub status_addr: SocketAddr,
+    /// The relay's key.
+    pub key: RelayKey,
+    /// Its certificate, if it speaks TLS.
+    pub fingerprint: Option<Fingerprint>,
+    shared: Arc<Shared>,
+    shutdown: watch::Sender<bool>,
+    derp: JoinHandle<()>,
+    others: Vec<JoinHandle<()>>,
+    _lock: File,
+}
+
+impl Server {
+    /// Starts it. When this returns, it answers.
+    ///
+    /// # Errors
+    /// If the state folder, the certificate or an address cannot be used.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        let dir = &config.state_dir;
+        let lock = take_state_dir(dir)?;
+        let secret = tls::relay_secret(dir)?;
+        let key = RelayKey(secret.public().0);
+        let identity = match &config.certificate {
+            Certificate::Own => Some(Identity::load_or_create(dir)?),
+            Certificate::Given { certificate, key } => Some(Identity::read(certificate, key)?),
+            Certificate::Off => None,
+        };
+        let fingerprint = identity.as_ref().map(Identity::fingerprint);
+        let tls = identity
+            .map(|identity| identity.server_config(key))
+            .transpose()?
+            .map(|config| TlsAcceptor::from(Arc::new(config)));
+        if matches!(config.admission, Admission::Open) {
+            tracing::warn!(
+                "--admit open: ANYBODY may use this relay, and all who do see each other; \
+                 this is for tests alone"
+            );
+        }
+        let (listener, addr) = listen(config.listen).await?;
+        let (status, status_addr) = listen(config.status_listen).await?;
+        let failed = |source| StartError::Listen {
+            addr: config.stun_listen,
+            source,
+        };
+        let udp = UdpSocket::bind(config.stun_listen).await.map_err(failed)?;
+        let stun_addr = udp.local_addr().map_err(failed)?;
+
+        let metrics = Arc::new(Metrics::default());
+        let shared = Arc::new(Shared {
+            switch: Switch::new(Arc::clone(&metrics)),
+            admission: config.admission,
+            secret,
+            rate: config.rate,
+            metrics: Arc::clone(&metrics),
+        });
+        let (shutdown, ends) = watch::channel(false);
+        let door = Door {
+            shared: Arc::clone(&shared),
+            tls,
+            most: MAX_CONNECTIONS,
+            page: false,
+        };
+        let page = Door {
+            shared: Arc::clone(&shared),
+            tls: None,
+            most: MAX_STATUS_CONNECTIONS,
+            page: true,
+        };
+        Ok(Self {
+            addr,
+            stun_addr,
+            status_addr,
+            key,
+            fingerprint,
+            shared,
+            shutdown,
+            derp: tokio::spawn(door.serve(listener, ends.clone())),
+            others: vec![
+                tokio::spawn(page.serve(status, ends)),
+                tokio::spawn(stun::serve(udp, metrics)),
+            ],
+            _lock: lock,
+        })
+    }
+
+    /// Tells every client that the relay ends, and waits until they have heard it, for a while.
+    pub async fn stop(self) {
+        // No new connections, then the word to those there are.
+        let _ = self.shutdown.send(true);
+        self.shared.switch.stop();
+        let _ = timeout(STOP_TIMEOUT, self.derp).await;
+        for task in self.others {
+            task.abort();
+        }
+    }
+}
+
+/// One listening address and what is offered there.
+struct Door {
+    shared: Arc<Shared>,
+    tls: Option<TlsAcceptor>,
+    most: u32,
+    /// Whether this is the page of health and counters, and not DERP.
+    page: bool,
+}
+
+impl Door {
+    async fn serve(self, listener: TcpListener, mut ends: watch::Receiver<bool>) {
+        let door = Arc::new(self);
+        let places = Arc::new(Semaphore::new(door.most as usize));
+        loop {
+            let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+                return;
+            };
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                _ = ends.wait_for(|end| *end) => break,
+            };
+            let Ok((stream, _)) = accepted else {
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            };
+            let (door, mut ends) = (Arc::clone(&door), ends.clone());
+            tokio::spawn(async move {
+                let _place = place;
+                door.connection(stream, &mut ends).await;
+            });
+        }
+        drop(listener);
+        // When every place is free, every connection has ended.
+        let _ = places.acquire_many(door.most).await;
+    }
+
+    async fn connection(&self, stream: TcpStream, ends: &mut watch::Receiver<bool>) {
+        // Without these a dead peer is only noticed later.
+        let _ = rustix::net::sockopt::set_tcp_user_timeout(&stream, DEAD_PEER_MILLIS);
+        let _ = stream.set_nodelay(true);
+        let metrics = &self.shared.metrics;
+        Metrics::add(&metrics.accepted, 1);
+        Metrics::add(&metrics.connections, 1);
+        self.secured(stream, ends).await;
+        Metrics::take(&metrics.connections, 1);
+    }
+
+    async fn secured(&self, stream: TcpStream, ends: &mut watch::Receiver<bool>) {
+        let Some(tls) = &self.tls else {
+            return self.stream(stream, ends).await;
+        };
+        let accepted = tokio::select! {
+            accepted = timeout(LOGIN_TIMEOUT, tls.accept(stream)) => accepted,
+            _ = ends.wait_for(|end| *end) => return,
+        };
+        match accepted {
+            Ok(Ok(stream)) => self.stream(stream, ends).await,
+            Ok(Err(_)) | Err(_) => tracing::debug!("a TLS handshake failed"),
+        }
+    }
+
+    async fn stream<S>(&self, stream: S, ends: &mut watch::Receiver<bool>)
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let session = tokio::select! {
+            opened = timeout(LOGIN_TIMEOUT, self.open(stream)) => match opened {
+                Ok(Some(session)) => session,
+                Ok(None) => return,
+                Err(_) => {
+                    tracing::debug!("a login took too long");
+                    return;
+                }
+            },
+            _ = ends.wait_for(|end| *end) => return,
+        };
+        // A session ends itself when the switch stops: it has a last word to say.
+        let end = session.run().await;
+        tracing::debug!(reason = %end, "a client left");
+    }
+
+    /// Answers the request, and logs the client in if that is what it wants.
+    async fn open<S>(&self, mut stream: S) -> Option<Session<S>>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let mut buffer = BytesMut::new();
+        let request = http::read(&mut stream, &mut buffer).await.ok()?;
+        let fast = match request {
+            Request::Derp { fast } if !self.page => fast,
+            other => {
+                let answer = self.answer(&other);
+                // How it ends is the other side's business.
+                let _ = stream.write_all(answer.as_bytes()).await;
+                let _ = stream.shutdown().await;
+                return None;
+            }
+        };
+        let greeting = if fast {
+            String::new()
+        } else {
+            http::switching(self.shared.key())
+        };
+        let login = Session::login(stream, greeting, buffer, Arc::clone(&self.shared)).await;
+        match login {
+            Ok(session) => Some(session),
+            Err(end) => {
+                let metrics = &self.shared.metrics;
+                let counter = match end {
+                    End::Refused(_) => &metrics.refused,
+                    _ => &metrics.broken,
+                };
+                Metrics::add(counter, 1);
+                tracing::debug!(reason = &end as &dyn std::error::Error, "a login failed");
+                None
+            }
+        }
+    }
+
+    fn answer(&self, request: &Request) -> String {
+        let text = "text/plain; charset=utf-8";
+        let clients = self.shared.switch.len();
+        match request {
+            Request::Health => {
+                let body = serde_json::json!({
+                    "version": 1,
+                    "status": "ok",
+                    "clients": clients,
+                    "program": env!("CARGO_PKG_VERSION"),
+                });
+                http::page("200 OK", "application/json", &format!("{body}\n"))
+            }
+            Request::Metrics if self.page => {
+                let body = self.shared.metrics.page(clients);
+                http::page("200 OK", "text/plain; version=0.0.4", &body)
+            }
+            Request::Probe => http::probed(),
+            Request::Portal { challenge } => http::no_content(challenge.as_deref()),
+            Request::NotUpgraded => {
+                let body = "DERP wants a connection upgrade (Upgrade: DERP)\n";
+                http::page("426 Upgrade Required", text, body)
+            }
+            Request::Derp { .. } | Request::Metrics | Request::NotFound => {
+                http::page("404 Not Found", text, "there is no such page\n")
+            }
+            Request::Bad => http::page("400 Bad Request", text, "this is no request\n"),
+        }
+    }
+}
+
+async fn listen(addr: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
+    let failed = |source| StartError::Listen { addr, source };
+    let listener = TcpListener::bind(addr).await.map_err(failed)?;
+    let addr = listener.local_addr().map_err(failed)?;
+    Ok((listener, addr))
+}
+
+/// Makes the folder if it is absent, and makes sure that no other relay uses it.
+fn take_state_dir(dir: &Path) -> Result<File, StartError> {
+    let failed = |source| StartError::StateDir {
+        path: dir.to_owned(),
+        source,
+    };
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(failed)?;
+    let lock = File::create(dir.join(LOCK_FILE)).map_err(failed)?;
+    flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| {
+        if error == rustix::io::Errno::WOULDBLOCK {
+            StartError::Running(dir.to_owned())
+        } else {
+            failed(error.into())
+        }
+    })?;
+    Ok(lock)
+}

@@ -1,0 +1,339 @@
+//! Who is here, and where a packet goes. No socket, no await, no clock.
+//!
+//! A client's address is its key *within its tenant*: a packet for a node of another network finds
+//! nobody, as if that node were not connected. There is no other way to look anybody up.
+//!
+//! Two connections with one key are a node that reconnects before its old connection is known dead,
+//! or a cloned machine. The newest is sent to, until another one speaks: then that one is. All of
+//! them are told of each other in a Health frame, and the last that stays that it is alone again.
+
+use crate::metrics::{DropReason, Metrics};
+use crate::queue::{Pushed, Queue};
+use bytes::Bytes;
+use proto::derp::{Frame, GoneReason};
+use proto::id::NetworkId;
+use proto::key::NodeKey;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
+
+/// What clients with the same key are told.
+pub const DUPLICATE_TEXT: &str = "another connection with the same node key is open: if this machine is a \
+     clone, give it a key of its own";
+/// A stopping relay's clients wait so long before they connect again: its successor needs a moment.
+pub const RECONNECT_IN: Duration = Duration::from_millis(250);
+/// And try so long before they look for another relay.
+pub const TRY_FOR: Duration = Duration::from_secs(10);
+
+/// Whose nodes see each other; `None` on a relay that is open to everybody.
+pub type Tenant = Option<NetworkId>;
+
+/// A connected client, as others see it.
+pub struct Client {
+    /// Its key.
+    pub key: NodeKey,
+    /// Its network.
+    pub tenant: Tenant,
+    /// What waits for it.
+    pub queue: Queue,
+    number: u64,
+    duplicate: AtomicBool,
+}
+
+/// What became of a packet that was to be forwarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Forwarded {
+    /// It waits for its destination.
+    Queued,
+    /// Nobody of that key is here.
+    NotHere,
+}
+
+/// Everybody who is connected.
+pub struct Switch {
+    /// Read for each packet, written when somebody comes, goes or takes over. Look-ups only: its
+    /// order is never seen.
+    places: RwLock<HashMap<(Tenant, NodeKey), Place>>,
+    metrics: Arc<Metrics>,
+    numbers: AtomicU64,
+    stopping: AtomicBool,
+}
+
+/// The connections of one key, oldest first; `active` is sent to.
+struct Place {
+    active: Arc<Client>,
+    all: Vec<Arc<Client>>,
+}
+
+impl Switch {
+    /// One that counts into `metrics`.
+    #[must_use]
+    pub fn new(metrics: Arc<Metrics>) -> Self {
+        Self {
+            places: RwLock::default(),
+            metrics,
+            numbers: AtomicU64::new(0),
+            stopping: AtomicBool::new(false),
+        }
+    }
+
+    /// A client has proven its key and may use the relay.
+    pub fn enter(&self, tenant: Tenant, key: NodeKey) -> Arc<Client> {
+        let client = Arc::new(Client {
+            key,
+            tenant,
+            queue: Queue::default(),
+            number: self.numbers.fetch_add(1, Ordering::Relaxed),
+            duplicate: AtomicBool::new(false),
+        });
+        let mut places = self.write();
+        let place = places.entry((tenant, key)).or_insert_with(|| Place {
+            active: Arc::clone(&client),
+            all: Vec::with_capacity(1),
+        });
+        place.active = Arc::clone(&client);
+        place.all.push(Arc::clone(&client));
+        if place.all.len() > 1 {
+            let told = frame(&Frame::Health(DUPLICATE_TEXT));
+            for member in &place.all {
+                member.duplicate.store(true, Ordering::Relaxed);
+                member.queue.push_control(told.clone());
+            }
+            Metrics::add(&self.metrics.duplicates, 1);
+        }
+        // Under the lock, so that nobody slips in between the announcement and the end.
+        if self.stopping.load(Ordering::Relaxed) {
+            client.queue.close(Some(restarting()));
+        }
+        client
+    }
+
+    /// A client's connection ended. Those whom it wrote to hear that it is gone.
+    pub fn leave(&self, client: &Client, sent_to: &BTreeSet<NodeKey>) {
+        let address = (client.tenant, client.key);
+        {
+            let mut places = self.write();
+            let Some(place) = places.get_mut(&address) else {
+                return;
+            };
+            place.all.retain(|member| member.number != client.number);
+            let Some(newest) = place.all.last() else {
+                places.remove(&address);
+                drop(places);
+                self.tell_gone(client, sent_to);
+                return;
+            };
+            if place.active.number == client.number {
+                place.active = Arc::clone(newest);
+            }
+            if let [alone] = place.all.as_slice() {
+                alone.duplicate.store(false, Ordering::Relaxed);
+                alone.queue.push_control(frame(&Frame::Health("")));
+            }
+        }
+    }
+
+    fn tell_gone(&self, client: &Client, sent_to: &BTreeSet<NodeKey>) {
+        let told = frame(&Frame::PeerGone {
+            peer: client.key,
+            reason: GoneReason::Disconnected,
+        });
+        let places = self.read();
+        for peer in sent_to {
+            if let Some(place) = places.get(&(client.tenant, *peer)) {
+                place.active.queue.push_control(told.clone());
+            }
+        }
+    }
+
+    /// Hands a RecvPacket frame to `dst`'s queue.
+    pub fn forward(&self, from: &Client, dst: NodeKey, frame: Bytes, disco: bool) -> Forwarded {
+        if from.duplicate.load(Ordering::Relaxed) {
+            self.take_over(from);
+        }
+        let bytes = frame.len() as u64;
+        let places = self.read();
+        let Some(place) = places.get(&(from.tenant, dst)) else {
+            self.metrics.dropped(DropReason::NotHere);
+            return Forwarded::NotHere;
+        };
+        match place.active.queue.push_packet(frame, disco) {
+            Pushed::Queued => {}
+            Pushed::Displaced if disco => self.metrics.dropped(DropReason::DiscoQueue),
+            Pushed::Displaced => self.metrics.dropped(DropReason::DataQueue),
+            Pushed::Closed => {
+                self.metrics.dropped(DropReason::Leaving);
+                return Forwarded::Queued;
+            }
+        }
+        Metrics::add(&self.metrics.packets, 1);
+        Metrics::add(&self.metrics.bytes, bytes);
+        Forwarded::Queued
+    }
+
+    /// Of several connections with one key, the one that speaks is sent to.
+    fn take_over(&self, speaker: &Client) {
+        let address = (speaker.tenant, speaker.key);
+        let active = |places: &HashMap<_, Place>| {
+            let place = places.get(&address)?;
+            Some(place.active.number == speaker.number)
+        };
+        if active(&self.read()) == Some(true) {
+            return;
+        }
+        if let Some(place) = self.write().get_mut(&address) {
+            let member = |member: &&Arc<Client>| member.number == speaker.number;
+            if let Some(member) = place.all.iter().find(member) {
+                place.active = Arc::clone(member);
+            }
+        }
+    }
+
+    /// Tells everybody that the relay ends, and lets nobody stay.
+    pub fn stop(&self) {
+        let places = self.write();
+        self.stopping.store(true, Ordering::Relaxed);
+        let last = restarting();
+        for place in places.values() {
+            for client in &place.all {
+                client.queue.close(Some(last.clone()));
+            }
+        }
+    }
+
+    /// How many keys are here.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.read().len()
+    }
+
+    /// Whether nobody is here.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, HashMap<(Tenant, NodeKey), Place>> {
+        self.places.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, HashMap<(Tenant, NodeKey), Place>> {
+        self.places.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A frame of the relay's own.
+#[must_use]
+pub fn frame(frame: &Frame<'_>) -> Bytes {
+    Bytes::from(frame.to_vec())
+}
+
+fn restarting() -> Bytes {
+    frame(&Frame::Restarting {
+        reconnect_in: RECONNECT_IN,
+        try_for: TRY_FOR,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::VecDeque;
+
+    const A: NodeKey = NodeKey([0xaa; 32]);
+    const B: NodeKey = NodeKey([0xbb; 32]);
+    const ONE: Tenant = Some(NetworkId(1));
+    const TWO: Tenant = Some(NetworkId(2));
+
+    fn switch() -> Switch {
+        Switch::new(Arc::new(Metrics::default()))
+    }
+
+    /// What waits for a client, as text.
+    async fn waiting(client: &Client) -> Vec<String> {
+        client.queue.push_control(frame(&Frame::KeepAlive));
+        let mut batch = VecDeque::new();
+        client.queue.take(&mut batch).await;
+        let text = |bytes: &Bytes| match Frame::split(bytes).unwrap().unwrap().0 {
+            Frame::KeepAlive => None,
+            Frame::Health(text) => Some(format!("health {}", text.len())),
+            Frame::PeerGone { reason, .. } => Some(format!("{reason:?}")),
+            Frame::RecvPacket { packet, .. } => Some(String::from_utf8(packet.to_vec()).unwrap()),
+            other => Some(format!("{other:?}")),
+        };
+        batch.iter().filter_map(text).collect()
+    }
+
+    fn send(switch: &Switch, from: &Client, dst: NodeKey, packet: &str) -> Forwarded {
+        let packet = packet.as_bytes();
+        let bytes = frame(&Frame::RecvPacket {
+            src: from.key,
+            packet,
+        });
+        switch.forward(from, dst, bytes, false)
+    }
+
+    #[tokio::test]
+    async fn tenants_do_not_see_each_other() {
+        let switch = switch();
+        let (a, b) = (switch.enter(ONE, A), switch.enter(ONE, B));
+        let stranger = switch.enter(TWO, B);
+        assert_eq!(send(&switch, &a, B, "hello"), Forwarded::Queued);
+        assert_eq!(send(&switch, &stranger, A, "evil"), Forwarded::NotHere);
+        assert_eq!(waiting(&b).await, ["hello"]);
+        assert!(waiting(&stranger).await.is_empty());
+        assert!(waiting(&a).await.is_empty());
+        // Nor does an open relay's nobody-in-particular see a network's nodes.
+        let open = switch.enter(None, B);
+        assert_eq!(send(&switch, &open, A, "evil"), Forwarded::NotHere);
+    }
+
+    #[tokio::test]
+    async fn who_was_written_to_hears_that_the_writer_is_gone() {
+        let switch = switch();
+        let (a, b) = (switch.enter(ONE, A), switch.enter(ONE, B));
+        let stranger = switch.enter(TWO, B);
+        switch.leave(&a, &BTreeSet::from([B]));
+        assert_eq!(waiting(&b).await, ["Disconnected"]);
+        assert!(waiting(&stranger).await.is_empty());
+        assert_eq!(send(&switch, &b, A, "late"), Forwarded::NotHere);
+        switch.leave(&b, &BTreeSet::new());
+        switch.leave(&stranger, &BTreeSet::new());
+        assert!(switch.is_empty());
+    }
+
+    #[tokio::test]
+    async fn of_two_with_one_key_the_last_that_spoke_is_sent_to() {
+        let switch = switch();
+        let (old, peer) = (switch.enter(ONE, A), switch.enter(ONE, B));
+        let new = switch.enter(ONE, A);
+        let told = format!("health {}", DUPLICATE_TEXT.len());
+        assert_eq!(waiting(&old).await, [told.clone()]);
+        send(&switch, &peer, A, "to the newest");
+        assert_eq!(waiting(&new).await, [told, "to the newest".to_owned()]);
+        send(&switch, &old, B, "I speak");
+        send(&switch, &peer, A, "to the speaker");
+        assert_eq!(waiting(&old).await, ["to the speaker"]);
+        // One leaves; nobody hears "gone", for the key is still here.
+        switch.leave(&old, &BTreeSet::from([B]));
+        assert_eq!(waiting(&peer).await, ["I speak"]);
+        send(&switch, &peer, A, "to the rest");
+        assert_eq!(waiting(&new).await, ["health 0", "to the rest"]);
+    }
+
+    #[tokio::test]
+    async fn a_stop_reaches_all_and_whoever_comes_late() {
+        let switch = switch();
+        let early = switch.enter(ONE, A);
+        switch.stop();
+        let late = switch.enter(ONE, B);
+        for client in [early, late] {
+            let said = waiting(&client).await;
+            assert!(
+                said.len() == 1 && said[0].starts_with("Restarting"),
+                "{said:?}"
+            );
+        }
+    }
+}
