@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::Case;
 use super::apply::{self, Applied};
+use super::{Case, FLOW_RULES};
 
 /// Nobody decides.
 pub const NOBODY: &str = "nothing attached";
@@ -142,76 +142,13 @@ impl Aim {
 
 /// The aims as far as this run has figures for them.
 pub fn aims(table: &Table, applied: &[Applied]) -> Vec<Aim> {
-    let mut aims = Vec::new();
-    let mut add = |what: String, over: Option<&Row>, under: Option<&Row>, limit, at_most| {
-        if let (Some(over), Some(under)) = (over, under) {
-            let ratio = table.ratio(over, under);
-            aims.push(Aim {
-                what,
-                ratio,
-                limit,
-                at_most,
-            });
-        }
+    let mut found = Found {
+        table,
+        aims: Vec::new(),
     };
-    let (mut first, mut last) = (None, None);
-    for row in table.rows.iter().filter(|row| row.contender == WEIR) {
-        first = first.or(Some(row.rules));
-        last = Some(row.rules);
-        let set = table.find(SET, Some(row.rules), row.case);
-        let what = format!("weir / nft set, {} rules, {}", row.rules, row.case.name());
-        add(what, Some(row), set, 0.6, true);
-    }
-    for (case, limit) in [
-        (Case::Known, 1.1),
-        (Case::Refused, 1.1),
-        (Case::RefusedSpread, 6.0),
-    ] {
-        let (few, many) = (table.find(WEIR, first, case), table.find(WEIR, last, case));
-        let (first, last) = (first.unwrap_or(0), last.unwrap_or(0));
-        add(
-            format!("weir, {last} / {first} rules, {}", case.name()),
-            many,
-            few,
-            limit,
-            true,
-        );
-    }
-    for (peer, limit) in [
-        (LINEAR, 50.0),
-        ("iptables-legacy", 15.0),
-        ("iptables-nft", 15.0),
-    ] {
-        for case in [Case::Known, Case::Refused] {
-            let (linear, weir) = (
-                table.find(peer, Some(1_000), case),
-                table.find(WEIR, Some(1_000), case),
-            );
-            add(
-                format!("{peer} / weir, 1000 rules, {}", case.name()),
-                linear,
-                weir,
-                limit,
-                false,
-            );
-        }
-    }
-    for (case, ours, theirs, limit) in [
-        (Case::Known, WEIR_FLOWS, CONNTRACK, 0.5),
-        (Case::KnownMany, WEIR_FLOWS, CONNTRACK, 0.5),
-        (Case::New, WEIR_NEW, CONNTRACK_NEW, 0.7),
-        (Case::Refused, WEIR_FLOWS, CONNTRACK_NEW, 0.6),
-    ] {
-        let (ours, theirs) = (table.find(ours, None, case), table.find(theirs, None, case));
-        add(
-            format!("weir / nf_conntrack, {}", case.name()),
-            ours,
-            theirs,
-            limit,
-            true,
-        );
-    }
-    aims.extend(applied.iter().map(|applied| Aim {
+    found.rules();
+    found.peers();
+    found.aims.extend(applied.iter().map(|applied| Aim {
         what: format!(
             "{} / {}, {} rules",
             apply::OURS,
@@ -222,7 +159,75 @@ pub fn aims(table: &Table, applied: &[Applied]) -> Vec<Aim> {
         limit: 0.25,
         at_most: true,
     }));
-    aims
+    found.aims
+}
+
+/// Aims about the rows of a table.
+struct Found<'a> {
+    table: &'a Table,
+    aims: Vec<Aim>,
+}
+
+impl Found<'_> {
+    /// At most `limit`; at least, if it is negative.
+    fn add(&mut self, what: String, over: Option<&Row>, under: Option<&Row>, limit: f64) {
+        if let (Some(over), Some(under)) = (over, under) {
+            self.aims.push(Aim {
+                what,
+                ratio: self.table.ratio(over, under),
+                limit: limit.abs(),
+                at_most: limit > 0.0,
+            });
+        }
+    }
+
+    /// Against the set at every number of rules, and how the cost grows with them.
+    fn rules(&mut self) {
+        let table = self.table;
+        let ours = || table.rows.iter().filter(|row| row.contender == WEIR);
+        for row in ours() {
+            let set = table.find(SET, Some(row.rules), row.case);
+            let what = format!("weir / nft set, {} rules, {}", row.rules, row.case.name());
+            self.add(what, Some(row), set, 0.6);
+        }
+        for (case, limit) in [
+            (Case::Known, 1.1),
+            (Case::Refused, 1.1),
+            (Case::RefusedSpread, 6.0),
+        ] {
+            let mut rows = ours().filter(|row| row.case == case);
+            let (few, many) = (rows.next(), rows.next_back());
+            let rules = |row: Option<&Row>| row.map_or(0, |row| row.rules);
+            let (first, last) = (rules(few), rules(many));
+            let what = format!("weir, {last} / {first} rules, {}", case.name());
+            self.add(what, many, few, limit);
+        }
+    }
+
+    /// Against what looks through its rules, and what keeps state of flows, with 1,000 rules.
+    fn peers(&mut self) {
+        let table = self.table;
+        let row = |contender, case| table.find(contender, Some(FLOW_RULES), case);
+        for (peer, limit) in [
+            (LINEAR, -50.0),
+            ("iptables-legacy", -15.0),
+            ("iptables-nft", -15.0),
+        ] {
+            for case in [Case::Known, Case::Refused] {
+                let what = format!("{peer} / weir, {FLOW_RULES} rules, {}", case.name());
+                self.add(what, row(peer, case), row(WEIR, case), limit);
+            }
+        }
+        for (case, ours, theirs, limit) in [
+            (Case::Known, WEIR_FLOWS, CONNTRACK, 0.5),
+            (Case::KnownMany, WEIR_FLOWS, CONNTRACK, 0.5),
+            (Case::New, WEIR_NEW, CONNTRACK_NEW, 0.7),
+            (Case::Refused, WEIR, CONNTRACK_NEW, 1.0),
+        ] {
+            let what = format!("weir / nf_conntrack, {}", case.name());
+            self.add(what, row(ours, case), row(theirs, case), limit);
+        }
+    }
 }
 
 pub fn print_aims(aims: &[Aim]) {
