@@ -167,8 +167,8 @@ impl TokenText {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Response {
-    /// To [`Request::Down`] and [`Request::Set`]: it is done. The sentences tell what else there is to know (the
-    /// coordinator could not be told, say); most often there are none.
+    /// To [`Request::Down`] and [`Request::Set`]: it is done. The sentences tell what else there is
+    /// to know (the coordinator could not be told, say); most often there are none.
     Done(Vec<String>),
     /// To [`Request::Status`] and, when it is up, to [`Request::Up`].
     Status(Box<Status>),

@@ -41,6 +41,8 @@ fn every_verb_of_the_surface_is_understood() {
         "weir explain 10.0.0.1 10.0.0.2:80 --proto udp --json",
         "weir explain web-1 [fd00::1]:80",
         "weir counters --json",
+        "weir set --shields-up --json",
+        "weir set --shields-up=false --refuse=drop",
         "weir doctor",
         "weir explain a b:80 --policy /p --network /n",
         "weir policy check /p",
@@ -54,10 +56,28 @@ fn every_verb_of_the_surface_is_understood() {
 }
 
 #[test]
+fn shields_go_up_without_a_word_and_down_with_one() {
+    for (line, up) in [
+        ("weir set --shields-up", Some(true)),
+        ("weir set --shields-up=true", Some(true)),
+        ("weir set --shields-up=false", Some(false)),
+        ("weir set --refuse=answer", None),
+    ] {
+        let Verb::Set(set) = parsed(line).unwrap().verb else {
+            panic!("{line}");
+        };
+        assert_eq!(set.shields_up, up, "{line}");
+    }
+}
+
+#[test]
 fn wrong_use_explains_itself() {
     for (line, says) in [
         ("weir", "Usage"),
         ("weir fly", "fly"),
+        ("weir set", "--shields-up"),
+        ("weir set --shields-up=perhaps", "perhaps"),
+        ("weir set --refuse=politely", "`answer` or `drop`"),
         ("weir statsu", "status"),
         ("weir up a b", "unexpected argument"),
         ("weir up a --token-file b", "cannot be used with"),

@@ -1,6 +1,6 @@
 use super::*;
 use crate::local::report::Seen;
-use crate::local::{AskError, Explain, Monitor, Up, ask, follow};
+use crate::local::{AskError, Explain, Monitor, Set, Up, ask, follow};
 use proto::net::Protocol;
 use std::io::{BufRead, Write};
 
@@ -52,6 +52,7 @@ fn requests() -> Vec<(Request, Access)> {
         (Request::Up(up), Access::Change),
         (Request::Down { purge: false }, Access::Change),
         (Request::Down { purge: true }, Access::Change),
+        (Request::Set(Set::default()), Access::Change),
         (Request::Status, Access::Read),
         (Request::Peers, Access::Read),
         (Request::Ping { peer }, Access::Read),
