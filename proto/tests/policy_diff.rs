@@ -62,8 +62,11 @@ fn gains_and_losses_stand_by_who_gains_and_loses() {
         STAFF_TO_WEB,
         r#"{"action": "accept", "proto": "tcp", "src": ["ana@example.com"], "dst": ["tag:web:443"]},
            {"action": "accept", "proto": "tcp", "src": ["tag:web"], "dst": ["tag:db:5432"]},
-           {"action": "accept", "src": ["tag:web"], "dst": ["10.1.2.0/24:80,8000-8010"]}"#,
-        "desk\n\
+           {"action": "accept", "src": ["tag:web"], "dst": ["10.1.2.0/24:80,8000-8010"]},
+           {"action": "accept", "proto": "icmp", "src": ["tag:db"], "dst": ["10.1.3.3:*"]}"#,
+        "db\n\
+        \x20 + may reach 10.1.3.3 on icmp\n\
+         desk\n\
         \x20 - may no longer reach tag:web (2 nodes) on tcp 443\n\
          tag:web (2 nodes)\n\
         \x20 + may reach db on tcp 5432\n\

@@ -177,7 +177,9 @@ fn stretches(policies: [&Compiled; 2], directory: &Directory) -> Vec<(String, Ve
         if addrs.is_empty() {
             continue;
         }
-        let name = if addrs == [*cut] {
+        let name = if cut.is_host() {
+            cut.addr().to_string()
+        } else if addrs == [*cut] {
             cut.to_string()
         } else {
             format!("the rest of {cut}")
