@@ -452,7 +452,7 @@ fn fragment_key(packet: &Packet) -> FragmentKey {
     }
 }
 
-/// A later fragment goes with the flow of its first one.
+/// A later fragment goes with the flow of its first one, which said all that there was to say.
 #[inline(always)]
 pub fn later_fragment<T: Tables>(
     tables: &T,
@@ -486,18 +486,19 @@ pub fn later_fragment<T: Tables>(
         zero: 0,
         zeros: 0,
     };
-    match flow::known(tables, &key, packet, at, false) {
-        Err(_) => {
-            tables.probe(Branch::LaterFlowGone);
-            Verdict::deny(Reason::FragmentNoState)
-        }
-        Ok(verdict) if verdict.passes() => {
+    let Some((store, entry, flow)) = flow::live(tables, &key, at.now_ns, false) else {
+        tables.probe(Branch::LaterFlowGone);
+        return Verdict::deny(Reason::FragmentNoState);
+    };
+    match flow::renew(tables, &key, store, entry, flow, at) {
+        Ok(flow) => {
             tables.probe(Branch::LaterPasses);
+            flow::freshen(tables, entry, flow, at);
             Verdict::accept(Accepted::Fragment)
         }
-        Ok(verdict) => {
+        Err(refused) => {
             tables.probe(Branch::LaterDenied);
-            verdict
+            refused
         }
     }
 }

@@ -180,18 +180,7 @@ impl Model {
             };
             return now - since <= 30 * SECOND
                 && part.offset >= head
-                && self
-                    .of_flow(
-                        world,
-                        now,
-                        &key,
-                        Word {
-                            direction,
-                            flags: 0,
-                            opening: false,
-                        },
-                    )
-                    .unwrap_or(false);
+                && self.later(world, now, &key);
         }
         if let Body::Error(inner) = &spec.body {
             let whole = spec.fragment.is_none_or(|part| !part.more);
@@ -298,6 +287,22 @@ impl Model {
             .filter(|flow| flow.place == Place::Lasting);
         let of_peer = lasting.clone().filter(|flow| flow.peer == peer);
         of_peer.count() < LASTING || lasting.count() < TOGETHER
+    }
+
+    /// Whether a later fragment of a packet of this flow passes.
+    fn later(&mut self, world: &World, now: u64, key: &Key) -> bool {
+        self.expire(now, key);
+        let Some(flow) = self.flows.get_mut(key) else {
+            return false;
+        };
+        if now - flow.last_ns >= SECOND {
+            flow.last_ns = now;
+        }
+        let passes = world.allows(flow.began, key);
+        if !passes {
+            self.flows.remove(key);
+        }
+        passes
     }
 
     /// The verdict by a flow that exists; `None` if none does.

@@ -296,8 +296,10 @@ pub extern "C" fn acl_allows(key: *const FlowKey, initiator: u32, slot: u32) -> 
         let verdict = Verdict::deny(Reason::TableMissing);
         return Answer { verdict, share: 0 }.code();
     }
-    // SAFETY: callers pass a whole key; the verifier checks that it is readable.
-    verdict::allows_flow(&Maps, unsafe { &*key }, initiator, slot).code()
+    // SAFETY: callers pass a whole key; the verifier checks that it is readable. Volatile, so that
+    // it is copied: Linux 6.1 takes nothing of a caller's memory for the key of a map.
+    let key = unsafe { key.read_volatile() };
+    verdict::allows_flow(&Maps, &key, initiator, slot).code()
 }
 
 /// The packet at hand.

@@ -329,6 +329,21 @@ pub(super) fn known<T: Tables>(
     Ok(Verdict::accept(Accepted::Established))
 }
 
+/// Notes that the flow is in use.
+#[inline(always)]
+pub(super) fn freshen<T: Tables>(tables: &T, entry: T::Entry, flow: Flow, at: &At) {
+    let last_seen_ns = at.now_ns;
+    if last_seen_ns.saturating_sub(flow.last_seen_ns) >= FRESHEN_NS {
+        tables.save(
+            entry,
+            Flow {
+                last_seen_ns,
+                ..flow
+            },
+        );
+    }
+}
+
 /// Moves a flow to another table if this packet, which makes `next` of it, shows that it lasts, or
 /// that it is over; whether it did.
 #[inline(always)]
