@@ -1,5 +1,7 @@
 //! DERP's frames and login: byte vectors, round trips, garbage.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use data_encoding::HEXLOWER;
 use proptest::prelude::*;
 use proto::derp::login::Sealed;

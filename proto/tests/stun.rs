@@ -1,5 +1,7 @@
 //! STUN against RFC 5769's sample messages, against itself, and against garbage.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use data_encoding::HEXLOWER_PERMISSIVE;
 use proptest::prelude::*;
 use proto::stun::{self, StunError};

@@ -361,8 +361,9 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         if self.buffer.is_empty() && !self.busy && self.buffer.capacity() > IDLE_BUFFER {
             self.buffer = BytesMut::new();
         }
-        // What is left of a buffer is used up before there is another one.
-        if self.buffer.capacity() - self.buffer.len() < missing.max(HEADER_BYTES + KEY_BYTES) {
+        // A little room left is not worth a read of its own.
+        let room = self.buffer.capacity() - self.buffer.len();
+        if room < missing.max(usual / 4) {
             self.buffer.reserve(missing.max(usual));
         }
         let read = self.stream.read_buf(&mut self.buffer).await?;
@@ -377,11 +378,12 @@ impl<R: AsyncRead + Unpin> Reader<R> {
 /// Writes what waits for a client, and that the relay is alive when nothing does.
 async fn write<W: AsyncWrite + Unpin>(client: &Client, mut writer: W) -> End {
     let mut batch = Batch::default();
+    let silence = keep_alive();
     loop {
         let more = tokio::select! {
             biased;
             more = client.queue.take(&mut batch.frames) => more,
-            () = sleep(keep_alive()) => {
+            () = sleep(silence) => {
                 client.queue.shrink();
                 client.queue.push_control(frame(&Frame::KeepAlive));
                 continue;
@@ -406,6 +408,7 @@ async fn write<W: AsyncWrite + Unpin>(client: &Client, mut writer: W) -> End {
     }
 }
 
+/// After how much silence of ours a client is told that we are here.
 fn keep_alive() -> Duration {
     let mut spread = [0; 2];
     // Without chance they come at once, which works too.

@@ -309,7 +309,7 @@ mod tests {
         let (old, peer) = (switch.enter(ONE, A), switch.enter(ONE, B));
         let new = switch.enter(ONE, A);
         let told = format!("health {}", DUPLICATE_TEXT.len());
-        assert_eq!(waiting(&old).await, [told.clone()]);
+        assert_eq!(waiting(&old).await, std::slice::from_ref(&told));
         send(&switch, &peer, A, "to the newest");
         assert_eq!(waiting(&new).await, [told, "to the newest".to_owned()]);
         send(&switch, &old, B, "I speak");
