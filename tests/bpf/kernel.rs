@@ -5,7 +5,9 @@ use super::generate::{self, Random};
 use super::property::abi_direction;
 use super::twin::Twin;
 use agent::kernel::bpf::Options;
+use ebpf::abi::{Flow, FlowKey};
 use engine::acl::Acl as Lowered;
+use std::collections::BTreeMap;
 
 /// Packets under one policy.
 const PACKETS: u64 = 300;
@@ -47,6 +49,19 @@ fn kernel_programs_decide_every_packet_as_the_evaluator_on_the_host() {
                 generate::passed(&mut sent, way, &spec);
             }
         }
+        // Where flows are kept depends on the limits, which the twin has smaller.
+        let about = |flow: &Flow| (flow.flags, flow.initiator, flow.share, flow.epoch);
+        let loaded = acl.flows(usize::MAX).unwrap();
+        let loaded: BTreeMap<FlowKey, _> = loaded
+            .iter()
+            .map(|(_, key, flow)| (*key, about(flow)))
+            .collect();
+        let flows = twin.flows.borrow();
+        let host: BTreeMap<FlowKey, _> = flows
+            .iter()
+            .map(|((_, key), flow)| (*key, about(flow)))
+            .collect();
+        assert_eq!(host, loaded, "seed {seed}: the flows that are left");
         drop(acl);
         agent::kernel::bpf::detach_and_unpin(bed::DEVICE, &bed.folder).unwrap();
     }
