@@ -6,8 +6,8 @@ use super::arguments::Explain as Arguments;
 use super::target::{choose, first_packet};
 use super::{Agent, Console, Failure, PATIENCE, astray};
 use crate::local::report::{
-    Answers, Coordinator, Counters, End, Explanation, Node, PeerStatus, Phase, Problem,
-    Refuse, Status, Verdict,
+    Answers, Coordinator, Counters, End, Explanation, Node, PeerStatus, Phase, Problem, Refuse,
+    Status, Verdict,
 };
 use crate::local::{Explain, Request, Response};
 use proto::filter::Direction;
