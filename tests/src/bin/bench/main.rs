@@ -4,6 +4,7 @@
 
 mod acl;
 mod acl_tax;
+mod relay;
 mod verdict;
 
 use std::path::PathBuf;
@@ -28,6 +29,8 @@ enum Bench {
     Acl(acl::Args),
     /// What the programs cost on kernel WireGuard: the same transfer with and without them
     AclTax(acl_tax::Args),
+    /// What one packet and one idle client cost a relay, against a UDP echo
+    Relay(relay::Args),
     /// What one packet costs in the programs, with 10 and with 10,000 peers
     Verdict(verdict::Args),
 }
@@ -46,6 +49,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     let mut result = match &cli.bench {
         Bench::Acl(args) => acl::run(args)?,
         Bench::AclTax(args) => acl_tax::run(args)?,
+        Bench::Relay(args) => relay::run(args)?,
         Bench::Verdict(args) => verdict::run(args)?,
     };
     result["version"] = 1.into();

@@ -2,8 +2,9 @@
 //! another, on which (or before which) the contender decides.
 //!
 //! ```text
-//! live frames ─► in0 ─► routing ─► FORWARD, POSTROUTING ─► weirbench0: [nft egress] [tc egress] ─► gone
-//!                                  iptables, conntrack                 nftables      weir
+//! live frames ─► in0 ─► routing ─► FORWARD, POSTROUTING ─► weirbench0 ─► gone
+//!                                  iptables, conntrack     netdev egress: nftables
+//!                                                          tc egress: weir
 //! ```
 //!
 //! The second device is a TUN that nobody reads: like WireGuard it has no link layer, and what it

@@ -105,7 +105,8 @@ impl Table {
             let (name, case) = (&row.contender, row.case.name());
             let rules = row.rules;
             println!(
-                "{name:<26} {rules:>7}  {case:<24} {total:>9.0}  {median:>9.1}  {low:>8.1}-{high:.1}"
+                "{name:<26} {rules:>7}  {case:<24} {total:>9.0}  {median:>9.1}  \
+                 {low:>8.1}-{high:.1}"
             );
         }
     }
