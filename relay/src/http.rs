@@ -84,10 +84,10 @@ fn parse(bytes: &[u8]) -> Option<(Request, usize)> {
         let header = headers.find(|header| header.name.eq_ignore_ascii_case(name))?;
         std::str::from_utf8(header.value).ok()
     };
-    let path = request.path.unwrap_or_default();
-    let path = path.split('?').next().unwrap_or_default();
+    let path = path(request.path.unwrap_or_default());
     let method = request.method.unwrap_or_default();
-    if !matches!(method, "GET" | "HEAD") {
+    // Some clients open the stream with POST.
+    if !matches!(method, "GET" | "HEAD") && (method, path) != ("POST", "/derp") {
         return Some((Request::Bad, length));
     }
     let wanted = match path {
@@ -111,6 +111,19 @@ fn parse(bytes: &[u8]) -> Option<(Request, usize)> {
         _ => Request::NotFound,
     };
     Some((wanted, length))
+}
+
+/// The path of a request's target, which may be a whole URL (RFC 9112 3.2.2: "A server MUST accept
+/// the absolute-form in requests").
+fn path(target: &str) -> &str {
+    let url = ["http://", "https://"]
+        .iter()
+        .find_map(|scheme| target.strip_prefix(scheme));
+    let path = match url {
+        Some(rest) => rest.find('/').and_then(|at| rest.get(at..)).unwrap_or("/"),
+        None => target,
+    };
+    path.split('?').next().unwrap_or_default()
 }
 
 /// Nothing that could end a header or a page.
@@ -177,10 +190,10 @@ mod tests {
         check("GET /derp HTTP/1.1\r\n\r\n", Some(Request::NotUpgraded));
         check("GET /derp/probe?x=1 HTTP/1.1\r\n\r\n", Some(Request::Probe));
         check("GET / HTTP/1.1\r\n\r\n", Some(Request::NotFound));
-        check(
-            "POST /derp HTTP/1.1\r\nUpgrade: derp\r\n\r\n",
-            Some(Request::Bad),
-        );
+        let by_url = "POST https://relay:443/derp HTTP/1.1\r\nupgrade: DERP\r\n\r\n";
+        check(by_url, derp(false));
+        check("GET http://relay HTTP/1.1\r\n\r\n", Some(Request::NotFound));
+        check("POST /health HTTP/1.1\r\n\r\n", Some(Request::Bad));
         check("\x16\x03\x01 no text at all", Some(Request::Bad));
     }
 

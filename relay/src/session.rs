@@ -357,6 +357,10 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     }
 
     async fn fill(&mut self, missing: usize) -> io::Result<()> {
+        if self.busy {
+            // Those who were just handed packets write them before there are more.
+            tokio::task::yield_now().await;
+        }
         let usual = if self.busy { BUSY_BUFFER } else { IDLE_BUFFER };
         if self.buffer.is_empty() && !self.busy && self.buffer.capacity() > IDLE_BUFFER {
             self.buffer = BytesMut::new();

@@ -60,17 +60,18 @@ async fn a_client_sends_no_faster_than_its_rate() {
     let (mut a, mut b) = (join(place.addr(), 1).await, join(place.addr(), 2).await);
     assert_eq!(a.info.bytes_per_second, rate);
     assert_eq!(a.info.bytes_burst, burst(rate));
-    let packets = 1_000;
+    let packets = 1_000_u64;
     let start = Instant::now();
     let sending = tokio::spawn(async move {
-        for _ in 0..packets {
-            a.send_packet(key(2), &[0; 1_200]).await;
+        for number in 0..packets {
+            let mut packet = [0; 1_200];
+            packet[..8].copy_from_slice(&number.to_be_bytes());
+            a.send_packet(key(2), &packet).await;
         }
         a
     });
-    for _ in 0..packets {
-        b.packet().await;
-    }
+    let last = (packets - 1).to_be_bytes();
+    while b.packet().await.1[..8] != last {}
     let least = (packets * 1_200 - burst(rate)) as f64 / rate as f64;
     let took = start.elapsed();
     assert!(took >= Duration::from_secs_f64(least * 0.9), "{took:?}");
