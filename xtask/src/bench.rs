@@ -2,7 +2,8 @@
 //! `bench` of the package `tests`.
 //!
 //! `bench acl` needs no WireGuard and is about the kernel's BPF compiler, so it runs on this
-//! machine, as root; what it finds goes to `acl.json` and `acl.svg` in the results folder.
+//! machine, as root; what it finds goes to `acl.json` and `acl.svg` in the results folder. So does
+//! `bench relay`, which needs sockets alone (`relay.json`).
 //!
 //! With `--icount` the guest is emulated and its clock counts instructions: figures are then the
 //! same on a busy machine as on an idle one, and say nothing about wall time.
@@ -51,8 +52,8 @@ pub fn run_verb(args: Args) -> anyhow::Result<u8> {
             2
         });
     }
-    if args.what.first().is_some_and(|name| name == "acl") {
-        return on_this_machine(&program, &args);
+    if let Some(name @ ("acl" | "relay")) = args.what.first().map(String::as_str) {
+        return on_this_machine(&program, name, &args);
     }
     let mut job = vm::Job::new(vm::pick(&args.wish)?, vec![program])?;
     job.command.extend(args.what);
@@ -71,15 +72,15 @@ pub fn run_verb(args: Args) -> anyhow::Result<u8> {
     })
 }
 
-fn on_this_machine(program: &str, args: &Args) -> anyhow::Result<u8> {
+fn on_this_machine(program: &str, name: &str, args: &Args) -> anyhow::Result<u8> {
     let results = house::results()?;
     let json = args
         .json
         .clone()
-        .unwrap_or_else(|| results.join("acl.json"));
+        .unwrap_or_else(|| results.join(format!("{name}.json")));
     let mut command = std::process::Command::new(program);
     command.args(&args.what).arg("--json").arg(&json);
-    if !args.what.iter().any(|word| word.starts_with("--svg")) {
+    if name == "acl" && !args.what.iter().any(|word| word.starts_with("--svg")) {
         command.arg("--svg").arg(results.join("acl.svg"));
     }
     let ended = command.status()?;
