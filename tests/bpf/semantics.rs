@@ -124,8 +124,8 @@ fn kernel_nothing_passes_before_the_first_policy() {
 }
 
 #[test]
-fn kernel_replies_pass_and_the_reverse_initiation_does_not() {
-    let Some((_bed, acl, _)) = usual_bed("kernel_replies_pass") else {
+fn replies_pass_and_the_reverse_initiation_does_not() {
+    let Some((_bed, acl, _)) = usual_bed("replies_pass") else {
         return;
     };
     for (us, peer) in [("100.64.0.1", "100.64.0.2"), ("fd7a::1:1", "fd7a::1:2")] {
@@ -182,8 +182,8 @@ fn kernel_replies_pass_and_the_reverse_initiation_does_not() {
 }
 
 #[test]
-fn kernel_each_combination_of_tcp_flags_has_its_answer() {
-    let Some((_bed, acl, _)) = usual_bed("kernel_tcp_flags") else {
+fn each_combination_of_tcp_flags_has_its_answer() {
+    let Some((_bed, acl, _)) = usual_bed("tcp_flags") else {
         return;
     };
     for flags in 0..64_u8 {
@@ -213,8 +213,8 @@ fn kernel_each_combination_of_tcp_flags_has_its_answer() {
 }
 
 #[test]
-fn kernel_an_address_that_is_not_the_senders_is_refused() {
-    let Some((_bed, acl, _)) = usual_bed("kernel_spoofing") else {
+fn an_address_that_is_not_the_senders_is_refused() {
+    let Some((_bed, acl, _)) = usual_bed("spoofing") else {
         return;
     };
     let to = |src: &str, dst: &str| tcp(src, 1, dst, 80, SYN);
@@ -287,8 +287,8 @@ fn kernel_an_address_that_is_not_the_senders_is_refused() {
 }
 
 #[test]
-fn kernel_icmp_errors_pass_only_about_live_flows() {
-    let Some((_bed, acl, _)) = usual_bed("kernel_icmp_errors") else {
+fn icmp_errors_pass_only_about_live_flows() {
+    let Some((_bed, acl, _)) = usual_bed("icmp_errors") else {
         return;
     };
     let unrelated = deny(Reason::IcmpUnrelated);
@@ -336,8 +336,8 @@ fn kernel_icmp_errors_pass_only_about_live_flows() {
 }
 
 #[test]
-fn kernel_fragments_pass_with_their_first_one_and_not_without() {
-    let Some((_bed, acl, _)) = usual_bed("kernel_fragments") else {
+fn fragments_pass_with_their_first_one_and_not_without() {
+    let Some((_bed, acl, _)) = usual_bed("fragments") else {
         return;
     };
     let no_state = deny(Reason::FragmentNoState);
@@ -488,7 +488,7 @@ fn odd_v6() -> Vec<(&'static str, Vec<u8>, Verdict)> {
 
 #[test]
 fn kernel_what_cannot_be_read_is_dropped_with_its_reason() {
-    let Some((_bed, acl, _)) = usual_bed("kernel_unreadable") else {
+    let Some((_bed, acl, _)) = usual_bed("unreadable") else {
         return;
     };
     let syn = tcp("100.64.0.2", 70, "100.64.0.1", 80, SYN).bytes();
@@ -506,7 +506,7 @@ fn kernel_what_cannot_be_read_is_dropped_with_its_reason() {
 
 #[test]
 fn kernel_a_revoked_flow_is_cut_in_both_directions_and_the_one_beside_it_is_not() {
-    let Some((_bed, mut acl, mut lowered)) = usual_bed("kernel_revocation") else {
+    let Some((_bed, mut acl, mut lowered)) = usual_bed("revocation") else {
         return;
     };
     let (us, peer) = ("100.64.0.1", "100.64.0.2");
@@ -553,7 +553,7 @@ fn kernel_a_revoked_flow_is_cut_in_both_directions_and_the_one_beside_it_is_not(
 
 #[test]
 fn kernel_a_missing_table_is_a_drop_with_its_own_reason() {
-    let Some((bed, acl, _)) = usual_bed("kernel_missing_table") else {
+    let Some((bed, acl, _)) = usual_bed("missing_table") else {
         return;
     };
     let layout = format!("layout-{:08x}", ebpf::abi::layout());
@@ -571,7 +571,7 @@ fn kernel_a_missing_table_is_a_drop_with_its_own_reason() {
 
 #[test]
 fn kernel_explain_says_what_the_programs_do_and_leaves_nothing_behind() {
-    let Some((_bed, acl, _)) = usual_bed("kernel_explain") else {
+    let Some((_bed, acl, _)) = usual_bed("explain") else {
         return;
     };
     for (port, wanted) in [(80, true), (81, false)] {
