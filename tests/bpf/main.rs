@@ -8,8 +8,9 @@
 //! ```
 //!
 //! [`agreement`] asks `explain` about the first packets that it then runs, and [`events`] what the
-//! programs tell of those that they drop. [`property`] needs neither root nor kernel. Tests named `kernel_…` load the committed object,
-//! attach it to a TUN device in a network namespace of their own, and run packets through it.
+//! programs tell of those that they drop. [`property`] needs neither root nor kernel. The others
+//! load the committed object, attach it to a TUN device in a network namespace of their own, and
+//! run packets through it; those named `kernel_…` do so in the emulated stock kernels too.
 #![allow(clippy::unwrap_used, reason = "a test may fail by it")]
 
 mod agreement;
