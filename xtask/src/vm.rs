@@ -110,17 +110,6 @@ pub enum Machine {
 }
 
 impl Machine {
-    /// Whether its processor is emulated instruction by instruction.
-    pub fn is_emulated(&self) -> bool {
-        matches!(
-            self,
-            Machine::Qemu {
-                accel: Accel::Tcg,
-                ..
-            }
-        )
-    }
-
     /// A word for it, also the guest's variable `WEIR_VM`.
     pub fn name(&self) -> &'static str {
         match self {
