@@ -1,13 +1,12 @@
 //! How a machine becomes a node, stays it, and ceases to be it.
 
 use crate::client::{At, Machine, names, random_secret};
-use crate::place::{self, ALLOW_ALL, Place, Process};
+use crate::place::{self, ALLOW_ALL, Place};
 use crate::postgres::Postgres;
 use coordinator::http::admin::{Answer, Verb};
 use proto::control::{JoinToken, RefusalCode, Registered, Report, TokenSecret};
 use proto::netmap::{Owner, Update};
 use std::collections::BTreeSet;
-use std::fs;
 use std::net::IpAddr;
 use std::sync::Arc;
 use tokio::sync::Barrier;
@@ -20,21 +19,7 @@ async fn of_200_simultaneous_joins_with_a_single_use_token_over_two_coordinators
     let Some(postgres) = Postgres::start(test) else {
         return;
     };
-    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-    let args = ["--listen", "127.0.0.1:0", "--database", &postgres.url()];
-    let first = Process::start(dirs[0].path(), &args);
-    // The same certificate, as replicas behind one name have it.
-    for file in ["certificate.pem", "certificate-key.pem"] {
-        fs::copy(dirs[0].path().join(file), dirs[1].path().join(file)).unwrap();
-    }
-    let second = Process::start(dirs[1].path(), &args);
-
-    let home = Verb::NetworkCreate {
-        name: "home".to_owned(),
-        v4: None,
-        v6: None,
-    };
-    place::ask(dirs[0].path(), "", home).await.unwrap();
+    let ([first, second], dirs) = place::replicas(&postgres).await;
     let owner = Owner::Tags(BTreeSet::from(["tag:web".to_owned()]));
     let token = place::token(dirs[0].path(), "home", owner, false).await;
 

@@ -1,5 +1,6 @@
 //! A coordinator for a test: in this process, or in one of its own.
 
+use crate::postgres::Postgres;
 use coordinator::cli::{self, CallError};
 use coordinator::config::Config;
 use coordinator::http::admin::{Answer, NodeDocument, Request, Verb};
@@ -8,6 +9,7 @@ use proto::control::JoinToken;
 use proto::key::Fingerprint;
 use proto::netmap::Owner;
 use std::collections::BTreeSet;
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::Path;
@@ -172,4 +174,23 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Two coordinators in processes of their own, on one database and behind one name: they show the
+/// same certificate. They serve a network `home`. With their state folders.
+pub async fn replicas(postgres: &Postgres) -> ([Process; 2], [TempDir; 2]) {
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let args = ["--listen", "127.0.0.1:0", "--database", &postgres.url()];
+    let first = Process::start(dirs[0].path(), &args);
+    for file in ["certificate.pem", "certificate-key.pem"] {
+        fs::copy(dirs[0].path().join(file), dirs[1].path().join(file)).unwrap();
+    }
+    let second = Process::start(dirs[1].path(), &args);
+    let home = Verb::NetworkCreate {
+        name: "home".to_owned(),
+        v4: None,
+        v6: None,
+    };
+    ask(dirs[0].path(), "", home).await.unwrap();
+    ([first, second], dirs)
 }

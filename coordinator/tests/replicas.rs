@@ -97,19 +97,7 @@ async fn a_coordinator_that_is_killed_takes_nothing_with_it() {
     else {
         return;
     };
-    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-    let args = ["--listen", "127.0.0.1:0", "--database", &postgres.url()];
-    let first = Process::start(dirs[0].path(), &args);
-    for file in ["certificate.pem", "certificate-key.pem"] {
-        fs::copy(dirs[0].path().join(file), dirs[1].path().join(file)).unwrap();
-    }
-    let second = Process::start(dirs[1].path(), &args);
-    let home = Verb::NetworkCreate {
-        name: "home".to_owned(),
-        v4: None,
-        v6: None,
-    };
-    place::ask(dirs[0].path(), "", home).await.unwrap();
+    let ([first, second], dirs) = place::replicas(&postgres).await;
     let policy = Verb::PolicySet {
         text: ALLOW_ALL.to_owned(),
         file: "policy.hujson".to_owned(),

@@ -42,8 +42,10 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 const LAST_WRITE: Duration = Duration::from_secs(1);
 /// Most peers of which a client's leaving is told.
 const MAX_SENT_TO: usize = 4_096;
-/// Most peers a second that a client is told are not here.
+/// Most peers in one window that a client is told are not here.
 const MAX_NOT_HERE: u32 = 32;
+/// Length of that window.
+const NOT_HERE_WINDOW: Duration = Duration::from_secs(1);
 /// Longest time a permit's end is waited for; the rest is for the next session.
 const LONGEST_SESSION: Duration = Duration::from_secs(30 * 24 * 3_600);
 
@@ -290,7 +292,7 @@ impl<R: AsyncRead + Unpin> Incoming<'_, R> {
     fn tell_not_here(&mut self, peer: NodeKey) {
         let (since, told) = &mut self.not_here;
         let now = Instant::now();
-        if now.duration_since(*since) >= Duration::from_secs(1) {
+        if now.duration_since(*since) >= NOT_HERE_WINDOW {
             (*since, *told) = (now, 0);
         }
         if *told < MAX_NOT_HERE {

@@ -20,6 +20,8 @@ use zeroize::Zeroizing;
 
 /// Most clients at a time; more wait in the kernel's queue.
 const MAX_CLIENTS: usize = 64;
+/// How long to wait when a client cannot be taken: others may give descriptors back.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// A client that says nothing for so long is cut off, so that idle ones cannot keep others out.
 const IDLE: Duration = Duration::from_secs(30);
 /// Longest wait for a client to take its answer.
@@ -123,9 +125,8 @@ impl Server {
             let stream = match accepted {
                 Ok((stream, _)) => stream,
                 Err(error) => {
-                    // Out of descriptors, say: others may give theirs back.
                     tracing::warn!(%error, "a local client could not be taken");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
             };

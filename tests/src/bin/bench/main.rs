@@ -4,6 +4,7 @@
 
 mod acl;
 mod acl_tax;
+mod nodes;
 mod relay;
 mod verdict;
 

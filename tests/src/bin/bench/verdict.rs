@@ -5,7 +5,7 @@
 //! packet is asked about again and again, so its map entries are in the processor's cache: the
 //! figure is the programs' work, not memory's.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::process::Command;
@@ -16,10 +16,11 @@ use ebpf::abi::Direction;
 use engine::acl::Acl as Lowered;
 use proto::filter::{Filter, Rule, Selector, Service};
 use proto::id::NodeId;
-use proto::key::NodeKey;
 use proto::net::{PortRange, Prefix, Protocol};
-use proto::netmap::{Me, Owner, Peer};
+use proto::netmap::{Me, Peer};
 use serde_json::{Value, json};
+
+use crate::nodes;
 
 const DEVICE: &str = "weirbench0";
 const OUR_V4: Ipv4Addr = Ipv4Addr::new(100, 64, 0, 1);
@@ -252,36 +253,15 @@ fn filter() -> Filter {
 }
 
 fn me() -> Me {
-    Me {
-        id: NodeId(1),
-        name: "me".to_owned(),
-        key: NodeKey([1; 32]),
-        addrs: vec![OUR_V4.into(), OUR_V6.into()],
-        routes: BTreeSet::new(),
-        owner: Owner::User("bench@example.com".to_owned()),
-        labels: BTreeSet::new(),
-    }
+    nodes::me(vec![OUR_V4.into(), OUR_V6.into()])
 }
 
 fn crowd(count: u32) -> BTreeMap<NodeId, Peer> {
     let peer = |number: u32| {
         let [_, _, high, low] = number.to_be_bytes();
         let v6 = Ipv6Addr::new(0xfd7a, 0, 0, 0, 0, 0, 1, u16::from_be_bytes([high, low]));
-        let id = NodeId(u64::from(number) + 10);
-        let mut key = [0; 32];
-        key[..4].copy_from_slice(&number.to_be_bytes());
-        let peer = Peer {
-            id,
-            name: format!("n{number}"),
-            key: NodeKey(key),
-            addrs: vec![Ipv4Addr::from_bits(0x6441_0000 + number).into(), v6.into()],
-            routes: BTreeSet::new(),
-            endpoints: Vec::new(),
-            owner: Owner::User("bench@example.com".to_owned()),
-            labels: BTreeSet::new(),
-            online: true,
-        };
-        (id, peer)
+        let v4 = Ipv4Addr::from_bits(0x6441_0000 + number);
+        nodes::peer(number, vec![v4.into(), v6.into()])
     };
     (0..count).map(peer).collect()
 }

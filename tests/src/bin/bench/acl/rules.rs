@@ -1,14 +1,15 @@
 //! One policy in the words of every contender: peer `i` may be reached at one UDP port, for
 //! `i` below the number of rules. Nothing else is allowed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use proto::filter::{Filter, Rule, Selector, Service};
 use proto::id::NodeId;
-use proto::key::NodeKey;
 use proto::net::{PortRange, Prefix, Protocol};
-use proto::netmap::{Me, Owner, Peer};
+use proto::netmap::{Me, Peer};
+
+use crate::nodes;
 
 use super::frames::{LOCAL, allowed_port, peer};
 
@@ -36,36 +37,12 @@ pub fn filter(rules: u32) -> Filter {
 
 /// The node that sends.
 pub fn me() -> Me {
-    Me {
-        id: NodeId(1),
-        name: "me".to_owned(),
-        key: NodeKey([1; 32]),
-        addrs: vec![LOCAL.into()],
-        routes: BTreeSet::new(),
-        owner: Owner::User("bench@example.com".to_owned()),
-        labels: BTreeSet::new(),
-    }
+    nodes::me(vec![LOCAL.into()])
 }
 
 /// A peer for every rule.
 pub fn peers(rules: u32) -> BTreeMap<NodeId, Peer> {
-    let one = |number: u32| {
-        let id = NodeId(u64::from(number) + 10);
-        let mut key = [0; 32];
-        key[..4].copy_from_slice(&number.to_be_bytes());
-        let peer = Peer {
-            id,
-            name: format!("n{number}"),
-            key: NodeKey(key),
-            addrs: vec![peer(number).into()],
-            routes: BTreeSet::new(),
-            endpoints: Vec::new(),
-            owner: Owner::User("bench@example.com".to_owned()),
-            labels: BTreeSet::new(),
-            online: true,
-        };
-        (id, peer)
-    };
+    let one = |number| nodes::peer(number, vec![peer(number).into()]);
     (0..rules).map(one).collect()
 }
 
