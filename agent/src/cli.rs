@@ -19,6 +19,7 @@
 mod arguments;
 mod doctor;
 mod monitor;
+mod netcheck;
 mod ping;
 mod policy;
 mod set;
@@ -252,6 +253,7 @@ pub fn run(arguments: Arguments) -> ExitCode {
         Verb::Explain(explain) if explain.policy.is_some() => policy::offline(&console, &explain),
         Verb::Explain(explain) => show::explain(&agent, &console, &explain),
         Verb::Counters => show::counters(&agent, &console),
+        Verb::Netcheck => netcheck::netcheck(&agent, &console),
         Verb::Monitor(monitor) => monitor::monitor(&agent, &console, monitor),
         Verb::Doctor => doctor::doctor(&agent, &console, &state_dir),
         Verb::Policy(verb) => policy::policy(&console, &verb),

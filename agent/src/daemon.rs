@@ -18,6 +18,7 @@ mod answer;
 mod explain;
 mod join;
 mod monitor;
+mod netcheck;
 mod settings;
 
 use crate::config::Config;
@@ -25,6 +26,7 @@ use crate::control;
 use crate::identity::{Identity, IdentityError};
 use crate::kernel::{self, Job, OpenError};
 use crate::local::{BindError, Call, Refused, RefusedCode, Request, Response, Server};
+use crate::port;
 use crate::state::{Settings, StateDir, StateError};
 use engine::status::Failure;
 use engine::{DEFAULT_MTU, Engine, Input, Output};
@@ -35,6 +37,7 @@ use sd_notify::NotifyState;
 use settings::Setting;
 use std::collections::VecDeque;
 use std::error::Error;
+use std::net::SocketAddr;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -128,6 +131,8 @@ struct Daemon {
     monitor: Monitor,
     /// The newest netmap on its way to the disk.
     netmaps: watch::Sender<Option<Arc<Netmap>>>,
+    /// To the sockets beside WireGuard's; or why there are none.
+    port: Result<mpsc::Sender<SocketAddr>, String>,
     /// Not ready before this, as long as the node is not up.
     ready_by: Option<Instant>,
 }
@@ -162,6 +167,8 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
         sd_notify::watchdog_enabled().map(|period| tokio::time::interval(period / 2));
 
     let engine = new_engine(&config, &identity.borrow());
+    let (seen_in, mut seen) = mpsc::channel(QUEUE);
+    let port = port::spawn(config.listen_port, seen_in.clone()).map_err(|error| chain(&error));
     let mut daemon = Daemon {
         engine,
         state,
@@ -176,6 +183,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
         setting: VecDeque::new(),
         monitor: Monitor::new(looks_in),
         netmaps,
+        port,
         ready_by: Some(Instant::now() + READY_PATIENCE),
         config,
     };
@@ -188,6 +196,9 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
             Some(event) = events.recv() => Event::Control(event),
             Some(call) = calls.recv() => Event::Call(call),
             Some(look) = looks.recv() => Event::Looked(look),
+            Some(port::Answer { server, mapped }) = seen.recv() => {
+                Event::Input(Input::Mapped { server, addr: mapped })
+            }
             Some(result) = kept.recv() => Event::Kept(result),
             () = tick(&mut watchdog) => Event::Tick,
             _ = terminate.recv() => Event::Stop,
@@ -282,6 +293,8 @@ impl Daemon {
                 Output::Persist(netmap) => {
                     self.netmaps.send_replace(Some(Arc::from(netmap)));
                 }
+                Output::Resolve(names) => self.resolve(names),
+                Output::Ask(servers) => self.ask_servers(&servers),
                 Output::Timeout(at) => break at,
             }
         };
@@ -325,6 +338,7 @@ impl Daemon {
             Request::Ping { peer } => self.answer_ping(&peer, reply),
             Request::Explain(explain) => self.answer_explain(&explain, reply),
             Request::Counters => self.answer_counters(reply),
+            Request::Netcheck => send(reply, Response::Netcheck(Box::new(self.netcheck()))),
             Request::Monitor(monitor) => self.follow(monitor, more, reply),
         }
     }

@@ -7,4 +7,5 @@ pub mod daemon;
 pub mod identity;
 pub mod kernel;
 pub mod local;
+pub mod port;
 pub mod state;

@@ -30,7 +30,7 @@ pub use server::{BindError, Server};
 
 use proto::control::{JoinToken, ParseTokenError};
 use proto::net::{Prefix, Protocol};
-use report::{Counters, Explanation, PeerStatus, PingTarget, Refuse, Seen, Status};
+use report::{Counters, Explanation, Netcheck, PeerStatus, PingTarget, Refuse, Seen, Status};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use tokio::sync::{mpsc, oneshot};
@@ -92,6 +92,8 @@ pub enum Request {
     Explain(Explain),
     /// The programs' counters.
     Counters,
+    /// How the world sees this node.
+    Netcheck,
     /// Dropped packets, as they are dropped.
     Monitor(Monitor),
 }
@@ -180,6 +182,8 @@ pub enum Response {
     Explanation(Box<Explanation>),
     /// To [`Request::Counters`], by direction, verdict and reason.
     Counters(Counters),
+    /// To [`Request::Netcheck`].
+    Netcheck(Box<Netcheck>),
     /// To [`Request::Monitor`], again and again.
     Seen(Seen),
     /// To anything: it is not done.
@@ -236,9 +240,12 @@ impl Request {
         match self {
             Self::Up(_) | Self::Down { .. } | Self::Set(_) => Access::Change,
             Self::Monitor(_) => Access::Watch,
-            Self::Status | Self::Peers | Self::Ping { .. } | Self::Explain(_) | Self::Counters => {
-                Access::Read
-            }
+            Self::Status
+            | Self::Peers
+            | Self::Ping { .. }
+            | Self::Explain(_)
+            | Self::Counters
+            | Self::Netcheck => Access::Read,
         }
     }
 }

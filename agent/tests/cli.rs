@@ -320,7 +320,9 @@ fn another_user_may_read_but_neither_change_nor_watch() {
         Request::Peers => Response::Peers(Vec::new()),
         Request::Counters => Response::Counters(Counters::default()),
         Request::Monitor(_) => Response::Seen(Seen::Begun),
-        Request::Ping { .. } | Request::Explain(_) => refused(RefusedCode::UnknownPeer),
+        Request::Ping { .. } | Request::Explain(_) | Request::Netcheck => {
+            refused(RefusedCode::UnknownPeer)
+        }
     });
     // The checkout may be closed to others.
     let copy = agent.folder.path().join("weir");

@@ -22,11 +22,11 @@ fn values(key: &str) -> Vec<String> {
 }
 
 #[test]
-fn it_has_exactly_three_capabilities() {
+fn it_has_exactly_four_capabilities() {
     let values = values("CapabilityBoundingSet");
     let capabilities: BTreeSet<&str> = values.iter().flat_map(|value| value.split(' ')).collect();
-    let three = BTreeSet::from(["CAP_NET_ADMIN", "CAP_BPF", "CAP_PERFMON"]);
-    assert_eq!(capabilities, three);
+    let four = BTreeSet::from(["CAP_NET_ADMIN", "CAP_BPF", "CAP_PERFMON", "CAP_NET_RAW"]);
+    assert_eq!(capabilities, four);
     assert_eq!(values.len(), 1);
     assert!(self::values("AmbientCapabilities").is_empty());
     assert_eq!(self::values("NoNewPrivileges"), ["yes"]);

@@ -306,6 +306,25 @@ pub async fn create(
     Ok(network)
 }
 
+/// Raises every network's generation, so that nodes get a netmap with the STUN servers of now.
+///
+/// # Errors
+/// The database's.
+pub async fn tell_relays(store: &Store, now: Timestamp, stun: &[String]) -> Result<(), StoreError> {
+    let networks = store.read().await?.networks().await?;
+    for network in networks {
+        let change = Change::begin(store, network.id, now).await?;
+        let note = Note {
+            action: "relays.change",
+            subject: &network.name,
+            before: String::new(),
+            after: format!("stun {}", stun.join(", ")),
+        };
+        change.commit(&Actor::Coordinator, note).await?;
+    }
+    Ok(())
+}
+
 /// Adds a user.
 ///
 /// # Errors

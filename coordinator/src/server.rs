@@ -6,8 +6,9 @@ use crate::http::admin::{self, Admin};
 use crate::http::node::{self, Nodes};
 use crate::http::pace::Pace;
 use crate::http::{serve_admin, serve_nodes};
+use crate::network;
 use crate::presence::{Keeper, Presence};
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, Timestamp};
 use crate::tls::{Identity, TlsError};
 use crate::watch::Watch;
 use proto::key::{Fingerprint, NodeSecret};
@@ -29,6 +30,8 @@ use zeroize::Zeroizing;
 pub const ADMIN_SOCKET: &str = "admin.sock";
 const DATABASE_FILE: &str = "coordinator.db";
 const LOCK_FILE: &str = "lock";
+/// The STUN servers of the last start.
+const STUN_FILE: &str = "stun";
 /// Longest wait for what is under way when the coordinator stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -105,6 +108,11 @@ impl Server {
             ephemeral_offline: config.ephemeral_offline,
         };
         keeper.announce().await?;
+        if let Some(kept) = StunFile::outdated(dir, &config.stun)? {
+            // A netmap that nodes hold already is never sent again: this is a newer one.
+            network::tell_relays(&store, Timestamp::now(), &config.stun).await?;
+            kept.write()?;
+        }
 
         let listen = |source| StartError::Listen {
             addr: config.listen,
@@ -118,7 +126,7 @@ impl Server {
         let (shutdown, ends) = watch::channel(false);
         let nodes = node::router(Arc::new(Nodes {
             store: store.clone(),
-            watch: Watch::start(store.clone()),
+            watch: Watch::start(store.clone(), &config.stun),
             presence,
             pace: Pace::default(),
             challenge: NodeSecret::from_bytes(*random::<32>()?),
@@ -181,6 +189,33 @@ fn take_state_dir(dir: &Path) -> Result<File, StartError> {
         }
     })?;
     Ok(lock)
+}
+
+/// The list of STUN servers of the last start.
+struct StunFile {
+    path: PathBuf,
+    text: String,
+}
+
+impl StunFile {
+    /// The file as it should be, if it is not so.
+    fn outdated(dir: &Path, stun: &[String]) -> Result<Option<Self>, StartError> {
+        let path = dir.join(STUN_FILE);
+        let text: String = stun.iter().map(|server| format!("{server}\n")).collect();
+        let before = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+            other => other,
+        };
+        match before {
+            Ok(before) => Ok((before != text).then_some(Self { path, text })),
+            Err(source) => Err(StartError::StateDir { path, source }),
+        }
+    }
+
+    fn write(self) -> Result<(), StartError> {
+        let Self { path, text } = self;
+        fs::write(&path, text).map_err(|source| StartError::StateDir { path, source })
+    }
 }
 
 /// The socket's folder is ours alone and we hold its lock: what lies there is left over.

@@ -117,6 +117,13 @@ impl Snapshot {
         Ok(next)
     }
 
+    /// The same with these STUN servers, which no row holds.
+    #[must_use]
+    pub fn with_stun(mut self, stun: &[String]) -> Self {
+        self.network.stun = stun.to_vec();
+        self
+    }
+
     fn compile(&self, news: Option<(Vec<String>, Option<String>)>) -> Result<Access, Diagnostics> {
         let old = || (self.policy.users.clone(), self.policy.text.clone());
         let (users, text) = news.unwrap_or_else(old);
@@ -332,6 +339,7 @@ fn network(row: &NetworkRow) -> netmap::Network {
         name: row.name.clone(),
         v4: row.v4,
         v6: row.v6,
+        stun: Vec::new(),
     }
 }
 
@@ -363,11 +371,14 @@ pub fn addrs(network: &netmap::Network, host: u64) -> [IpAddr; 2] {
     })
 }
 
-/// Where the node may be reached. What the coordinator saw stands first: it is known to have
-/// carried packets.
+/// Where the node may be reached. What the coordinator saw stands first, unless the node itself
+/// knows that address: it is known to have carried packets.
 fn endpoints(row: &NodeRow) -> Vec<SocketAddr> {
+    // Behind a NAT the port is a guess, and a node that knows that address with a port knows better.
+    let known = |addr: &IpAddr| row.endpoints.iter().any(|known| known.ip() == *addr);
     let seen = row
         .seen_addr
+        .filter(|addr| !known(addr))
         .map(|addr| SocketAddr::new(addr, row.listen_port));
     let mut out: Vec<SocketAddr> = Vec::new();
     for endpoint in seen.into_iter().chain(row.endpoints.iter().copied()) {

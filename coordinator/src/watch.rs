@@ -49,6 +49,7 @@ pub enum FeedError {
 /// The feeds of all networks that somebody polls.
 pub struct Watch {
     store: Store,
+    stun: Arc<[String]>,
     // Guards the list of feeds for the moment of a look-up; a task per feed owns what is behind.
     feeds: Mutex<BTreeMap<NetworkId, Arc<Feed>>>,
 }
@@ -66,12 +67,14 @@ struct Feed {
 }
 
 impl Watch {
-    /// Follows the store's changes until the process ends.
+    /// Follows the store's changes until the process ends. `stun` are the servers that nodes are
+    /// told of.
     #[must_use]
-    pub fn start(store: Store) -> Arc<Self> {
+    pub fn start(store: Store, stun: &[String]) -> Arc<Self> {
         let mut changes = store.changes();
         let this = Arc::new(Self {
             store,
+            stun: stun.into(),
             feeds: Mutex::new(BTreeMap::new()),
         });
         let feeds = Arc::downgrade(&this);
@@ -141,7 +144,8 @@ impl Watch {
                 wake: Notify::new(),
                 published,
             });
-            tokio::spawn(follow(self.store.clone(), network, Arc::clone(&feed)));
+            let stun = Arc::clone(&self.stun);
+            tokio::spawn(follow(self.store.clone(), network, stun, Arc::clone(&feed)));
             feed
         });
         feed.wake.notify_one();
@@ -149,7 +153,7 @@ impl Watch {
     }
 }
 
-async fn follow(store: Store, network: NetworkId, feed: Arc<Feed>) {
+async fn follow(store: Store, network: NetworkId, stun: Arc<[String]>, feed: Arc<Feed>) {
     loop {
         let current = feed
             .published
@@ -157,7 +161,7 @@ async fn follow(store: Store, network: NetworkId, feed: Arc<Feed>) {
             .as_ref()
             .map(|it| Arc::clone(&it.current));
         match refresh(&store, network, current).await {
-            Ok(Some(next)) => publish(&feed, next),
+            Ok(Some(next)) => publish(&feed, next.with_stun(&stun)),
             Ok(None) => {
                 let _ = timeout(QUIET, feed.wake.notified()).await;
             }

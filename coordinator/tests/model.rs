@@ -115,7 +115,7 @@ impl Model {
             tokens.push(made.0);
         }
         Self {
-            watch: Watch::start(store.clone()),
+            watch: Watch::start(store.clone(), &[]),
             store,
             network,
             tokens,

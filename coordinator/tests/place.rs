@@ -25,6 +25,8 @@ pub const BINARY: &str = env!("CARGO_BIN_EXE_weir-coordinator");
 pub struct Place {
     pub dir: TempDir,
     pub server: Option<Server>,
+    /// STUN servers of the next start.
+    pub stun: Vec<String>,
     database: Option<String>,
 }
 
@@ -35,6 +37,7 @@ impl Place {
         let mut this = Self {
             dir,
             server: None,
+            stun: Vec::new(),
             database,
         };
         this.resume(([127, 0, 0, 1], 0).into()).await;
@@ -58,6 +61,7 @@ impl Place {
             database: self.database.clone(),
             certificate: None,
             ephemeral_offline: Duration::from_secs(1),
+            stun: self.stun.clone(),
         };
         self.server = Some(Server::start(config).await.unwrap());
     }

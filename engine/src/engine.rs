@@ -12,9 +12,11 @@
 //! so this is how roaming, dead endpoints and foreign hands are seen.
 
 use crate::acl::{self, Change};
-use crate::path::{Path, Surroundings, rank};
+use crate::netcheck::{Netcheck, Wish};
+use crate::path::{Call, Path, Surroundings, rank};
 use crate::plan::{
-    Desired, Device, Observed, Overlap, Policy, Routing, Stats, Step, Wanted, WantedPeer, diff,
+    Desired, Device, MAX_GREETED, Observed, Overlap, PeerCall, PeerChange, Policy, Routing, Stats,
+    Step, Wanted, WantedPeer, diff,
 };
 use crate::status::{Failure, Problem, Status};
 use crate::trust::{Distrust, VerifiedNetmap, allowed_ips, verify};
@@ -39,6 +41,10 @@ pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest such pause.
 pub const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
+/// Peers' persistent keepalive, in seconds, while this node is behind a NAT: routers may forget a
+/// mapping after 30 s of silence.
+pub const KEEPALIVE_SECONDS: u16 = 25;
+
 /// What a node decides. Plain data; see the crate's documentation for how to drive it.
 pub struct Engine {
     config: Config,
@@ -61,6 +67,11 @@ pub struct Engine {
     links: Option<Links>,
     observed: Option<Observed>,
     paths: BTreeMap<NodeKey, Path>,
+    netcheck: Netcheck,
+    /// The earliest call that a path wants to make.
+    call_at: Option<Instant>,
+    /// Peers to be called with the next plan, and where.
+    calls: BTreeMap<NodeKey, Call>,
     in_flight: Option<Vec<Step>>,
     observing: bool,
     /// Whether desired or observed state changed since the last comparison.
@@ -96,6 +107,9 @@ impl Engine {
             links: None,
             observed: None,
             paths: BTreeMap::new(),
+            netcheck: Netcheck::default(),
+            call_at: None,
+            calls: BTreeMap::new(),
             in_flight: None,
             observing: false,
             dirty: false,
@@ -131,7 +145,7 @@ impl Engine {
                 }
             }
             Input::Forget => self.forget(),
-            Input::Links(links) => self.handle_links(links),
+            Input::Links(links) => self.handle_links(now, links),
             Input::Observed(observed) => self.handle_observed(now, observed),
             Input::Unreadable(detail) => {
                 self.observing = false;
@@ -140,6 +154,8 @@ impl Engine {
             }
             Input::Applied => self.handle_applied(),
             Input::Failed(failure) => self.handle_failed(now, failure),
+            Input::Resolved(servers) => self.netcheck.resolved(now, servers),
+            Input::Mapped { server, addr } => self.handle_mapped(now, server, addr),
             Input::Timeout => {}
         }
     }
@@ -149,14 +165,23 @@ impl Engine {
         if let Some(output) = self.outbox.pop_front() {
             return output;
         }
+        if self.up == Some(true)
+            && let Some(wish) = self.netcheck.poll(now)
+        {
+            return match wish {
+                Wish::Resolve(names) => Output::Resolve(names),
+                Wish::Ask(servers) => Output::Ask(servers),
+            };
+        }
         let resting = self.retry_at.is_some_and(|at| now < at);
         let busy = self.in_flight.is_some() || self.observing;
         if self.up.is_some() && !resting && !busy {
-            if self.observed.is_none() || self.observe_at.is_some_and(|at| now >= at) {
+            let due = |at: Option<Instant>| at.is_some_and(|at| now >= at);
+            if self.observed.is_none() || due(self.observe_at) || due(self.call_at) {
                 self.observing = true;
                 return Output::Observe;
             }
-            if let Some(steps) = self.plan() {
+            if let Some(steps) = self.plan(now) {
                 self.in_flight = Some(steps.clone());
                 return Output::Apply(steps);
             }
@@ -168,9 +193,15 @@ impl Engine {
         let next = if resting {
             self.retry_at
         } else {
-            self.observe_at
+            self.observe_at.into_iter().chain(self.call_at).min()
         };
-        Output::Timeout(next.filter(|at| *at > now).unwrap_or(tick))
+        let next = next.filter(|at| *at > now).unwrap_or(tick);
+        let asking = self.netcheck.deadline().filter(|_| self.up == Some(true));
+        Output::Timeout(
+            asking
+                .filter(|at| *at > now)
+                .map_or(next, |at| at.min(next)),
+        )
     }
 
     /// Where this node can be reached and what it offers, as far as is known.
@@ -178,11 +209,40 @@ impl Engine {
     pub fn about(&self) -> Report {
         let no_addrs = BTreeSet::new();
         let addrs = self.links.as_ref().map_or(&no_addrs, |links| &links.addrs);
+        // What servers see comes first: peers rank what is in their own LAN before all else.
+        let own = self.own_addrs();
+        let mut endpoints: Vec<SocketAddr> = self.netcheck.reflexive();
+        endpoints.retain(|endpoint| !own.contains(&endpoint.ip()));
+        endpoints.extend(local_endpoints(
+            addrs,
+            &self.advertised,
+            self.config.listen_port,
+        ));
+        endpoints.truncate(MAX_ENDPOINTS_PER_NODE);
         Report {
             routes: self.advertised.clone(),
-            endpoints: endpoints(addrs, &self.advertised, self.config.listen_port),
+            endpoints,
             listen_port: self.config.listen_port,
         }
+    }
+
+    /// What is known of this node's NAT.
+    #[must_use]
+    pub fn netcheck(&self) -> &Netcheck {
+        &self.netcheck
+    }
+
+    /// The host's own addresses, as far as they are known.
+    #[must_use]
+    pub fn own_addrs(&self) -> BTreeSet<IpAddr> {
+        let links = self.links.iter().flat_map(|links| &links.addrs);
+        links.map(|own| own.addr).collect()
+    }
+
+    /// Whether packets come back from this peer by the endpoint in use, as far as was observed.
+    #[must_use]
+    pub fn is_reached(&self, peer: &NodeKey) -> bool {
+        self.paths.get(peer).is_some_and(Path::is_live)
     }
 
     /// A read-only view for people.
@@ -316,7 +376,7 @@ impl Engine {
     /// Lowers the policy of the netmap on offer and puts it in force, unless it does not fit.
     /// Done just before a plan, so that netmaps that come while one is carried out are taken
     /// together, and each lowered policy is one change away from the one in the kernel.
-    fn put_in_force(&mut self) {
+    fn put_in_force(&mut self, now: Instant) {
         let Some(offered) = self.offered.take() else {
             return;
         };
@@ -344,8 +404,9 @@ impl Engine {
             let netmap = Box::new(offered.netmap().clone());
             self.outbox.push_back(Output::Persist(netmap));
         }
+        self.netcheck.set_names(now, &offered.network().stun);
         self.trusted = Some(offered);
-        self.refresh_paths();
+        self.refresh_paths(now);
     }
 
     fn forget(&mut self) {
@@ -353,20 +414,41 @@ impl Engine {
         self.offered = None;
         self.trusted = None;
         self.paths.clear();
+        self.netcheck = Netcheck::default();
+        (self.call_at, self.calls) = (None, BTreeMap::new());
         self.distrust = None;
         self.acl_error = None;
         self.reported = None;
         self.hurry();
     }
 
-    fn handle_links(&mut self, links: Links) {
+    fn handle_links(&mut self, now: Instant, links: Links) {
         if self.links.as_ref() == Some(&links) {
             return;
         }
         self.links = Some(links);
+        self.netcheck.hurry(now);
         self.report();
-        self.refresh_paths();
+        self.refresh_paths(now);
         self.dirty = true;
+    }
+
+    /// The world sees us elsewhere: peers are told, and those that do not answer yet may now.
+    fn handle_mapped(&mut self, now: Instant, server: SocketAddr, addr: SocketAddr) {
+        if !self.netcheck.answered(now, server, addr) {
+            return;
+        }
+        self.report();
+        let me = self.me;
+        for (peer, path) in &mut self.paths {
+            path.strive(now, me < *peer);
+        }
+        self.refresh_call_at();
+        self.dirty = true;
+    }
+
+    fn refresh_call_at(&mut self) {
+        self.call_at = self.paths.values().filter_map(Path::next_call).min();
     }
 
     fn report(&mut self) {
@@ -386,16 +468,24 @@ impl Engine {
             self.failed = None;
         }
         let peers = observed.present().map(|present| &present.peers);
-        if let Some(peers) = peers {
-            for (key, path) in &mut self.paths {
-                if let Some(peer) = peers.get(key) {
-                    path.observe(now, &peer.stats);
-                }
+        self.calls.clear();
+        for (key, path) in &mut self.paths {
+            let there = peers.and_then(|peers| peers.get(key));
+            if let Some(peer) = there {
+                path.observe(now, &peer.stats);
+            }
+            // A call that is due is over, whether or not there is anybody to call it.
+            if let Some(call) = path.call(now)
+                && there.is_some()
+                && self.calls.len() < MAX_GREETED
+            {
+                self.calls.insert(*key, call);
             }
         }
         let count = u32::try_from(peers.map_or(0, BTreeMap::len)).unwrap_or(u32::MAX);
         self.observe_at = Some(now + TICK + TICK_PER_PEER.saturating_mul(count));
         self.observed = Some(observed);
+        self.refresh_call_at();
         self.dirty = true;
     }
 
@@ -429,14 +519,34 @@ impl Engine {
     }
 
     /// The steps to take, if there are any.
-    fn plan(&mut self) -> Option<Vec<Step>> {
+    fn plan(&mut self, now: Instant) -> Option<Vec<Step>> {
         if !std::mem::take(&mut self.dirty) {
             return None;
         }
-        self.put_in_force();
+        self.put_in_force(now);
         self.refresh_routing();
+        let calls = std::mem::take(&mut self.calls);
         let desired = self.desired()?;
-        let steps = diff(&desired, self.observed.as_ref()?);
+        let mut steps = diff(&desired, self.observed.as_ref()?);
+        let calls: Vec<PeerCall> = calls
+            .into_iter()
+            .filter_map(|(key, Call { endpoint, anew })| {
+                let peer = desired.as_ref()?.peers.get(&key)?;
+                let seen = self.status_of(&key).cloned().unwrap_or_default();
+                let peer = PeerChange {
+                    key,
+                    create: true,
+                    replace_allowed_ips: true,
+                    allowed_ips: peer.allowed_ips.clone(),
+                    endpoint: Some(endpoint),
+                    keepalive: Some(peer.keepalive),
+                };
+                Some(PeerCall { peer, seen, anew })
+            })
+            .collect();
+        if !calls.is_empty() {
+            steps.push(Step::Call(calls));
+        }
         (!steps.is_empty()).then_some(steps)
     }
 
@@ -461,13 +571,18 @@ impl Engine {
         if self.routing.is_refused() {
             return None;
         }
+        let keepalive = match self.netcheck.is_behind_nat(&self.own_addrs()) {
+            true => KEEPALIVE_SECONDS,
+            false => 0,
+        };
         let peers = netmap.peers().values();
+        let peers = peers.map(|peer| (peer.key, self.wanted(peer, keepalive)));
         let wanted = Wanted {
             key: self.me,
             listen_port: self.config.listen_port,
             mtu: self.config.mtu,
             addrs: netmap.me().addrs.iter().copied().collect(),
-            peers: peers.map(|peer| (peer.key, self.wanted(peer))).collect(),
+            peers: peers.collect(),
             routes: self.routing.routes.clone(),
             forwarding: self.routing.forwarding.clone(),
             policy: Arc::clone(policy),
@@ -475,22 +590,22 @@ impl Engine {
         Some(Some(wanted))
     }
 
-    fn wanted(&self, peer: &Peer) -> WantedPeer {
+    fn wanted(&self, peer: &Peer, keepalive: u16) -> WantedPeer {
         WantedPeer {
             allowed_ips: allowed_ips(&peer.addrs, &peer.routes)
                 .filter(|prefix| !self.routing.refuses(prefix))
                 .collect(),
             endpoint: self.paths.get(&peer.key).and_then(Path::wanted),
-            keepalive: 0,
+            keepalive,
         }
     }
 
     /// Candidates of every peer, ranked for this host; new peers get a path, gone ones lose it.
-    fn refresh_paths(&mut self) {
+    fn refresh_paths(&mut self, now: Instant) {
         let (Some(netmap), Some(links)) = (&self.trusted, &self.links) else {
             return;
         };
-        let own: BTreeSet<IpAddr> = links.addrs.iter().map(|own| own.addr).collect();
+        let own = self.own_addrs();
         let on_link = links
             .addrs
             .iter()
@@ -509,15 +624,20 @@ impl Engine {
         let mut before = std::mem::take(&mut self.paths);
         for peer in netmap.peers().values() {
             let candidates = rank(&peer.endpoints, host);
-            let path = match before.remove(&peer.key) {
+            let (mut path, news) = match before.remove(&peer.key) {
                 Some(mut path) => {
-                    path.set_candidates(candidates);
-                    path
+                    let news = path.set_candidates(candidates);
+                    (path, news)
                 }
-                None => Path::new(candidates),
+                None => (Path::new(candidates), true),
             };
+            // Where the network has no servers, nobody expects NATs, and traffic does the calling.
+            if news && self.netcheck.is_on() {
+                path.strive(now, self.me < peer.key);
+            }
             self.paths.insert(peer.key, path);
         }
+        self.refresh_call_at();
     }
 }
 
@@ -534,7 +654,7 @@ fn in_force(filter: &Filter, shields_up: bool) -> Cow<'_, Filter> {
 
 /// Where peers may reach this node: its addresses, those in subnets that it serves last (peers
 /// elsewhere cannot reach them but through this node).
-fn endpoints(
+fn local_endpoints(
     addrs: &BTreeSet<LinkAddr>,
     served: &BTreeSet<Prefix>,
     listen_port: u16,

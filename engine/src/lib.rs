@@ -24,6 +24,7 @@
 //! | module | what it decides |
 //! |---|---|
 //! | [`trust`] | netmap -> [`trust::VerifiedNetmap`], or why not |
+//! | [`netcheck`] | how the world sees this node, and what its NAT is like |
 //! | [`path`] | which of a peer's endpoints the kernel is told |
 //! | [`acl`] | filter -> table contents, what changes, `explain` |
 //! | [`plan`] | desired and observed state, and the steps from one to the other |
@@ -31,25 +32,26 @@
 //!
 //! The machines do not know each other; they meet through values in [`Engine`].
 //!
-//! Nothing here draws random numbers yet, so there is no seed to pass.
+//! Nothing here draws random numbers, so there is no seed to pass.
 #![forbid(unsafe_code)]
 
 pub mod acl;
 mod engine;
+pub mod netcheck;
 pub mod path;
 pub mod plan;
 pub mod status;
 pub mod trust;
 
-pub use engine::{Engine, FIRST_PAUSE, LONGEST_PAUSE, TICK, TICK_PER_PEER};
+pub use engine::{Engine, FIRST_PAUSE, KEEPALIVE_SECONDS, LONGEST_PAUSE, TICK, TICK_PER_PEER};
 
 use plan::{LiveRoute, Observed, Step};
 use proto::control::Report;
 use proto::net::Prefix;
 use proto::netmap::{Netmap, Update};
 use status::Failure;
-use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
 /// The MTU of the device unless configured: 1,500 less 80 bytes of WireGuard over IPv6.
@@ -91,6 +93,15 @@ pub enum Input {
     Applied,
     /// A step of the plan in flight failed; those after it were not tried.
     Failed(Failure),
+    /// STUN servers that were looked up for [`Output::Resolve`], with their names.
+    Resolved(BTreeMap<SocketAddr, String>),
+    /// A STUN server that was asked by [`Output::Ask`] sees our UDP port under this address.
+    Mapped {
+        /// Who answered.
+        server: SocketAddr,
+        /// What it sees.
+        addr: SocketAddr,
+    },
     /// The deadline of [`Output::Timeout`] has passed.
     Timeout,
 }
@@ -109,6 +120,11 @@ pub enum Output {
     Report(Report),
     /// Keep this netmap on disk: it is in force.
     Persist(Box<Netmap>),
+    /// Look up these STUN servers (`HOST:PORT`), and answer with [`Input::Resolved`].
+    Resolve(Vec<String>),
+    /// Ask these STUN servers, from the UDP port of WireGuard, how they see it. Each answer is an
+    /// [`Input::Mapped`]; there may be none.
+    Ask(BTreeSet<SocketAddr>),
     /// Nothing more to do until then. Always last.
     Timeout(Instant),
 }

@@ -16,7 +16,15 @@
 //! answers data within 10 s (WireGuard paper 6.5), so `sent grew, received did not` for longer than
 //! that means that the endpoint is dead. No clock of the kernel is compared with ours.
 //!
-//! Probing in the background, relays and hole punching are not here.
+//! **Calls.** Where NATs are about, a hole must be open on both sides before a handshake passes, and
+//! the kernel starts one only every 5 s (`REKEY_TIMEOUT`). So when a path that does not work gets
+//! news of either end's addresses ([`Path::strive`]), the peer is *called* a few times in quick
+//! succession, at its best candidates in turn: made anew in the kernel, which forgets when it last
+//! tried, and greeted. The other side does the same at about the same time, for the same netmap told
+//! it; the node with the greater key [`YIELD`]s, because two handshakes that cross cancel each other.
+//! A path that works is never called, so no session is ever lost to this.
+//!
+//! Relays are not here.
 
 use crate::plan::Stats;
 use proto::net::Prefix;
@@ -32,6 +40,15 @@ pub const PATIENCE_TRYING: Duration = Duration::from_secs(5);
 /// REKEY_TIMEOUT` (15 s) later the kernel itself starts a new handshake.
 pub const PATIENCE_LIVE: Duration = Duration::from_secs(20);
 
+/// A keepalive: an empty data message (WireGuard paper 5.4.6). It is not answered.
+const KEEPALIVE_BYTES: u64 = 32;
+/// Between two calls: time for a handshake around the world.
+pub const CALL_PAUSE: Duration = Duration::from_millis(700);
+/// How much later than the other one the node with the greater key calls.
+pub const YIELD: Duration = Duration::from_millis(300);
+/// Candidates that are called, the best ones: each takes its time.
+const CALLED: usize = 4;
+
 /// How we reach one peer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Path {
@@ -44,6 +61,27 @@ pub struct Path {
     live: bool,
     /// Since when we send without an answer.
     silent_since: Option<Instant>,
+    /// Calls under way.
+    calls: Option<Calls>,
+    /// Whether it was ever called.
+    called: bool,
+}
+
+/// One call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Call {
+    /// Where to.
+    pub endpoint: SocketAddr,
+    /// Whether the kernel must forget when it tried last. The first call needs that not, and then
+    /// harms no session that begins at the same moment.
+    pub anew: bool,
+}
+
+/// Calls of a peer, one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Calls {
+    next: Instant,
+    made: usize,
 }
 
 /// How good a candidate is, best first.
@@ -146,6 +184,8 @@ impl Path {
             seen: None,
             live: false,
             silent_since: None,
+            calls: None,
+            called: false,
         }
     }
 
@@ -162,10 +202,10 @@ impl Path {
     }
 
     /// The peer may be reached elsewhere from now on. A path that works, or is being tried at an
-    /// endpoint that is still a candidate, is not disturbed.
-    pub fn set_candidates(&mut self, candidates: Vec<SocketAddr>) {
+    /// endpoint that is still a candidate, is not disturbed. Returns whether that is news.
+    pub fn set_candidates(&mut self, candidates: Vec<SocketAddr>) -> bool {
         if self.candidates == candidates {
-            return;
+            return false;
         }
         self.candidates = candidates;
         let current = self
@@ -176,6 +216,40 @@ impl Path {
             self.wanted = self.candidates.first().copied();
             self.silent_since = None;
         }
+        true
+    }
+
+    /// Calls the peer from `now` on, unless the path works. `first`: whether the other side yields.
+    pub fn strive(&mut self, now: Instant, first: bool) {
+        let next = if first { now } else { now + YIELD };
+        let calls = Calls { next, made: 0 };
+        self.calls = (!self.live && !self.candidates.is_empty()).then_some(calls);
+    }
+
+    /// When the next call is due, if one is.
+    #[must_use]
+    pub fn next_call(&self) -> Option<Instant> {
+        self.calls.map(|calls| calls.next)
+    }
+
+    /// The call to make now, if one is due. To be asked right after [`Path::observe`], so
+    /// that no handshake that just succeeded is undone.
+    pub fn call(&mut self, now: Instant) -> Option<Call> {
+        let calls = self.calls.filter(|calls| now >= calls.next)?;
+        let called = self.candidates.len().min(CALLED);
+        if self.live || calls.made >= 2 * called + 2 {
+            self.calls = None;
+            return None;
+        }
+        self.calls = Some(Calls {
+            next: now + CALL_PAUSE,
+            made: calls.made + 1,
+        });
+        self.wanted = None;
+        self.silent_since = None;
+        let anew = std::mem::replace(&mut self.called, true);
+        let endpoint = self.candidates.get(calls.made % called).copied()?;
+        Some(Call { endpoint, anew })
     }
 
     /// What the kernel says of the peer now.
@@ -203,7 +277,9 @@ impl Path {
             }
             return;
         }
-        if stats.tx_bytes > before.tx_bytes && self.silent_since.is_none() {
+        let sent = stats.tx_bytes.saturating_sub(before.tx_bytes);
+        // A keepalive asks for nothing.
+        if sent > 0 && sent != KEEPALIVE_BYTES && self.silent_since.is_none() {
             self.silent_since = Some(now);
         }
         let patience = if self.live {
@@ -349,7 +425,70 @@ mod tests {
         assert_eq!(ranked, expected.map(at));
     }
 
+    #[test]
+    fn calls_take_the_candidates_in_turn_until_one_answers() {
+        let (mut path, start) = trying();
+        let mut called: Vec<Call> = Vec::new();
+        path.strive(start, true);
+        let mut now = start;
+        while let Some(next) = path.next_call() {
+            now = next;
+            path.observe(now, &stats(A, 0, 0));
+            called.extend(path.call(now));
+        }
+        let anew: Vec<bool> = called.iter().map(|call| call.anew).collect();
+        assert_eq!(anew, [false, true, true, true, true, true]);
+        let called: Vec<SocketAddr> = called.iter().map(|call| call.endpoint).collect();
+        assert_eq!(called, [A, B, A, B, A, B].map(at));
+        assert!(now - start <= CALL_PAUSE * 6);
+        path.strive(now, false);
+        assert_eq!(
+            path.next_call(),
+            Some(now + YIELD),
+            "the other one goes first"
+        );
+        path.observe(now, &stats(B, 148, 92));
+        assert_eq!(path.call(now + YIELD), None);
+        assert_eq!(path.next_call(), None, "a path that works is not called");
+        path.strive(now, true);
+        assert_eq!(path.next_call(), None);
+    }
+
+    #[test]
+    fn keepalives_alone_are_no_distress() {
+        let (mut path, start) = trying();
+        path.observe(start, &stats(A, 148, 92));
+        for n in 1..20 {
+            let now = start + Duration::from_secs(25 * n);
+            path.observe(now, &stats(A, 148 + 32 * n, 92));
+            assert_eq!((path.is_live(), path.wanted()), (true, None));
+        }
+    }
+
     proptest! {
+        /// However often news come, a path that works is never called, and calls keep their pace.
+        #[test]
+        fn calls_never_disturb_and_never_hurry(
+            steps in prop::collection::vec((0u64..900, any::<bool>(), 0u64..2), 1..80),
+        ) {
+            let (mut path, mut now) = trying();
+            let (mut tx, mut rx, mut last) = (0, 0, None::<Instant>);
+            for (millis, news, received) in steps {
+                now += Duration::from_millis(millis);
+                (tx, rx) = (tx + 148, rx + received);
+                path.observe(now, &stats(A, tx, rx));
+                if news && path.next_call().is_none() {
+                    path.strive(now, true);
+                }
+                if let Some(to) = path.call(now) {
+                    prop_assert!(!path.is_live());
+                    prop_assert!([at(A), at(B)].contains(&to.endpoint));
+                    prop_assert!(last.is_none_or(|last| now - last >= CALL_PAUSE));
+                    last = Some(now);
+                }
+            }
+        }
+
         /// Whatever the kernel reports, the path asks only for candidates, and never for the
         /// endpoint that is already in use, and asks for nothing while answers come.
         #[test]

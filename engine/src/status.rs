@@ -160,7 +160,8 @@ impl FailureKind {
         match self {
             Self::Unsupported => "Run weir on Linux 6.1 or later, with WireGuard and BPF.",
             Self::Permission => {
-                "The agent needs CAP_NET_ADMIN, CAP_BPF and CAP_PERFMON: run it as the unit does."
+                "The agent needs CAP_NET_ADMIN, CAP_BPF, CAP_PERFMON and CAP_NET_RAW: run it as the \
+                 unit does."
             }
             Self::PortTaken => {
                 "Start the agent with another --listen-port, or stop what listens there."

@@ -22,7 +22,8 @@ use proto::id::{Generation, NetworkId, NodeId};
 use proto::key::NodeKey;
 use proto::net::Prefix;
 use proto::netmap::{
-    MAX_ENDPOINTS_PER_NODE, MAX_PEERS, MAX_ROUTES_PER_NODE, Me, Netmap, Network, Peer,
+    MAX_ENDPOINTS_PER_NODE, MAX_PEERS, MAX_ROUTES_PER_NODE, MAX_STUN_SERVERS, Me, Netmap, Network,
+    Peer,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -221,6 +222,7 @@ fn check_limits(netmap: &Netmap) -> Result<(), Distrust> {
             .ok_or(Distrust::Limit { what, limit })
     };
     at_most("peers", netmap.peers.len(), MAX_PEERS)?;
+    at_most("STUN servers", netmap.network.stun.len(), MAX_STUN_SERVERS)?;
     at_most("rules", netmap.filter.ingress.len(), MAX_RULES)?;
     at_most("rules", netmap.filter.egress.len(), MAX_RULES)?;
     at_most("routes", netmap.me.routes.len(), MAX_ROUTES_PER_NODE)?;

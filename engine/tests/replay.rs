@@ -48,6 +48,7 @@ fn netmap(generation: u64, peers: &[u8]) -> Netmap {
             name: "home".to_owned(),
             v4: prefix("100.64.0.0/10"),
             v6: prefix("fd00::/48"),
+            stun: Vec::new(),
         },
         me: Me {
             id: NodeId(99),
@@ -505,6 +506,70 @@ fn what_is_told_to_the_coordinator() {
     );
 }
 
+const SERVER: &str = "198.51.100.77:3478";
+
+/// As [`full`], of a network with a STUN server.
+fn with_stun(generation: u64, peers: &[u8]) -> Input {
+    let mut map = netmap(generation, peers);
+    map.network.stun = vec![SERVER.to_owned()];
+    Input::Netmap(Update::Full(Box::new(map)))
+}
+
+fn mapped(addr: &str) -> Input {
+    Input::Mapped {
+        server: SERVER.parse().unwrap(),
+        addr: addr.parse().unwrap(),
+    }
+}
+
+#[test]
+fn what_servers_see_is_told_and_peers_without_a_path_are_called() {
+    let mut driver = Driver::new();
+    driver.input(with_stun(1, &[2]));
+    let names = vec![SERVER.to_owned()];
+    assert!(driver.told.contains(&Output::Resolve(names.clone())));
+    let server: SocketAddr = SERVER.parse().unwrap();
+    driver.input(Input::Resolved([(server, SERVER.to_owned())].into()));
+    assert!(driver.told.contains(&Output::Ask([server].into())));
+    driver.told.clear();
+    driver.plans.clear();
+    driver.input(mapped("203.0.113.9:40001"));
+    let first = driver.told.iter().find_map(|output| match output {
+        Output::Report(report) => Some(report.endpoints.clone()),
+        _ => None,
+    });
+    let expected = ["203.0.113.9:40001", "192.0.2.99:51820"].map(|text| text.parse().unwrap());
+    assert_eq!(first.unwrap(), expected, "the mapping first");
+    driver.pass(Duration::from_secs(20));
+    let calls = |driver: &Driver| -> Vec<Option<SocketAddr>> {
+        let steps = driver.plans.iter().flatten();
+        let called = steps.filter_map(|step| match step {
+            Step::Call(calls) => Some(calls[0].peer.endpoint),
+            _ => None,
+        });
+        called.collect()
+    };
+    let (near, far) = ("192.0.2.2:51820", "198.51.100.2:51820");
+    let turns = [near, far, near, far, near, far].map(|text| Some(text.parse().unwrap()));
+    assert_eq!(calls(&driver), turns, "and then it is left to the traffic");
+    let device = driver.kernel.present().unwrap();
+    let peer = &device.peers[&NodeKey([2; 32])];
+    assert_eq!(peer.keepalive, engine::KEEPALIVE_SECONDS);
+    assert_eq!(peer.allowed_ips, [prefix("100.64.0.2/32")].into());
+
+    // A peer that answers is not called, whatever becomes known.
+    driver.plans.clear();
+    let Device::Present(device) = &mut driver.kernel.device else {
+        panic!("it is there");
+    };
+    let stats = &mut device.peers.get_mut(&NodeKey([2; 32])).unwrap().stats;
+    (stats.rx_bytes, stats.last_handshake) = (92, Some(Duration::from_secs(1)));
+    driver.pass(TICK * 2);
+    driver.input(mapped("203.0.113.9:40002"));
+    driver.pass(Duration::from_secs(20));
+    assert_eq!(calls(&driver), []);
+}
+
 /// Any input, legal or not.
 fn input() -> impl Strategy<Value = Input> {
     let id = 1u8..5;
@@ -534,6 +599,12 @@ fn input() -> impl Strategy<Value = Input> {
             };
             Input::Netmap(Update::Delta(Box::new(delta)))
         }),
+        (0u64..9).prop_map(|generation| with_stun(generation, &[2, 3])),
+        Just(Input::Resolved(
+            [(SERVER.parse().unwrap(), SERVER.to_owned())].into()
+        )),
+        Just(mapped("203.0.113.9:40001")),
+        Just(mapped("203.0.113.9:40002")),
         Just(Input::Forget),
         Just(Input::Links(links(HOME))),
         Just(Input::Links(links(&[("100.64.0.0/16", "eth1")]))),

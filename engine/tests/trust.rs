@@ -50,6 +50,7 @@ fn netmap() -> Netmap {
             name: "home".to_owned(),
             v4: prefix("100.64.0.0/10"),
             v6: prefix("fd00::/48"),
+            stun: Vec::new(),
         },
         me: Me {
             id: NodeId(99),

@@ -17,6 +17,8 @@ use std::net::{IpAddr, SocketAddr};
 pub const MAX_PEERS: usize = 100_000;
 /// Most routes that one node may serve. Bounded so that a peer fits a few netlink messages.
 pub const MAX_ROUTES_PER_NODE: usize = 1_024;
+/// Most STUN servers of a network.
+pub const MAX_STUN_SERVERS: usize = 16;
 /// Most endpoints that one node may report.
 pub const MAX_ENDPOINTS_PER_NODE: usize = 32;
 
@@ -51,6 +53,9 @@ pub struct Network {
     pub v4: Prefix,
     /// Nodes' IPv6 addresses come from here.
     pub v6: Prefix,
+    /// STUN servers as `HOST:PORT`, by which nodes learn how the world sees them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stun: Vec<String>,
 }
 
 /// The node itself, as the coordinator has it.
@@ -229,6 +234,7 @@ mod tests {
                 name: "home".to_owned(),
                 v4: "100.64.0.0/10".parse().unwrap(),
                 v6: "fd00::/48".parse().unwrap(),
+                stun: Vec::new(),
             },
             me: Me {
                 id: NodeId(1000),

@@ -49,7 +49,10 @@ fn kernel_exactly_the_units_capabilities_suffice() {
     let Some(bed) = Bed::make("kernel_exactly_the_units_capabilities_suffice") else {
         return;
     };
-    let three = CapabilitySet::NET_ADMIN | CapabilitySet::BPF | CapabilitySet::PERFMON;
+    let four = CapabilitySet::NET_ADMIN
+        | CapabilitySet::BPF
+        | CapabilitySet::PERFMON
+        | CapabilitySet::NET_RAW;
     let all = rustix::thread::capabilities(None).unwrap();
     for how in ways() {
         let sets = |effective| CapabilitySets {
@@ -57,7 +60,14 @@ fn kernel_exactly_the_units_capabilities_suffice() {
             permitted: all.permitted,
             inheritable: CapabilitySet::empty(),
         };
-        set_capabilities(None, sets(three)).unwrap();
+        set_capabilities(None, sets(four)).unwrap();
+        // What holds the WireGuard port for STUN, and needs CAP_NET_RAW alone of these.
+        let (answers, _none) = tokio::sync::mpsc::channel(1);
+        let runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = { runtime }.enable_all().build().unwrap();
+        runtime
+            .block_on(async { agent::port::spawn(51820, answers) })
+            .unwrap();
         let options = Options {
             how,
             ..Options::default()

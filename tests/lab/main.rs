@@ -14,6 +14,7 @@ mod kernel_model;
 mod lifetime;
 mod main_job;
 mod monitor;
+mod nats;
 mod refusal;
 mod revocation;
 mod sites;

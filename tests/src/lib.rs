@@ -6,7 +6,7 @@
 //! agents into a lab, and drives them only by their command lines. [`probe`] asks whether a
 //! connection is possible, [`stream`] counts what is lost while something else happens,
 //! [`packet`] forges what no honest host would send. A lab that did not end well leaves a folder
-//! of evidence ([`evidence`]).
+//! of evidence ([`evidence`]). [`nat`] makes routers that translate addresses.
 //!
 //! Nothing here waits by the clock: [`wait_until`] polls a condition with a bound.
 
@@ -20,6 +20,7 @@ pub mod evidence;
 pub mod host;
 pub mod lab;
 pub mod mesh;
+pub mod nat;
 pub mod packet;
 pub mod probe;
 pub mod process;

@@ -18,6 +18,8 @@ use crate::wait_until;
 const START_BOUND: Duration = Duration::from_secs(30);
 /// How long a change may take from the coordinator to every kernel.
 pub const SPREAD_BOUND: Duration = Duration::from_secs(40);
+/// The coordinator's configuration, in its host's folder, if it has one.
+const CONFIG: &str = "coordinator.toml";
 /// The port that a lab's coordinator listens on.
 const PORT: u16 = 8443;
 
@@ -44,12 +46,25 @@ impl Coordinator {
         })
     }
 
+    /// The same with a configuration file of this text.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn start_with(host: &Arc<Host>, config: &str) -> anyhow::Result<Self> {
+        std::fs::write(host.folder.join(CONFIG), config)?;
+        Self::start(host)
+    }
+
     fn serve(host: &Arc<Host>, listen: SocketAddr) -> anyhow::Result<Arc<Process>> {
         let state = Self::state(host);
-        let line = format!(
+        let mut line = format!(
             "weir-coordinator serve --state-dir {} --listen {listen}",
             state.display()
         );
+        let config = host.folder.join(CONFIG);
+        if config.exists() {
+            line += &format!(" --config {}", config.display());
+        }
         let process = host.start("coordinator", &line)?;
         let answers = || {
             let open = || TcpStream::connect_timeout(&listen, Duration::from_secs(1)).is_ok();

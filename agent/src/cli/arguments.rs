@@ -71,6 +71,8 @@ pub enum Verb {
     Explain(Explain),
     /// Packets let through and dropped, by reason
     Counters,
+    /// How the world sees this machine: its addresses, its NAT, whether UDP is blocked
+    Netcheck,
     /// Follow dropped packets as they are dropped, until Ctrl-C
     Monitor(Monitor),
     /// Check what weir needs of this machine

@@ -14,7 +14,7 @@ use proto::filter::Direction;
 use proto::netmap::Owner;
 use serde::Serialize;
 use std::fmt::Display;
-use table::Table;
+pub(super) use table::Table;
 
 pub(super) fn status(agent: &Agent, console: &Console) -> Result<(), Failure> {
     let Response::Status(status) = agent.ask(Request::Status, PATIENCE)? else {

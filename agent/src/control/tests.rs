@@ -122,6 +122,7 @@ fn netmap(generation: u64) -> Netmap {
             name: "home".to_owned(),
             v4: "100.64.0.0/10".parse().unwrap(),
             v6: "fd00::/48".parse().unwrap(),
+            stun: Vec::new(),
         },
         me: Me {
             id: NodeId(2),

@@ -124,7 +124,7 @@ impl Daemon {
             }
             .to_owned(),
         });
-        refusal.chain(trouble)
+        refusal.chain(trouble).chain(self.port_problem())
     }
 
     pub(super) fn answer_status(&self, reply: oneshot::Sender<Response>) {

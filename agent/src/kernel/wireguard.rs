@@ -115,9 +115,21 @@ impl WireGuard {
     /// # Errors
     /// What the kernel says; the messages before it are done.
     pub fn remove_peers(&mut self, index: u32, keys: &[NodeKey]) -> io::Result<()> {
-        self.write_peers(index, keys, |message, key| {
-            message.bytes(peer::PUBLIC_KEY, &key.0);
-            message.bytes(peer::FLAGS, &peer::REMOVE_ME.to_ne_bytes());
+        self.write_peers(index, keys, put_removal)
+    }
+
+    /// Removes peers and makes them again, each in one message: nobody is scheduled in between.
+    ///
+    /// # Errors
+    /// What the kernel says; the messages before it are done.
+    pub fn remake_peers(&mut self, index: u32, changes: &[PeerChange]) -> io::Result<()> {
+        let twice = changes
+            .iter()
+            .flat_map(|change| [(true, change), (false, change)]);
+        let items: Vec<(bool, &PeerChange)> = twice.collect();
+        self.write_peers(index, &items, |message, (removal, change)| match removal {
+            true => put_removal(message, &change.key),
+            false => put_change(message, change),
         })
     }
 
@@ -233,6 +245,11 @@ impl WireGuard {
             }
         }
     }
+}
+
+fn put_removal(message: &mut Message, key: &NodeKey) {
+    message.bytes(peer::PUBLIC_KEY, &key.0);
+    message.bytes(peer::FLAGS, &peer::REMOVE_ME.to_ne_bytes());
 }
 
 /// One peer of `WGDEVICE_A_PEERS`.

@@ -343,6 +343,67 @@ pub struct LeftOut {
     pub packets: u64,
 }
 
+/// `weir netcheck`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Netcheck {
+    /// WireGuard's UDP port on this machine.
+    pub listen_port: u16,
+    /// This machine's own addresses, those of the tunnel left out.
+    pub addrs: Vec<IpAddr>,
+    /// IPv4.
+    pub v4: Family,
+    /// IPv6.
+    pub v6: Family,
+    /// What each server said, by address.
+    pub servers: Vec<StunServer>,
+    /// Peers that are on line and from which no packet came by the endpoint in use, by name.
+    pub unreached: Vec<String>,
+}
+
+/// How the world sees this node in one address family.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Family {
+    /// What stands between.
+    pub nat: Nat,
+    /// The same as a clause.
+    pub words: String,
+    /// Address and port that all servers see; `null` if they do not agree, or none answers.
+    pub reflexive: Option<SocketAddr>,
+    /// Where peers are told that this node can be reached, best first.
+    pub endpoints: Vec<SocketAddr>,
+}
+
+/// What stands between this node and the world.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Nat {
+    /// Nobody was asked.
+    Unknown,
+    /// Nobody answered.
+    Silent,
+    /// Nothing: servers see an address of this machine.
+    None,
+    /// A NAT that shows all servers the same address and port.
+    Easy,
+    /// A NAT, and only one server to judge it by.
+    OneServer,
+    /// A NAT that shows each server another port.
+    Hard,
+}
+
+/// A STUN server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StunServer {
+    /// `HOST:PORT`, as the network names it.
+    pub name: String,
+    /// One of its addresses.
+    pub addr: SocketAddr,
+    /// The address and port that it sees; `null` while it does not answer.
+    pub mapped: Option<SocketAddr>,
+    /// How long its last answer took; `null` likewise.
+    pub rtt_ms: Option<u64>,
+}
+
 /// `weir counters`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counters {

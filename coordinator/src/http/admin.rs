@@ -504,8 +504,19 @@ fn node_document(network: &NetworkRow, row: NodeRow) -> NodeDocument {
     let NetworkRow {
         id, name, v4, v6, ..
     } = network.clone();
+    let stun = Vec::new();
     NodeDocument {
-        addrs: addrs(&Network { id, name, v4, v6 }, row.host).to_vec(),
+        addrs: addrs(
+            &Network {
+                id,
+                name,
+                v4,
+                v6,
+                stun,
+            },
+            row.host,
+        )
+        .to_vec(),
         name: row.name,
         id: row.id,
         owner: owner_text(&row.owner),

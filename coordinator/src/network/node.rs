@@ -366,6 +366,7 @@ fn network(row: &NetworkRow) -> Network {
         name: row.name.clone(),
         v4: row.v4,
         v6: row.v6,
+        stun: Vec::new(),
     }
 }
 

@@ -1,28 +1,28 @@
 //! Aligned columns of text.
 
 /// Rows whose cells line up. The last column is never padded.
-pub(super) struct Table {
+pub(in crate::cli) struct Table {
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
     /// Without a heading.
-    pub(super) fn plain() -> Self {
+    pub(in crate::cli) fn plain() -> Self {
         Self { rows: Vec::new() }
     }
 
     /// With a heading.
-    pub(super) fn headed<const N: usize>(heading: [&str; N]) -> Self {
+    pub(in crate::cli) fn headed<const N: usize>(heading: [&str; N]) -> Self {
         let mut table = Self::plain();
         table.row(heading);
         table
     }
 
-    pub(super) fn row<const N: usize>(&mut self, cells: [&str; N]) {
+    pub(in crate::cli) fn row<const N: usize>(&mut self, cells: [&str; N]) {
         self.rows.push(cells.map(str::to_owned).to_vec());
     }
 
-    pub(super) fn print(&self) -> String {
+    pub(in crate::cli) fn print(&self) -> String {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or_default();
         let width = |column: usize| {
             let cells = self.rows.iter().filter_map(|row| row.get(column));

@@ -58,6 +58,7 @@ fn requests() -> Vec<(Request, Access)> {
         (Request::Ping { peer }, Access::Read),
         (Request::Explain(explain), Access::Read),
         (Request::Counters, Access::Read),
+        (Request::Netcheck, Access::Read),
         (Request::Monitor(Monitor::default()), Access::Watch),
     ]
 }

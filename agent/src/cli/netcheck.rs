@@ -1,0 +1,123 @@
+//! `weir netcheck`: how the world sees this machine.
+
+use super::show::Table;
+use super::{Agent, Console, Failure, PATIENCE, astray};
+use crate::local::report::{Nat, Netcheck};
+use crate::local::{Request, Response};
+
+pub(super) fn netcheck(agent: &Agent, console: &Console) -> Result<(), Failure> {
+    let Response::Netcheck(check) = agent.ask(Request::Netcheck, PATIENCE)? else {
+        return Err(astray());
+    };
+    if console.json {
+        console.document(&*check)
+    } else {
+        console.say(&text(&check))
+    }
+}
+
+fn text(check: &Netcheck) -> String {
+    let addrs: Vec<String> = check.addrs.iter().map(ToString::to_string).collect();
+    let mut text = format!(
+        "UDP port {} on {}.\n",
+        check.listen_port,
+        match addrs.is_empty() {
+            true => "no address".to_owned(),
+            false => addrs.join(", "),
+        }
+    );
+    for (name, family) in [("IPv4", &check.v4), ("IPv6", &check.v6)] {
+        text.push_str(&format!("{name}: {}.\n", family.words));
+        let endpoints: Vec<String> = family.endpoints.iter().map(ToString::to_string).collect();
+        if !endpoints.is_empty() {
+            text.push_str(&format!("  peers are told: {}\n", endpoints.join(", ")));
+        }
+    }
+    if check.servers.is_empty() {
+        text.push_str(
+            "The network has no STUN servers: name some in the coordinator's configuration \
+             (`[relays]`, `stun`).\n",
+        );
+        return text + &unreached(check);
+    }
+    let mut table = Table::headed(["SERVER", "ADDRESS", "SEES", "TIME"]);
+    for server in &check.servers {
+        let mapped = server.mapped.map(|addr| addr.to_string());
+        let time = server.rtt_ms.map(|ms| format!("{ms} ms"));
+        table.row([
+            &server.name,
+            &server.addr.to_string(),
+            mapped.as_deref().unwrap_or("no answer"),
+            time.as_deref().unwrap_or("-"),
+        ]);
+    }
+    text + &table.print() + &unreached(check)
+}
+
+/// Why some peers have no path, as far as this end can tell.
+fn unreached(check: &Netcheck) -> String {
+    if check.unreached.is_empty() {
+        return String::new();
+    }
+    let why = match (check.v4.nat, check.v6.nat) {
+        (Nat::Hard, _) | (_, Nat::Hard) => {
+            "this machine's NAT shows each destination another port, so a peer behind a NAT does \
+             not know where to send. Open the UDP port on one of the two routers."
+        }
+        (Nat::Silent, Nat::Silent | Nat::Unknown) | (Nat::Unknown, Nat::Silent) => {
+            "UDP does not get out of here. Let the port above out, or ask who runs the network."
+        }
+        _ => {
+            "the cause is at their end, or nobody has sent anything yet: run `weir netcheck` \
+             there, and `weir ping` here."
+        }
+    };
+    format!("No packets from {}: {why}\n", check.unreached.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::local::report::{Family, StunServer};
+
+    #[test]
+    fn it_says_what_the_nat_is_like_and_why_there_is_no_path() {
+        let family = |nat, words: &str| Family {
+            nat,
+            words: words.to_owned(),
+            reflexive: None,
+            endpoints: Vec::new(),
+        };
+        let mut check = Netcheck {
+            listen_port: 51820,
+            addrs: vec!["10.0.0.2".parse().unwrap()],
+            v4: family(Nat::Hard, "hard"),
+            v6: family(Nat::Silent, "silent"),
+            servers: vec![StunServer {
+                name: "stun.example.com:3478".to_owned(),
+                addr: "192.0.2.1:3478".parse().unwrap(),
+                mapped: None,
+                rtt_ms: None,
+            }],
+            unreached: vec!["web".to_owned()],
+        };
+        let hard = text(&check);
+        for part in [
+            "UDP port 51820 on 10.0.0.2.",
+            "IPv4: hard.",
+            "no answer",
+            "No packets from web: this",
+        ] {
+            assert!(hard.contains(part), "{part}: {hard}");
+        }
+        check.v4.nat = Nat::Silent;
+        assert!(text(&check).contains("UDP does not get out"));
+        check.servers.clear();
+        check.unreached.clear();
+        let none = text(&check);
+        assert!(
+            none.contains("no STUN servers") && !none.contains("No packets"),
+            "{none}"
+        );
+    }
+}

@@ -1,0 +1,334 @@
+//! STUN on WireGuard's own UDP port, beside the kernel's socket and without its knowledge.
+//!
+//! The kernel owns the port: a second UDP socket on it cannot be bound, whatever its options (the
+//! kernel's has no `SO_REUSEPORT`). Raw sockets need no port. One per family *receives* a copy of
+//! the UDP datagrams that have our port as destination and STUN's magic cookie where it belongs; a
+//! classic BPF filter leaves everything else to the kernel, so the agent sleeps while tunnels carry
+//! traffic. The same sockets *send*: we write the UDP header, so the source port is WireGuard's and
+//! a NAT makes one mapping for both. The WireGuard device receives those answers too, and drops what
+//! is not WireGuard.
+//!
+//! Packets pass the host's own firewall like any others, before the raw socket sees them: a firewall
+//! that lets in the WireGuard port, or only answers, suffices.
+//!
+//! Raw sockets need `CAP_NET_RAW`. Nothing here decides whom to ask, or when.
+
+use proto::stun::{self, TRANSACTION_BYTES, Transaction};
+use socket2::{Domain, Protocol, SockFilter, Socket, Type};
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::{Duration, Instant};
+use tokio::net::UdpSocket;
+use tokio::sync::mpsc;
+
+/// Questions that may wait to be sent.
+const QUEUE: usize = 64;
+/// An answer that takes longer is nobody's.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Questions that wait for an answer; more are forgotten, the oldest first.
+const MAX_PENDING: usize = 256;
+/// Longest datagram that is looked at, its IP header included.
+const MAX_BYTES: usize = 2048;
+/// After an error, so that one that stays does not keep a processor busy.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Bytes of a UDP header (RFC 768).
+const UDP_BYTES: usize = 8;
+/// The protocol number of UDP.
+const UDP: u8 = 17;
+/// RFC 8489 5.
+const MAGIC_COOKIE: u32 = 0x2112_a442;
+
+/// A server answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Who.
+    pub server: SocketAddr,
+    /// Where it saw our question come from.
+    pub mapped: SocketAddr,
+}
+
+/// Opens the sockets and starts to serve: every address that is sent in is asked, and answers come
+/// out, until one of the channels closes.
+///
+/// # Errors
+/// What the kernel says: `EPERM` without `CAP_NET_RAW`.
+pub fn spawn(port: u16, answers: mpsc::Sender<Answer>) -> io::Result<mpsc::Sender<SocketAddr>> {
+    let v4 = open(Domain::IPV4, &filter_v4(port))?;
+    // A host may have no IPv6 at all.
+    let v6 = open(Domain::IPV6, &filter_v6(port)).ok();
+    let (asks_in, asks) = mpsc::channel(QUEUE);
+    tokio::spawn(serve(port, v4, v6, asks, answers));
+    Ok(asks_in)
+}
+
+async fn serve(
+    port: u16,
+    v4: UdpSocket,
+    v6: Option<UdpSocket>,
+    mut asks: mpsc::Receiver<SocketAddr>,
+    answers: mpsc::Sender<Answer>,
+) {
+    let mut pending = Pending::default();
+    loop {
+        let received = tokio::select! {
+            server = asks.recv() => {
+                let Some(server) = server else { return };
+                let socket = if server.is_ipv4() { Some(&v4) } else { v6.as_ref() };
+                if let Some(socket) = socket
+                    && let Err(error) = ask(socket, port, server, &mut pending)
+                {
+                    tracing::debug!(%server, %error, "a STUN server could not be asked");
+                }
+                continue;
+            }
+            received = receive(Some(&v4), after_header) => received,
+            received = receive(v6.as_ref(), |packet| Some(packet)) => received,
+        };
+        let answer = match received {
+            Ok(datagram) => datagram.and_then(|datagram| pending.answer(&datagram)),
+            Err(error) => {
+                tracing::warn!(%error, "answers of STUN servers cannot be received");
+                tokio::time::sleep(PAUSE).await;
+                continue;
+            }
+        };
+        if let Some(answer) = answer
+            && answers.send(answer).await.is_err()
+        {
+            return;
+        }
+    }
+}
+
+/// A raw socket. To receive and to send it is used like a UDP socket, which is what tokio takes it
+/// for.
+fn open(domain: Domain, filter: &[SockFilter]) -> io::Result<UdpSocket> {
+    let socket = Socket::new(domain, Type::RAW.nonblocking(), Some(Protocol::UDP))?;
+    socket.attach_filter(filter)?;
+    let socket = UdpSocket::from_std(socket.into())?;
+    // What came in before the filter stood is of any kind; it is read and thrown away.
+    while socket.try_recv(&mut [0]).is_ok() {}
+    Ok(socket)
+}
+
+/// A UDP datagram without its header, and who sent it.
+struct Datagram {
+    from: SocketAddr,
+    payload: Vec<u8>,
+}
+
+/// The next datagram, once there is one. `None`: one that makes no sense.
+async fn receive(
+    socket: Option<&UdpSocket>,
+    udp: impl Fn(&[u8]) -> Option<&[u8]>,
+) -> io::Result<Option<Datagram>> {
+    let Some(socket) = socket else {
+        return std::future::pending().await;
+    };
+    let mut buffer = [0; MAX_BYTES];
+    let (length, from) = socket.recv_from(&mut buffer).await?;
+    let read = || {
+        let (header, payload) = udp(buffer.get(..length)?)?.split_first_chunk::<UDP_BYTES>()?;
+        let [p0, p1, ..] = *header;
+        Some(Datagram {
+            from: SocketAddr::new(from.ip(), u16::from_be_bytes([p0, p1])),
+            payload: payload.to_vec(),
+        })
+    };
+    Ok(read())
+}
+
+/// Raw IPv4 sockets deliver the IP header too (raw(7)), IPv6 ones do not (RFC 3542 3).
+fn after_header(packet: &[u8]) -> Option<&[u8]> {
+    let words = usize::from(packet.first()? & 0xf);
+    packet.get(words * 4..)
+}
+
+fn ask(socket: &UdpSocket, port: u16, server: SocketAddr, pending: &mut Pending) -> io::Result<()> {
+    let mut transaction = [0; TRANSACTION_BYTES];
+    getrandom::fill(&mut transaction).map_err(|_| io::Error::other("no random bytes"))?;
+    let source = source(server)?;
+    let datagram = udp(
+        SocketAddr::new(source, port),
+        server,
+        &stun::request(transaction),
+    );
+    // A port other than 0 would be taken for a protocol number (`rawv6_sendmsg`).
+    let to = SocketAddr::new(server.ip(), 0);
+    socket.try_send_to(&datagram, to)?;
+    pending.note(transaction, server);
+    Ok(())
+}
+
+/// The address that the kernel sends from to `server`.
+fn source(server: SocketAddr) -> io::Result<IpAddr> {
+    let any: IpAddr = match server {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    // Connecting a UDP socket sends nothing: it is how to ask for the route.
+    let socket = std::net::UdpSocket::bind((any, 0))?;
+    socket.connect(server)?;
+    Ok(socket.local_addr()?.ip())
+}
+
+/// A UDP datagram with its header (RFC 768).
+fn udp(from: SocketAddr, to: SocketAddr, payload: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(UDP_BYTES + payload.len()).unwrap_or(u16::MAX);
+    let mut out = Vec::with_capacity(usize::from(length));
+    for word in [from.port(), to.port(), length, 0] {
+        out.extend_from_slice(&word.to_be_bytes());
+    }
+    out.extend_from_slice(payload);
+    // RFC 768: "If the computed checksum is zero, it is transmitted as all ones".
+    let sum = match checksum(from.ip(), to.ip(), &out) {
+        0 => u16::MAX,
+        sum => sum,
+    };
+    out[6..8].copy_from_slice(&sum.to_be_bytes());
+    out
+}
+
+/// The Internet checksum over pseudo header and datagram (RFC 768, RFC 8200 8.1).
+fn checksum(from: IpAddr, to: IpAddr, datagram: &[u8]) -> u16 {
+    let mut bytes = Vec::new();
+    for addr in [from, to] {
+        match addr {
+            IpAddr::V4(addr) => bytes.extend_from_slice(&addr.octets()),
+            IpAddr::V6(addr) => bytes.extend_from_slice(&addr.octets()),
+        }
+    }
+    let length = u16::try_from(datagram.len()).unwrap_or(u16::MAX);
+    bytes.extend_from_slice(&[0, UDP]);
+    bytes.extend_from_slice(&length.to_be_bytes());
+    bytes.extend_from_slice(datagram);
+    let mut sum: u32 = 0;
+    for pair in bytes.chunks(2) {
+        let low = pair.get(1).copied().unwrap_or_default();
+        sum += u32::from(u16::from_be_bytes([pair[0], low]));
+    }
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
+}
+
+/// Questions that wait for an answer.
+#[derive(Default)]
+struct Pending {
+    asked: BTreeMap<Transaction, (SocketAddr, Instant)>,
+}
+
+impl Pending {
+    fn note(&mut self, transaction: Transaction, server: SocketAddr) {
+        let now = Instant::now();
+        self.asked
+            .retain(|_, (_, at)| now.saturating_duration_since(*at) < PATIENCE);
+        if self.asked.len() < MAX_PENDING {
+            self.asked.insert(transaction, (server, now));
+        }
+    }
+
+    /// What an answer says, if it is one to a question of ours, from whom we asked.
+    fn answer(&mut self, datagram: &Datagram) -> Option<Answer> {
+        let (transaction, mapped) = stun::parse_response(&datagram.payload).ok()?;
+        let (server, _) = *self.asked.get(&transaction)?;
+        if server != datagram.from {
+            return None;
+        }
+        self.asked.remove(&transaction);
+        Some(Answer { server, mapped })
+    }
+}
+
+/// Opcodes of classic BPF (linux/filter.h).
+mod op {
+    pub const LOAD_HEADER_LENGTH: u16 = 0xb1;
+    pub const LOAD_HALF: u16 = 0x28;
+    pub const LOAD_WORD: u16 = 0x20;
+    pub const LOAD_HALF_AFTER: u16 = 0x48;
+    pub const LOAD_WORD_AFTER: u16 = 0x40;
+    pub const JUMP_EQUAL: u16 = 0x15;
+    pub const RETURN: u16 = 0x06;
+}
+
+/// Lets STUN to `port` through. The packet begins with its IPv4 header.
+fn filter_v4(port: u16) -> [SockFilter; 7] {
+    [
+        SockFilter::new(op::LOAD_HEADER_LENGTH, 0, 0, 0),
+        SockFilter::new(op::LOAD_HALF_AFTER, 0, 0, 2),
+        SockFilter::new(op::JUMP_EQUAL, 0, 3, port.into()),
+        SockFilter::new(op::LOAD_WORD_AFTER, 0, 0, 12),
+        SockFilter::new(op::JUMP_EQUAL, 0, 1, MAGIC_COOKIE),
+        SockFilter::new(op::RETURN, 0, 0, u32::MAX),
+        SockFilter::new(op::RETURN, 0, 0, 0),
+    ]
+}
+
+/// The same; the packet begins with its UDP header.
+fn filter_v6(port: u16) -> [SockFilter; 6] {
+    [
+        SockFilter::new(op::LOAD_HALF, 0, 0, 2),
+        SockFilter::new(op::JUMP_EQUAL, 0, 3, port.into()),
+        SockFilter::new(op::LOAD_WORD, 0, 0, 12),
+        SockFilter::new(op::JUMP_EQUAL, 0, 1, MAGIC_COOKIE),
+        SockFilter::new(op::RETURN, 0, 0, u32::MAX),
+        SockFilter::new(op::RETURN, 0, 0, 0),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checksums_are_right_in_both_families() {
+        for (from, to) in [
+            ("192.0.2.1:51820", "198.51.100.7:3478"),
+            ("[2001:db8::1]:51820", "[2001:db8::7]:3478"),
+        ] {
+            let (from, to): (SocketAddr, SocketAddr) = (from.parse().unwrap(), to.parse().unwrap());
+            for payload in [&b"even"[..], b"odd"] {
+                let datagram = udp(from, to, payload);
+                assert_eq!(
+                    checksum(from.ip(), to.ip(), &datagram),
+                    0,
+                    "the receiver's test"
+                );
+                assert_eq!(datagram.len(), 8 + payload.len());
+            }
+        }
+        // A packet of the Linux kernel: `printf x | nc -u -p 1 127.0.0.1 2`, without its sum.
+        let (from, to) = (
+            "127.0.0.1:1".parse().unwrap(),
+            "127.0.0.1:2".parse().unwrap(),
+        );
+        assert_eq!(udp(from, to, b"")[6..8], (!0xfe1c_u16).to_be_bytes());
+    }
+
+    #[test]
+    fn only_answers_to_our_questions_from_whom_we_asked_count() {
+        let server: SocketAddr = "192.0.2.1:3478".parse().unwrap();
+        let mapped: SocketAddr = "198.51.100.1:4".parse().unwrap();
+        let mut pending = Pending::default();
+        pending.note([7; 12], server);
+        let datagram = |from, transaction| Datagram {
+            from,
+            payload: stun::response(transaction, mapped),
+        };
+        let stranger = "192.0.2.2:3478".parse().unwrap();
+        assert_eq!(pending.answer(&datagram(stranger, [7; 12])), None);
+        assert_eq!(pending.answer(&datagram(server, [8; 12])), None);
+        let answer = Answer { server, mapped };
+        assert_eq!(pending.answer(&datagram(server, [7; 12])), Some(answer));
+        assert_eq!(pending.answer(&datagram(server, [7; 12])), None, "once");
+    }
+
+    #[test]
+    fn the_length_of_the_ip_header_is_believed_only_within_the_packet() {
+        assert_eq!(after_header(&[]), None);
+        assert_eq!(after_header(&[0x4f; 20]), None);
+        assert_eq!(after_header(&[0x45; 28]).map(<[u8]>::len), Some(8));
+    }
+}

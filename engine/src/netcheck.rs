@@ -1,0 +1,409 @@
+//! [`Netcheck`]: under which addresses the rest of the world sees this node, and what its NAT is like.
+//!
+//! The network names STUN servers. Each is asked from WireGuard's own UDP port, so the answer is
+//! the very mapping that peers must send to. A *round* asks all of them, and again those that stay
+//! silent ([`AGAIN`]); the next round begins [`REFRESH`] later, which also keeps the mapping alive
+//! (routers forget after 30 s and more, RFC 4787 4.3), or at once when the host's links change.
+//!
+//! What servers say is compared family by family ([`Nat`]): the same address from all of them means
+//! that peers will be seen from there too; different ports mean a NAT that makes another mapping
+//! for each destination ("hard"), and then no mapping is worth telling to anybody.
+//!
+//! Random transaction numbers and the matching of answers are the hand's; DNS too. Without servers
+//! nothing is asked at all.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+/// Pauses after each question of a round; the last one ends it.
+pub const AGAIN: [Duration; 4] = [
+    Duration::from_millis(200),
+    Duration::from_millis(400),
+    Duration::from_millis(800),
+    Duration::from_millis(1600),
+];
+/// From the start of a round to the start of the next: below the 30 s after which the strictest
+/// routers forget a mapping, with time for a repetition.
+pub const REFRESH: Duration = Duration::from_secs(23);
+/// Names are looked up again after this long.
+pub const RESOLVE: Duration = Duration::from_secs(300);
+/// While nobody answers, names are looked up this often.
+pub const RESOLVE_UNANSWERED: Duration = Duration::from_secs(30);
+/// Most servers that are asked: the first of the list.
+pub const MAX_SERVERS: usize = 8;
+/// Rounds without an answer after which a server's last word no longer counts.
+const PATIENCE_ROUNDS: u32 = 2;
+
+/// What stands between this node and the world, in one address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Nat {
+    /// Nobody was asked in this family, or no round has ended.
+    Unknown,
+    /// No server answered.
+    Silent,
+    /// Servers see an address of this host.
+    None,
+    /// Servers see one and the same foreign address: peers can be told.
+    Easy,
+    /// One server saw a foreign address; it takes two to tell easy from hard.
+    OneServer,
+    /// Servers see different addresses or ports: another mapping for each destination.
+    Hard,
+}
+
+/// What one server said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Server {
+    /// Its name, as the network has it.
+    pub name: String,
+    /// The address that it saw, while its word counts.
+    pub mapped: Option<SocketAddr>,
+    /// How long the last answer took.
+    pub rtt: Option<Duration>,
+    answered: bool,
+    asked: Option<Instant>,
+    misses: u32,
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wish {
+    /// Look these names up.
+    Resolve(Vec<String>),
+    /// Ask these servers.
+    Ask(BTreeSet<SocketAddr>),
+}
+
+/// The study of this node's own NAT.
+#[derive(Clone, Debug, Default)]
+pub struct Netcheck {
+    names: Vec<String>,
+    resolve_at: Option<Instant>,
+    servers: BTreeMap<SocketAddr, Server>,
+    /// When to go on with the round, or to begin the next.
+    next: Option<Instant>,
+    /// When the round began, and how often was asked in it.
+    began: Option<Instant>,
+    attempt: usize,
+    /// Whether a round has ended since the servers became known.
+    concluded: bool,
+}
+
+impl Netcheck {
+    /// These are the network's servers, as `HOST:PORT`.
+    pub fn set_names(&mut self, now: Instant, names: &[String]) {
+        let names: Vec<String> = names.iter().take(MAX_SERVERS).cloned().collect();
+        if self.names != names {
+            *self = Self {
+                resolve_at: (!names.is_empty()).then_some(now),
+                names,
+                ..Self::default()
+            };
+        }
+    }
+
+    /// The names were looked up. An empty answer changes nothing: it is a failure of DNS.
+    pub fn resolved(&mut self, now: Instant, servers: BTreeMap<SocketAddr, String>) {
+        if servers.is_empty() || self.names.is_empty() {
+            return;
+        }
+        let known = |name: &String| self.names.contains(name);
+        let mut before = std::mem::take(&mut self.servers);
+        for (addr, name) in servers.into_iter().filter(|(_, name)| known(name)) {
+            let server = before.remove(&addr).unwrap_or_else(|| Server::new(name));
+            self.servers.insert(addr, server);
+        }
+        if self.servers.values().any(|server| server.asked.is_none()) {
+            self.begin(now);
+        }
+    }
+
+    /// The host's links changed: all may be different.
+    pub fn hurry(&mut self, now: Instant) {
+        if !self.names.is_empty() {
+            self.resolve_at = Some(now);
+            self.begin(now);
+        }
+    }
+
+    fn begin(&mut self, now: Instant) {
+        self.next = (!self.servers.is_empty()).then_some(now);
+        self.began = None;
+        self.attempt = 0;
+    }
+
+    /// A server answered. Returns whether that changed what is known.
+    pub fn answered(&mut self, now: Instant, server: SocketAddr, mapped: SocketAddr) -> bool {
+        let Some(server) = self.servers.get_mut(&server) else {
+            return false;
+        };
+        let mapped = SocketAddr::new(mapped.ip().to_canonical(), mapped.port());
+        server.rtt = server.asked.map(|at| now.saturating_duration_since(at));
+        (server.answered, server.misses) = (true, 0);
+        let changed = server.mapped.replace(mapped) != Some(mapped);
+        if self.servers.values().all(|server| server.answered) {
+            self.end(now);
+        }
+        changed
+    }
+
+    /// What is to be done now, if anything.
+    pub fn poll(&mut self, now: Instant) -> Option<Wish> {
+        if self.resolve_at.is_some_and(|at| now >= at) {
+            let unheard = self.servers.values().all(|server| server.mapped.is_none());
+            let pause = if unheard { RESOLVE_UNANSWERED } else { RESOLVE };
+            self.resolve_at = Some(now + pause);
+            return Some(Wish::Resolve(self.names.clone()));
+        }
+        if self.next.is_none_or(|at| now < at) {
+            return None;
+        }
+        if self.began.is_none() {
+            self.began = Some(now);
+            self.attempt = 0;
+            for server in self.servers.values_mut() {
+                server.answered = false;
+            }
+        }
+        let Some(pause) = AGAIN.get(self.attempt) else {
+            self.end(now);
+            return None;
+        };
+        self.attempt += 1;
+        self.next = Some(now + *pause);
+        let mut silent = BTreeSet::new();
+        for (addr, server) in &mut self.servers {
+            if !server.answered {
+                server.asked = Some(now);
+                silent.insert(*addr);
+            }
+        }
+        Some(Wish::Ask(silent))
+    }
+
+    fn end(&mut self, now: Instant) {
+        for server in self.servers.values_mut() {
+            if !server.answered {
+                server.misses = server.misses.saturating_add(1);
+                if server.misses >= PATIENCE_ROUNDS {
+                    (server.mapped, server.rtt) = (None, None);
+                }
+            }
+        }
+        let began = self.began.take().unwrap_or(now);
+        self.next = Some((began + REFRESH).max(now + AGAIN[0]));
+        self.concluded = true;
+    }
+
+    /// When there is something to do at the latest; `None`: not before something happens.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        self.next.into_iter().chain(self.resolve_at).min()
+    }
+
+    /// Addresses of ours that peers elsewhere can send to: what all servers of a family agree on.
+    #[must_use]
+    pub fn reflexive(&self) -> Vec<SocketAddr> {
+        let agreed = |v4| {
+            let seen = self.seen(v4);
+            (seen.len() == 1).then(|| seen.first().copied()).flatten()
+        };
+        [agreed(true), agreed(false)]
+            .into_iter()
+            .flatten()
+            .collect()
+    }
+
+    fn seen(&self, v4: bool) -> BTreeSet<SocketAddr> {
+        let mapped = self.servers.values().filter_map(|server| server.mapped);
+        mapped.filter(|addr| addr.is_ipv4() == v4).collect()
+    }
+
+    /// What stands between a host with these addresses and the world.
+    #[must_use]
+    pub fn nat(&self, v4: bool, own: &BTreeSet<IpAddr>) -> Nat {
+        let servers = self
+            .servers
+            .iter()
+            .filter(|(addr, _)| addr.is_ipv4() == v4)
+            .map(|(_, server)| server);
+        let words = servers.clone().filter_map(|server| server.mapped).count();
+        if servers.clone().next().is_none() || (words == 0 && !self.concluded) {
+            return Nat::Unknown;
+        }
+        let seen = self.seen(v4);
+        match seen.first() {
+            None => Nat::Silent,
+            Some(_) if seen.len() > 1 => Nat::Hard,
+            Some(addr) if own.contains(&addr.ip()) => Nat::None,
+            Some(_) if words == 1 => Nat::OneServer,
+            Some(_) => Nat::Easy,
+        }
+    }
+
+    /// Whether a router between us and the world translates addresses, and forgets about us when
+    /// we are silent.
+    #[must_use]
+    pub fn is_behind_nat(&self, own: &BTreeSet<IpAddr>) -> bool {
+        let mapped = self.servers.values().filter_map(|server| server.mapped);
+        mapped.into_iter().any(|addr| !own.contains(&addr.ip()))
+    }
+
+    /// Whether the network has servers at all.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        !self.names.is_empty()
+    }
+
+    /// The servers and their words.
+    #[must_use]
+    pub fn servers(&self) -> &BTreeMap<SocketAddr, Server> {
+        &self.servers
+    }
+}
+
+impl Server {
+    fn new(name: String) -> Self {
+        Self {
+            name,
+            mapped: None,
+            rtt: None,
+            answered: false,
+            asked: None,
+            misses: 0,
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "a test brings the time")]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const ONE: &str = "198.51.100.1:3478";
+    const TWO: &str = "198.51.100.2:3478";
+    const SIX: &str = "[2001:db8::1]:3478";
+
+    fn at(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    fn asking(servers: &[&str]) -> (Netcheck, Instant) {
+        let (mut check, now) = (Netcheck::default(), Instant::now());
+        assert_eq!(check.poll(now), None, "nobody is asked without servers");
+        let names: Vec<String> = servers.iter().map(ToString::to_string).collect();
+        check.set_names(now, &names);
+        assert_eq!(check.poll(now), Some(Wish::Resolve(names)));
+        let known = servers.iter().map(|name| (at(name), (*name).to_owned()));
+        check.resolved(now, known.collect());
+        let all = servers.iter().map(|name| at(name)).collect();
+        assert_eq!(check.poll(now), Some(Wish::Ask(all)));
+        (check, now)
+    }
+
+    #[test]
+    fn two_servers_that_agree_give_an_address_and_two_that_do_not_give_none() {
+        let own = BTreeSet::from(["10.0.0.2".parse().unwrap()]);
+        let (mut check, now) = asking(&[ONE, TWO]);
+        assert_eq!(check.nat(true, &own), Nat::Unknown);
+        assert!(check.answered(now, at(ONE), at("192.0.2.1:51820")));
+        assert_eq!(check.nat(true, &own), Nat::OneServer);
+        check.answered(now, at(TWO), at("192.0.2.1:51820"));
+        assert_eq!(check.nat(true, &own), Nat::Easy);
+        assert_eq!(check.reflexive(), [at("192.0.2.1:51820")]);
+        assert!(check.is_behind_nat(&own));
+        assert!(check.answered(now, at(TWO), at("192.0.2.1:1024")));
+        assert_eq!(check.nat(true, &own), Nat::Hard);
+        assert_eq!(check.reflexive(), []);
+        let seen = BTreeSet::from(["192.0.2.1".parse().unwrap()]);
+        check.answered(now, at(TWO), at("192.0.2.1:51820"));
+        assert_eq!(check.nat(true, &seen), Nat::None);
+        assert!(!check.is_behind_nat(&seen));
+        assert_eq!(
+            check.nat(false, &seen),
+            Nat::Unknown,
+            "nobody was asked there"
+        );
+    }
+
+    #[test]
+    fn only_the_silent_are_asked_again_and_then_they_rest() {
+        let (mut check, start) = asking(&[ONE, SIX]);
+        check.answered(start, at(ONE), at("192.0.2.1:51820"));
+        let (mut now, mut asked) = (start, Vec::new());
+        while now < start + Duration::from_secs(10) {
+            now = check.deadline().unwrap();
+            if let Some(Wish::Ask(whom)) = check.poll(now) {
+                asked.push((now - start, whom));
+            }
+        }
+        let repeated: Vec<_> = asked.iter().filter(|(at, _)| *at < REFRESH).collect();
+        assert_eq!(repeated.len(), AGAIN.len() - 1);
+        assert!(
+            repeated
+                .iter()
+                .all(|(_, whom)| *whom == BTreeSet::from([at(SIX)]))
+        );
+        assert_eq!(check.nat(false, &BTreeSet::new()), Nat::Silent);
+    }
+
+    #[test]
+    fn a_mapping_is_refreshed_in_time_and_a_change_of_links_asks_at_once() {
+        let (mut check, start) = asking(&[ONE]);
+        check.answered(start, at(ONE), at("192.0.2.1:51820"));
+        assert_eq!(check.deadline(), Some(start + REFRESH));
+        let later = start + Duration::from_secs(1);
+        check.hurry(later);
+        assert!(matches!(check.poll(later), Some(Wish::Resolve(_))));
+        assert_eq!(check.poll(later), Some(Wish::Ask([at(ONE)].into())));
+    }
+
+    #[test]
+    fn the_last_word_of_a_server_that_fell_silent_is_forgotten() {
+        let (mut check, start) = asking(&[ONE]);
+        check.answered(start, at(ONE), at("192.0.2.1:51820"));
+        let mut now = start;
+        while now < start + REFRESH * 2 {
+            now = check.deadline().unwrap();
+            check.poll(now);
+        }
+        assert_eq!(
+            check.reflexive(),
+            [at("192.0.2.1:51820")],
+            "one silent round is nothing"
+        );
+        while now < start + REFRESH * 4 {
+            now = check.deadline().unwrap();
+            check.poll(now);
+        }
+        assert_eq!(check.reflexive(), []);
+    }
+
+    proptest! {
+        /// Whatever is answered and whenever it is looked at: nobody else is asked, a deadline is
+        /// never left in the past, and no server gets more than its questions.
+        #[test]
+        fn it_never_hurries_and_asks_only_its_servers(
+            steps in prop::collection::vec((0u64..4_000, 0usize..4, 1u16..4), 1..80),
+        ) {
+            let pool = [at(ONE), at(TWO), at(SIX), at("203.0.113.1:1")];
+            let (mut check, start) = asking(&[ONE, TWO, SIX]);
+            let (mut now, mut asked) = (start, 3);
+            for (millis, server, port) in steps {
+                now += Duration::from_millis(millis);
+                check.answered(now, pool[server], SocketAddr::from(([192, 0, 2, 1], port)));
+                while let Some(wish) = check.poll(now) {
+                    if let Wish::Ask(whom) = wish {
+                        prop_assert!(whom.iter().all(|server| pool[..3].contains(server)));
+                        asked += whom.len();
+                    }
+                }
+                prop_assert!(check.deadline().unwrap() > now);
+            }
+            let rounds = (now - start).as_secs() / REFRESH.as_secs() + 1;
+            prop_assert!(asked as u64 <= rounds * 3 * AGAIN.len() as u64, "{asked}");
+        }
+    }
+}
