@@ -299,12 +299,12 @@ mod tests {
                 assert_eq!(datagram.len(), 8 + payload.len());
             }
         }
-        // A packet of the Linux kernel: `printf x | nc -u -p 1 127.0.0.1 2`, without its sum.
-        let (from, to) = (
+        // Summed up by hand: 7f00 + 1 + 7f00 + 1, 11 + 8, 1 + 2 + 8.
+        let (from, to): (SocketAddr, SocketAddr) = (
             "127.0.0.1:1".parse().unwrap(),
             "127.0.0.1:2".parse().unwrap(),
         );
-        assert_eq!(udp(from, to, b"")[6..8], (!0xfe1c_u16).to_be_bytes());
+        assert_eq!(udp(from, to, b"")[6..8], (!0xfe26_u16).to_be_bytes());
     }
 
     #[test]
