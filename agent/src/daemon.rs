@@ -114,6 +114,9 @@ enum Logout {
     Failed(String),
 }
 
+/// Where to send servers to ask, or why nobody can be asked.
+type Port = Result<mpsc::Sender<SocketAddr>, String>;
+
 struct Daemon {
     config: Config,
     state: StateDir,
@@ -132,7 +135,7 @@ struct Daemon {
     /// The newest netmap on its way to the disk.
     netmaps: watch::Sender<Option<Arc<Netmap>>>,
     /// To the sockets beside WireGuard's; or why there are none.
-    port: Result<mpsc::Sender<SocketAddr>, String>,
+    port: Port,
     /// Not ready before this, as long as the node is not up.
     ready_by: Option<Instant>,
 }
@@ -167,8 +170,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
         sd_notify::watchdog_enabled().map(|period| tokio::time::interval(period / 2));
 
     let engine = new_engine(&config, &identity.borrow());
-    let (seen_in, mut seen) = mpsc::channel(QUEUE);
-    let port = port::spawn(config.listen_port, seen_in.clone()).map_err(|error| chain(&error));
+    let (port, mut seen) = share_port(&config);
     let mut daemon = Daemon {
         engine,
         state,
@@ -196,9 +198,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
             Some(event) = events.recv() => Event::Control(event),
             Some(call) = calls.recv() => Event::Call(call),
             Some(look) = looks.recv() => Event::Looked(look),
-            Some(port::Answer { server, mapped }) = seen.recv() => {
-                Event::Input(Input::Mapped { server, addr: mapped })
-            }
+            Some(answer) = seen.recv() => Event::Input(mapped(answer)),
             Some(result) = kept.recv() => Event::Kept(result),
             () = tick(&mut watchdog) => Event::Tick,
             _ = terminate.recv() => Event::Stop,
@@ -516,6 +516,20 @@ fn new_engine(config: &Config, identity: &Identity) -> Engine {
         mtu: DEFAULT_MTU,
     };
     Engine::new(config, identity.node_key())
+}
+
+/// Opens the sockets beside WireGuard's, or says why not.
+fn share_port(config: &Config) -> (Port, mpsc::Receiver<port::Answer>) {
+    let (answers, seen) = mpsc::channel(QUEUE);
+    let port = port::spawn(config.listen_port, answers).map_err(|error| chain(&error));
+    (port, seen)
+}
+
+fn mapped(port::Answer { server, mapped }: port::Answer) -> Input {
+    Input::Mapped {
+        server,
+        addr: mapped,
+    }
 }
 
 /// Watches the host's addresses and routes for as long as the loop lives.
