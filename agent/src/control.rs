@@ -313,6 +313,7 @@ impl Session {
             routes: about.routes.clone(),
             endpoints: about.endpoints.clone(),
             listen_port: about.listen_port,
+            disco: about.disco,
         };
         channel.call("/v1/register", &request).await
     }

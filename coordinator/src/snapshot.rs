@@ -340,6 +340,7 @@ fn network(row: &NetworkRow) -> netmap::Network {
         v4: row.v4,
         v6: row.v6,
         stun: Vec::new(),
+        relays: BTreeMap::new(),
     }
 }
 
@@ -348,12 +349,14 @@ fn node(row: &NodeRow, network: &netmap::Network) -> Node {
         id: row.id,
         name: row.name.clone(),
         key: row.key,
-        addrs: addrs(network, row.host).to_vec(),
+        addrs: addrs((network.v4, network.v6), row.host).to_vec(),
         routes: &row.advertised & &row.approved,
         endpoints: endpoints(row),
         owner: row.owner.clone(),
         labels: BTreeSet::new(),
         online: row.online,
+        disco: None,
+        home: None,
     };
     Node {
         peer,
@@ -361,10 +364,10 @@ fn node(row: &NodeRow, network: &netmap::Network) -> Node {
     }
 }
 
-/// The addresses of host number `host`.
+/// The addresses of host number `host` in a network of these prefixes.
 #[must_use]
-pub fn addrs(network: &netmap::Network, host: u64) -> [IpAddr; 2] {
-    [network.v4, network.v6].map(|prefix| match prefix.addr() {
+pub fn addrs((v4, v6): (Prefix, Prefix), host: u64) -> [IpAddr; 2] {
+    [v4, v6].map(|prefix| match prefix.addr() {
         // The host number was checked against both prefixes when it was given out.
         IpAddr::V4(base) => IpAddr::from((base.to_bits() | host as u32).to_be_bytes()),
         IpAddr::V6(base) => IpAddr::from((base.to_bits() | u128::from(host)).to_be_bytes()),

@@ -127,6 +127,7 @@ async fn a_proof_holds_on_its_own_connection_only() {
         routes: BTreeSet::new(),
         endpoints: vec![],
         listen_port: 1,
+        disco: None,
     };
     let key = machine.secret.public();
     let elsewhere = request(there.proof(&machine.secret).await.unwrap(), key);
@@ -158,6 +159,8 @@ async fn every_call(client: &mut Client, machine: &Machine) -> Vec<(&'static str
         routes: BTreeSet::new(),
         endpoints: vec![],
         listen_port: 1,
+        disco: None,
+        home: None,
     };
     let mut refusals = vec![
         ("report", client.report(&report).await.unwrap_err()),
@@ -217,6 +220,8 @@ async fn each_call_acts_for_the_node_of_its_channel_and_no_other() {
         routes: BTreeSet::new(),
         endpoints: vec!["198.51.100.1:1".parse().unwrap()],
         listen_port: 9,
+        disco: None,
+        home: None,
     };
     b_client.report(&report).await.unwrap();
     let nodes = place.nodes("home").await;

@@ -220,6 +220,7 @@ impl Client {
             routes: BTreeSet::new(),
             endpoints: vec!["192.0.2.7:51820".parse().unwrap()],
             listen_port: 51820,
+            disco: None,
         })
     }
 

@@ -280,6 +280,8 @@ async fn the_same_report_twice_changes_nothing() {
         routes: BTreeSet::from(["10.1.0.0/16".parse().unwrap()]),
         endpoints: vec!["198.51.100.1:1".parse().unwrap()],
         listen_port: 1,
+        disco: None,
+        home: None,
     };
     let before = generation().await;
     client.report(&report).await.unwrap();
@@ -301,6 +303,8 @@ async fn an_offer_that_would_harm_the_network_is_refused_and_noise_is_dropped() 
                 .map(|endpoint| endpoint.parse().unwrap())
                 .collect(),
             listen_port: 1,
+            disco: None,
+            home: None,
         };
         client
             .report(&report)
@@ -374,6 +378,8 @@ async fn a_route_is_served_once_it_is_offered_and_approved_and_by_one_node_alone
         routes: BTreeSet::from([route.parse().unwrap()]),
         endpoints: vec![],
         listen_port: 1,
+        disco: None,
+        home: None,
     };
     a.report(&report("192.168.7.0/24")).await.unwrap();
     b.report(&report("192.168.0.0/16")).await.unwrap();

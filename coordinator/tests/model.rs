@@ -204,6 +204,7 @@ impl Model {
             routes: BTreeSet::new(),
             endpoints: Vec::new(),
             listen_port: 1,
+            disco: None,
         };
         let at = node::Machine {
             id: machine,
@@ -231,6 +232,8 @@ impl Model {
                 .collect(),
             endpoints: vec![([198, 51, 100, third], 1).into()],
             listen_port: 1,
+            disco: None,
+            home: None,
         };
         let at = node::Machine {
             id,

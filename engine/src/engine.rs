@@ -223,6 +223,8 @@ impl Engine {
             routes: self.advertised.clone(),
             endpoints,
             listen_port: self.config.listen_port,
+            disco: None,
+            home: None,
         }
     }
 

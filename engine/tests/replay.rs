@@ -37,6 +37,8 @@ fn peer(id: u8) -> Peer {
         owner: Owner::User("ana@example.com".to_owned()),
         labels: BTreeSet::new(),
         online: true,
+        disco: None,
+        home: None,
     }
 }
 
@@ -49,6 +51,7 @@ fn netmap(generation: u64, peers: &[u8]) -> Netmap {
             v4: prefix("100.64.0.0/10"),
             v6: prefix("fd00::/48"),
             stun: Vec::new(),
+            relays: BTreeMap::new(),
         },
         me: Me {
             id: NodeId(99),

@@ -96,6 +96,8 @@ impl Hub {
             owner: node.owner.clone(),
             labels: self.compiled.labels(id),
             online: true,
+            disco: None,
+            home: None,
         }
     }
 

@@ -35,6 +35,8 @@ fn peer(id: u8) -> Peer {
         owner: owner(),
         labels: [Label(0)].into(),
         online: true,
+        disco: None,
+        home: None,
     }
 }
 
@@ -51,6 +53,7 @@ fn netmap() -> Netmap {
             v4: prefix("100.64.0.0/10"),
             v6: prefix("fd00::/48"),
             stun: Vec::new(),
+            relays: std::collections::BTreeMap::new(),
         },
         me: Me {
             id: NodeId(99),

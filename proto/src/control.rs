@@ -11,12 +11,13 @@
 //! | `POST /v1/register` | [`RegisterRequest`] | [`Registered`] |
 //! | `POST /v1/poll` | [`PollRequest`] | a stream of [`PollMessage`], one JSON value a line |
 //! | `POST /v1/report` | [`Report`] | `{}` |
+//! | `POST /v1/permit` | `{}` | [`Permit`](crate::permit::Permit) |
 //! | `POST /v1/logout` | `{}` | `{}` |
 //!
 //! A refusal is a non-2xx status with a [`Refusal`] as its body.
 
-use crate::id::{Generation, NetworkId, NodeId};
-use crate::key::{ChallengeKey, Fingerprint, MachineId, NodeKey, NodeSecret};
+use crate::id::{Generation, NetworkId, NodeId, RegionId};
+use crate::key::{ChallengeKey, DiscoKey, Fingerprint, MachineId, NodeKey, NodeSecret};
 use crate::net::Prefix;
 use crate::netmap::Update;
 use data_encoding::{BASE32_NOPAD, HEXLOWER};
@@ -84,6 +85,9 @@ pub struct RegisterRequest {
     pub endpoints: Vec<SocketAddr>,
     /// Its UDP port of WireGuard: with the address that the coordinator sees, one more endpoint.
     pub listen_port: u16,
+    /// What probes of paths to it are sealed for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disco: Option<DiscoKey>,
 }
 
 /// The node is part of the network.
@@ -128,6 +132,12 @@ pub struct Report {
     pub endpoints: Vec<SocketAddr>,
     /// Its UDP port of WireGuard.
     pub listen_port: u16,
+    /// What probes of paths to it are sealed for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disco: Option<DiscoKey>,
+    /// The region whose relay it is connected to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub home: Option<RegionId>,
 }
 
 /// Why the coordinator does not do what was asked.
@@ -159,6 +169,8 @@ pub enum RefusalCode {
     KeyTaken,
     /// A limit is reached: addresses, nodes, routes.
     Limit,
+    /// The network has no relays that a permit would be for.
+    NoRelays,
     /// The coordinator cannot answer now; try again.
     Unavailable,
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::fmt;
 use std::str::FromStr;
 use x25519_dalek::{PublicKey, StaticSecret};
-use zeroize::ZeroizeOnDrop;
+use zeroize::{ZeroizeOnDrop, Zeroizing};
 
 /// Length of every key, in bytes.
 pub const KEY_BYTES: usize = 32;
@@ -108,6 +108,11 @@ public_key!(
 );
 
 public_key!(
+    /// A node's X25519 key for discovery: probes of its paths are sealed with it.
+    DiscoKey,
+    "discokey"
+);
+public_key!(
     /// A relay's X25519 key, which its clients' logins are sealed for.
     RelayKey,
     "relaykey"
@@ -126,32 +131,49 @@ impl NodeKey {
     }
 }
 
-/// A node's WireGuard private key. Never leaves the node.
-#[derive(ZeroizeOnDrop)]
-pub struct NodeSecret(StaticSecret);
+macro_rules! secret_key {
+    ($(#[$doc:meta])* $name:ident, $public:ident) => {
+        $(#[$doc])*
+        #[derive(ZeroizeOnDrop)]
+        pub struct $name(StaticSecret);
+
+        impl $name {
+            /// A secret from 32 random bytes, clamped by X25519 on use.
+            #[must_use]
+            pub fn from_bytes(bytes: [u8; KEY_BYTES]) -> Self {
+                Self(StaticSecret::from(bytes))
+            }
+
+            /// The public key that belongs to it.
+            #[must_use]
+            pub fn public(&self) -> $public {
+                $public(PublicKey::from(&self.0).to_bytes())
+            }
+
+            /// The X25519 shared secret with `other`, or `None` if `other` is a low-order point.
+            #[must_use]
+            pub fn agree(&self, other: [u8; KEY_BYTES]) -> Option<Zeroizing<[u8; KEY_BYTES]>> {
+                let shared = self.0.diffie_hellman(&PublicKey::from(other));
+                shared
+                    .was_contributory()
+                    .then(|| Zeroizing::new(shared.to_bytes()))
+            }
+        }
+    };
+}
+
+secret_key!(
+    /// A node's WireGuard private key. Never leaves the node.
+    NodeSecret,
+    NodeKey
+);
+secret_key!(
+    /// A node's private key for discovery. Never leaves the node, and there is no way to its bytes.
+    DiscoSecret,
+    DiscoKey
+);
 
 impl NodeSecret {
-    /// A secret from 32 random bytes, clamped by X25519 on use.
-    #[must_use]
-    pub fn from_bytes(bytes: [u8; KEY_BYTES]) -> Self {
-        Self(StaticSecret::from(bytes))
-    }
-
-    /// The public key that belongs to it.
-    #[must_use]
-    pub fn public(&self) -> NodeKey {
-        NodeKey(PublicKey::from(&self.0).to_bytes())
-    }
-
-    /// The X25519 shared secret with `other`, or `None` if `other` is a low-order point.
-    #[must_use]
-    pub fn agree(&self, other: [u8; KEY_BYTES]) -> Option<zeroize::Zeroizing<[u8; KEY_BYTES]>> {
-        let shared = self.0.diffie_hellman(&PublicKey::from(other));
-        shared
-            .was_contributory()
-            .then(|| zeroize::Zeroizing::new(shared.to_bytes()))
-    }
-
     /// The raw bytes, for the kernel and for the state file, and for nobody else.
     #[must_use]
     pub fn expose(&self) -> &[u8; KEY_BYTES] {

@@ -6,8 +6,8 @@
 //! the coordinator; nobody acts on it before `engine::trust` has turned it into a `VerifiedNetmap`.
 
 use crate::filter::{Filter, Label};
-use crate::id::{Generation, NetworkId, NodeId};
-use crate::key::NodeKey;
+use crate::id::{Generation, NetworkId, NodeId, RegionId};
+use crate::key::{DiscoKey, Fingerprint, NodeKey};
 use crate::net::Prefix;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,6 +19,12 @@ pub const MAX_PEERS: usize = 100_000;
 pub const MAX_ROUTES_PER_NODE: usize = 1_024;
 /// Most STUN servers of a network.
 pub const MAX_STUN_SERVERS: usize = 16;
+/// Most regions of a relay map.
+pub const MAX_REGIONS: usize = 64;
+/// Most relays of one region.
+pub const MAX_HOSTS_PER_REGION: usize = 8;
+/// Longest name of a region, in bytes.
+pub const MAX_REGION_NAME_BYTES: usize = 63;
 /// Most endpoints that one node may report.
 pub const MAX_ENDPOINTS_PER_NODE: usize = 32;
 
@@ -56,6 +62,37 @@ pub struct Network {
     /// STUN servers as `HOST:PORT`, by which nodes learn how the world sees them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stun: Vec<String>,
+    /// The relay map: where packets go that find no direct way, and who answers STUN there.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub relays: BTreeMap<RegionId, Region>,
+}
+
+/// A place with relays that know nothing of other places: a node is reached through the region that
+/// it calls its home.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Region {
+    /// Its name, for people.
+    pub name: String,
+    /// Its relays, best first: the others are for when it cannot be reached.
+    pub hosts: Vec<RelayHost>,
+}
+
+/// One relay.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RelayHost {
+    /// `HOST:PORT` of its DERP door, by TCP.
+    pub addr: String,
+    /// The UDP port of the same host that answers STUN, if one does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stun: Option<u16>,
+    /// Whether it is spoken to without TLS.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub plain: bool,
+    /// The one certificate to take from it; `None`: any that the public authorities vouch for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<Fingerprint>,
 }
 
 /// The node itself, as the coordinator has it.
@@ -100,6 +137,12 @@ pub struct Peer {
     pub labels: BTreeSet<Label>,
     /// Whether the coordinator has a live connection to it.
     pub online: bool,
+    /// What probes of paths to it are sealed for; `None`: it does not probe.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disco: Option<DiscoKey>,
+    /// The region whose relay it is connected to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub home: Option<RegionId>,
 }
 
 /// Whose a node is: a user's, or nobody's but its tags'.
@@ -226,6 +269,8 @@ mod tests {
             owner: owner.clone(),
             labels: BTreeSet::new(),
             online: true,
+            disco: None,
+            home: None,
         };
         Netmap {
             generation: Generation(generation),
@@ -235,6 +280,7 @@ mod tests {
                 v4: "100.64.0.0/10".parse().unwrap(),
                 v6: "fd00::/48".parse().unwrap(),
                 stun: Vec::new(),
+                relays: BTreeMap::new(),
             },
             me: Me {
                 id: NodeId(1000),

@@ -13,9 +13,13 @@ use crate::key::{KEY_BYTES, NodeKey, PermitKey};
 use data_encoding::HEXLOWER;
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use std::time::Duration;
 
 /// What is signed begins with this, so that the signature means nothing elsewhere.
 const CONTEXT: &[u8] = b"weir relay permit 1\0";
+/// How long a permit is good for. A node asks for the next one after half of it, and so goes on
+/// using relays for at least half a week without its coordinator.
+pub const VALIDITY: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// Length of an Ed25519 signature.
 pub const SIGNATURE_BYTES: usize = 64;
 

@@ -127,6 +127,8 @@ pub fn peer(id: u64, addrs: &[&str], routes: &[&str], labels: BTreeSet<Label>) -
         owner: Owner::User("ana@example.com".to_owned()),
         labels,
         online: true,
+        disco: None,
+        home: None,
     }
 }
 

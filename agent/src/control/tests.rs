@@ -95,6 +95,8 @@ fn report(listen_port: u16) -> Report {
         routes: BTreeSet::new(),
         endpoints: Vec::new(),
         listen_port,
+        disco: None,
+        home: None,
     }
 }
 
@@ -123,6 +125,7 @@ fn netmap(generation: u64) -> Netmap {
             v4: "100.64.0.0/10".parse().unwrap(),
             v6: "fd00::/48".parse().unwrap(),
             stun: Vec::new(),
+            relays: BTreeMap::new(),
         },
         me: Me {
             id: NodeId(2),
@@ -329,6 +332,7 @@ fn a_command_to_register_shows_no_token() {
         routes: BTreeSet::new(),
         endpoints: Vec::new(),
         listen_port: 1,
+        disco: None,
     };
     assert!(!format!("{request:?}").contains(secret.expose()));
 }

@@ -307,6 +307,7 @@ impl Daemon {
             | RefusalCode::Proof
             | RefusalCode::KeyTaken
             | RefusalCode::Limit
+            | RefusalCode::NoRelays
             | RefusalCode::Unavailable => "The coordinator's log says more.",
         };
         let message = refusal.message.clone();

@@ -17,7 +17,7 @@ use proto::control::{JoinToken, RefusalCode};
 use proto::id::NodeId;
 use proto::key::{Fingerprint, NodeKey};
 use proto::net::Prefix;
-use proto::netmap::{Network, Owner};
+use proto::netmap::Owner;
 use proto::policy::Diff;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -501,22 +501,8 @@ fn network_document(row: &NetworkRow) -> NetworkDocument {
 }
 
 fn node_document(network: &NetworkRow, row: NodeRow) -> NodeDocument {
-    let NetworkRow {
-        id, name, v4, v6, ..
-    } = network.clone();
-    let stun = Vec::new();
     NodeDocument {
-        addrs: addrs(
-            &Network {
-                id,
-                name,
-                v4,
-                v6,
-                stun,
-            },
-            row.host,
-        )
-        .to_vec(),
+        addrs: addrs((network.v4, network.v6), row.host).to_vec(),
         name: row.name,
         id: row.id,
         owner: owner_text(&row.owner),

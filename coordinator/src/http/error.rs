@@ -85,7 +85,9 @@ impl IntoResponse for Refused {
             RefusalCode::BadRequest | RefusalCode::Version => StatusCode::BAD_REQUEST,
             RefusalCode::Token | RefusalCode::Proof => StatusCode::FORBIDDEN,
             RefusalCode::UnknownNode => StatusCode::UNAUTHORIZED,
-            RefusalCode::KeyTaken | RefusalCode::Limit => StatusCode::CONFLICT,
+            RefusalCode::KeyTaken | RefusalCode::Limit | RefusalCode::NoRelays => {
+                StatusCode::CONFLICT
+            }
             RefusalCode::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
         };
         (status, Json(self.0)).into_response()

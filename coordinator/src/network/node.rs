@@ -10,7 +10,7 @@ use proto::control::{RegisterRequest, Registered, Report};
 use proto::id::{Generation, NetworkId, NodeId};
 use proto::key::MachineId;
 use proto::netmap::{MAX_PEERS, Network};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 /// Why a token does not admit.
@@ -367,6 +367,7 @@ fn network(row: &NetworkRow) -> Network {
         v4: row.v4,
         v6: row.v6,
         stun: Vec::new(),
+        relays: BTreeMap::new(),
     }
 }
 
@@ -375,7 +376,7 @@ fn registered(network_row: &NetworkRow, row: &NodeRow) -> Registered {
         network: row.network,
         node: row.id,
         name: row.name.clone(),
-        addrs: addrs(&network(network_row), row.host).to_vec(),
+        addrs: addrs((network_row.v4, network_row.v6), row.host).to_vec(),
     }
 }
 

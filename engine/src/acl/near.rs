@@ -174,6 +174,8 @@ mod tests {
             owner,
             labels: [Label(0)].into(),
             online: true,
+            disco: None,
+            home: None,
         };
         let filter = Filter {
             labels: ["group:dev", "group:ops", "tag:web"]

@@ -39,6 +39,8 @@ pub fn peer(number: u32, addrs: Vec<IpAddr>) -> (NodeId, Peer) {
         owner: owner(),
         labels: BTreeSet::new(),
         online: true,
+        disco: None,
+        home: None,
     };
     (id, peer)
 }
