@@ -169,7 +169,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     let mut watchdog =
         sd_notify::watchdog_enabled().map(|period| tokio::time::interval(period / 2));
 
-    let engine = new_engine(&config, &identity.borrow());
+    let engine = new_engine(&config, &identity.borrow())?;
     let (port, mut seen) = share_port(&config);
     let mut daemon = Daemon {
         engine,
@@ -295,6 +295,7 @@ impl Daemon {
                 }
                 Output::Resolve(names) => self.resolve(names),
                 Output::Ask(servers) => self.ask_servers(&servers),
+                Output::Transmit { .. } | Output::Relays(_) => {}
                 Output::Timeout(at) => break at,
             }
         };
@@ -476,7 +477,7 @@ impl Daemon {
         self.identity.borrow().wipe()?;
         let identity = Arc::new(Identity::fresh(&self.config.state_dir)?);
         self.identity.send_replace(Arc::clone(&identity));
-        self.engine = new_engine(&self.config, &identity);
+        self.engine = new_engine(&self.config, &identity)?;
         self.switch_answers();
         Ok(())
     }
@@ -509,13 +510,17 @@ impl Daemon {
     }
 }
 
-fn new_engine(config: &Config, identity: &Identity) -> Engine {
+fn new_engine(config: &Config, identity: &Identity) -> Result<Engine, DaemonError> {
     let config = engine::Config {
         interface: config.interface.to_string(),
         listen_port: config.listen_port,
+        shim_port: config.listen_port.wrapping_add(1).max(1),
         mtu: DEFAULT_MTU,
     };
-    Engine::new(config, identity.node_key())
+    let mut seed = [0; 32];
+    getrandom::fill(&mut seed).map_err(|_| DaemonError::System { what: "randomness" })?;
+    let disco = identity.disco_secret();
+    Ok(Engine::new(config, identity.node_key(), disco, seed))
 }
 
 /// Opens the sockets beside WireGuard's, or says why not.

@@ -14,7 +14,8 @@ mod file;
 pub use file::FileError;
 
 use proto::control::{EXPORTER_BYTES, KeyProof, ProofContext, prove_node_key};
-use proto::key::{ChallengeKey, KEY_BYTES, MachineId, NodeKey, NodeSecret};
+use proto::key::{ChallengeKey, DiscoSecret, KEY_BYTES, MachineId, NodeKey, NodeSecret};
+use ring::hmac;
 use rustls::crypto::ring::sign::any_ecdsa_type;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::sign::CertifiedKey;
@@ -25,6 +26,8 @@ use zeroize::Zeroizing;
 
 /// Name of the file in the state folder.
 pub const FILE_NAME: &str = "identity";
+/// What the discovery key is derived with.
+const DISCO_LABEL: &[u8] = b"weir discovery key 1";
 
 /// This machine's identity. Deliberately without `Debug`, `Clone` and serde.
 pub struct Identity {
@@ -122,6 +125,16 @@ impl Identity {
     #[must_use]
     pub fn node_key(&self) -> NodeKey {
         self.node.public()
+    }
+
+    /// The secret that probes of paths are sealed with, derived from the WireGuard key: the same
+    /// after every start, so that peers need nobody to tell them of a new one.
+    #[must_use]
+    pub fn disco_secret(&self) -> DiscoSecret {
+        let key = hmac::Key::new(hmac::HMAC_SHA256, self.node.expose());
+        let mut derived = Zeroizing::new([0; KEY_BYTES]);
+        derived.copy_from_slice(hmac::sign(&key, DISCO_LABEL).as_ref());
+        DiscoSecret::from_bytes(*derived)
     }
 
     /// The hash of the machine key: who this node is on a control connection.

@@ -23,7 +23,7 @@ use crate::trust::{Distrust, VerifiedNetmap, allowed_ips, verify};
 use crate::{Config, Input, LinkAddr, Links, Output};
 use proto::control::Report;
 use proto::filter::Filter;
-use proto::key::NodeKey;
+use proto::key::{DiscoSecret, NodeKey};
 use proto::net::Prefix;
 use proto::netmap::{MAX_ENDPOINTS_PER_NODE, Netmap, Peer, Update};
 use std::borrow::Cow;
@@ -89,9 +89,10 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// An engine that knows nothing yet of network and kernel. `me` is the node's public key.
+    /// An engine that knows nothing yet of network and kernel. `me` is the node's public key, `disco`
+    /// its secret for discovery, `seed` new random bytes of each start.
     #[must_use]
-    pub fn new(config: Config, me: NodeKey) -> Self {
+    pub fn new(config: Config, me: NodeKey, _disco: DiscoSecret, _seed: [u8; 32]) -> Self {
         Self {
             config,
             me,
@@ -156,7 +157,7 @@ impl Engine {
             Input::Failed(failure) => self.handle_failed(now, failure),
             Input::Resolved(servers) => self.netcheck.resolved(now, servers),
             Input::Mapped { server, addr } => self.handle_mapped(now, server, addr),
-            Input::Timeout => {}
+            Input::Disco { .. } | Input::Relay(..) | Input::Timeout => {}
         }
     }
 

@@ -7,8 +7,14 @@
 //! use engine::{Config, Engine, Input, Output};
 //! use std::time::Instant;
 //!
-//! let config = Config { interface: "weir0".into(), listen_port: 51820, mtu: engine::DEFAULT_MTU };
-//! let mut engine = Engine::new(config, proto::key::NodeKey([7; 32]));
+//! let config = Config {
+//!     interface: "weir0".into(),
+//!     listen_port: 51820,
+//!     shim_port: 51821,
+//!     mtu: engine::DEFAULT_MTU,
+//! };
+//! let disco = proto::key::DiscoSecret::from_bytes([8; 32]);
+//! let mut engine = Engine::new(config, proto::key::NodeKey([7; 32]), disco, [9; 32]);
 //! let now = Instant::now();
 //! engine.handle(now, Input::Up(true));
 //! let deadline = loop {
@@ -26,13 +32,15 @@
 //! | [`trust`] | netmap -> [`trust::VerifiedNetmap`], or why not |
 //! | [`netcheck`] | how the world sees this node, and what its NAT is like |
 //! | [`path`] | which of a peer's endpoints the kernel is told |
+//! | [`relays`] | which relays to be connected to, and how relayed packets find their way |
 //! | [`acl`] | filter -> table contents, what changes, `explain` |
 //! | [`plan`] | desired and observed state, and the steps from one to the other |
 //! | [`status`] | what is known and what is wrong, for people |
 //!
 //! The machines do not know each other; they meet through values in [`Engine`].
 //!
-//! Nothing here draws random numbers, so there is no seed to pass.
+//! All that must not be guessed or used twice (nonces, transaction ids) is drawn from a seed that
+//! is passed at the start, so a run with the same seed and inputs is the same run.
 #![forbid(unsafe_code)]
 
 pub mod acl;
@@ -40,19 +48,25 @@ mod engine;
 pub mod netcheck;
 pub mod path;
 pub mod plan;
+pub mod relays;
 pub mod status;
 pub mod trust;
+
+pub use relays::{RelayTable, RelayedPeer};
 
 pub use engine::{Engine, FIRST_PAUSE, KEEPALIVE_SECONDS, LONGEST_PAUSE, TICK, TICK_PER_PEER};
 
 use plan::{LiveRoute, Observed, Step};
 use proto::control::Report;
+use proto::id::RegionId;
+use proto::key::NodeKey;
 use proto::net::Prefix;
 use proto::netmap::{Netmap, Update};
 use status::Failure;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// The MTU of the device unless configured: 1,500 less 80 bytes of WireGuard over IPv6.
 pub const DEFAULT_MTU: u32 = 1420;
@@ -64,6 +78,8 @@ pub struct Config {
     pub interface: String,
     /// Its UDP port.
     pub listen_port: u16,
+    /// The UDP port of the shim, which carries relayed packets, on addresses of `lo`.
+    pub shim_port: u16,
     /// Largest packet inside the tunnel, in bytes.
     pub mtu: u32,
 }
@@ -102,8 +118,42 @@ pub enum Input {
         /// What it sees.
         addr: SocketAddr,
     },
+    /// A discovery packet came to the UDP port of WireGuard.
+    Disco {
+        /// Where it came from.
+        from: SocketAddr,
+        /// All of it.
+        bytes: Vec<u8>,
+    },
+    /// Something happened at the connection to a region's relay.
+    Relay(RegionId, RelayEvent),
     /// The deadline of [`Output::Timeout`] has passed.
     Timeout,
+}
+
+/// What happened at the connection to a region's relay.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RelayEvent {
+    /// It stands.
+    Up,
+    /// It does not stand, or no longer. Why, for people.
+    Down(String),
+    /// How long an answer of the relay took.
+    Latency(Duration),
+    /// The relay does not have this node, for which something was sent.
+    PeerGone(NodeKey),
+    /// A discovery packet came by it.
+    Disco {
+        /// Who sent it, in the relay's words.
+        from: NodeKey,
+        /// All of it.
+        bytes: Vec<u8>,
+    },
+    /// Packets of this peer come by it: said once after each [`Output::Relays`].
+    Data {
+        /// Who sends them, in the relay's words.
+        from: NodeKey,
+    },
 }
 
 /// What is to be done.
@@ -125,8 +175,26 @@ pub enum Output {
     /// Ask these STUN servers, from the UDP port of WireGuard, how they see it. Each answer is an
     /// [`Input::Mapped`]; there may be none.
     Ask(BTreeSet<SocketAddr>),
+    /// Send this discovery packet.
+    Transmit {
+        /// Which way.
+        via: Via,
+        /// All of it.
+        bytes: Vec<u8>,
+    },
+    /// These relays are to be connected to, and relayed packets go by these rules from now on.
+    Relays(Arc<RelayTable>),
     /// Nothing more to do until then. Always last.
     Timeout(Instant),
+}
+
+/// The way of a discovery packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Via {
+    /// From the UDP port of WireGuard to this address.
+    Direct(SocketAddr),
+    /// By the relay of this region to this node.
+    Relay(RegionId, NodeKey),
 }
 
 /// The host's own addresses and routes: those of our device are left out.

@@ -10,7 +10,7 @@ use engine::{Config, DEFAULT_MTU, Engine, Input, LONGEST_PAUSE, LinkAddr, Links,
 use proptest::prelude::*;
 use proto::filter::{Filter, Rule, Selector, Service};
 use proto::id::{Generation, NetworkId, NodeId};
-use proto::key::NodeKey;
+use proto::key::{DiscoSecret, NodeKey};
 use proto::net::{PortRange, Prefix};
 use proto::netmap::{Delta, Me, Netmap, Network, Owner, Peer, Update};
 use std::collections::{BTreeMap, BTreeSet};
@@ -99,9 +99,10 @@ fn engine() -> Engine {
     let config = Config {
         interface: "weir0".to_owned(),
         listen_port: 51820,
+        shim_port: 51821,
         mtu: DEFAULT_MTU,
     };
-    Engine::new(config, ME)
+    Engine::new(config, ME, DiscoSecret::from_bytes([98; 32]), [97; 32])
 }
 
 /// A kernel that does as it is told, and what was told besides.
