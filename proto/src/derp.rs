@@ -21,9 +21,12 @@
 
 pub mod login;
 
+pub use crate::disco::{MAGIC as DISCO_MAGIC, MIN_BYTES as DISCO_MIN_BYTES, is_disco};
 use crate::key::{KEY_BYTES, NodeKey, RelayKey};
-pub use login::{ClientInfo, LoginBox, Sealed, ServerInfo};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+pub use crate::nacl::{NaclBox as LoginBox, Sealed};
+use crate::net::{decode_endpoint, encode_endpoint};
+pub use login::{ClientInfo, ServerInfo};
+use std::net::{Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 /// The version that is spoken here.
@@ -44,10 +47,6 @@ pub const KEEP_ALIVE: Duration = Duration::from_secs(60);
 pub const KEEP_ALIVE_JITTER: Duration = Duration::from_secs(5);
 /// Longest login, from the connection to ServerInfo.
 pub const LOGIN_TIMEOUT: Duration = Duration::from_secs(10);
-/// First bytes of a discovery packet, which is small and urgent: `TS💬`.
-pub const DISCO_MAGIC: [u8; 6] = *b"TS\xf0\x9f\x92\xac";
-/// Shortest discovery packet: magic, sender's key, nonce.
-pub const DISCO_MIN_BYTES: usize = DISCO_MAGIC.len() + KEY_BYTES + 24;
 /// What `Upgrade` names in the request that opens the stream.
 pub const UPGRADE: &str = "DERP";
 /// Request header of a client that needs no answer to its upgrade: it read the relay's key from the
@@ -214,12 +213,6 @@ pub enum Frame<'a> {
     },
     /// A kind of a later version: skip it.
     Unknown(u8),
-}
-
-/// Whether a packet is discovery, which goes before data.
-#[must_use]
-pub fn is_disco(packet: &[u8]) -> bool {
-    packet.len() >= DISCO_MIN_BYTES && packet.starts_with(&DISCO_MAGIC)
 }
 
 impl Header {
@@ -471,15 +464,10 @@ impl<'a> Frame<'a> {
 
 /// `address 16 ‖ port 2 ‖ flags 1`, IPv4 as v4-mapped; older relays leave out the end or all of it.
 fn decode_origin(bytes: &[u8]) -> (Option<SocketAddr>, Option<u8>) {
-    let Some((ip, rest)) = bytes.split_first_chunk::<16>() else {
-        return (None, None);
-    };
-    let Some((port, rest)) = rest.split_first_chunk() else {
-        return (None, None);
-    };
-    let ip = Ipv6Addr::from(*ip).to_canonical();
-    let addr = SocketAddr::new(ip, u16::from_be_bytes(*port));
-    (Some(addr), rest.first().copied())
+    match decode_endpoint(bytes) {
+        Some((addr, rest)) => (Some(addr), rest.first().copied()),
+        None => (None, None),
+    }
 }
 
 /// Flags need an address before them: without one they are sent after the unspecified one.
@@ -488,12 +476,6 @@ fn encode_origin(addr: Option<SocketAddr>, flags: Option<u8>, out: &mut Vec<u8>)
         return;
     }
     let unspecified = SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0));
-    let addr = addr.unwrap_or(unspecified);
-    let ip = match addr.ip() {
-        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
-        IpAddr::V6(v6) => v6,
-    };
-    out.extend_from_slice(&ip.octets());
-    out.extend_from_slice(&addr.port().to_be_bytes());
+    encode_endpoint(addr.unwrap_or(unspecified), out);
     out.extend(flags);
 }

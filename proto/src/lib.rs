@@ -14,15 +14,19 @@
 //! | [`policy`] | the document people write, and its compiler |
 //! | [`control`] | messages between a node and the coordinator |
 //! | [`derp`] | frames between a node and a relay, and the login of one at the other |
+//! | [`disco`] | the probes by which two nodes find a path |
+//! | [`nacl`] | the boxes of logins and probes |
 //! | [`permit`] | the coordinator's word that a node may use a relay |
 //! | [`stun`] | the question "what address do you see?" and its answer |
 #![forbid(unsafe_code)]
 
 pub mod control;
 pub mod derp;
+pub mod disco;
 pub mod filter;
 pub mod id;
 pub mod key;
+pub mod nacl;
 pub mod net;
 pub mod netmap;
 pub mod permit;

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
 /// Why a text or a pair of numbers is not a [`Prefix`].
@@ -307,6 +307,24 @@ impl fmt::Display for Protocol {
             Self(number) => number.fmt(f),
         }
     }
+}
+
+/// An endpoint as DERP and disco write it, and what stands behind it; `None` if that is too short.
+pub(crate) fn decode_endpoint(bytes: &[u8]) -> Option<(SocketAddr, &[u8])> {
+    let (ip, rest) = bytes.split_first_chunk::<16>()?;
+    let (port, rest) = rest.split_first_chunk()?;
+    let ip = Ipv6Addr::from(*ip).to_canonical();
+    Some((SocketAddr::new(ip, u16::from_be_bytes(*port)), rest))
+}
+
+/// Appends an endpoint: address 16, an IPv4 one mapped into IPv6, and port 2.
+pub(crate) fn encode_endpoint(endpoint: SocketAddr, out: &mut Vec<u8>) {
+    let ip = match endpoint.ip() {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+        IpAddr::V6(v6) => v6,
+    };
+    out.extend_from_slice(&ip.octets());
+    out.extend_from_slice(&endpoint.port().to_be_bytes());
 }
 
 #[cfg(test)]

@@ -4,10 +4,9 @@
 
 use data_encoding::HEXLOWER;
 use proptest::prelude::*;
-use proto::derp::login::Sealed;
 use proto::derp::{
     self, ClientInfo, Frame, FrameError, GoneReason, HEADER_BYTES, Header, LoginBox,
-    MAX_INFO_BYTES, MAX_PACKET_BYTES, ServerInfo, kind,
+    MAX_INFO_BYTES, MAX_PACKET_BYTES, Sealed, ServerInfo, kind,
 };
 use proto::id::NetworkId;
 use proto::key::{NodeKey, NodeSecret, RelayKey};
