@@ -27,6 +27,7 @@ pub mod process;
 pub mod snapshot;
 pub mod stream;
 pub mod topology;
+pub mod world;
 
 /// Says that a test could not run here, and why: to stderr, and to the file that the variable
 /// `WEIR_SKIPS` names, from which the runner prints its list.

@@ -1,0 +1,980 @@
+//! Whole networks in one process on virtual time: real engines, a real coordinator's view, and
+//! models of all that is between them.
+//!
+//! ```text
+//!   engine ── plans ──► wireguard (model) ── datagrams ──► nat … nat ──► wireguard ── engine
+//!      ▲  └─ discovery ─────────────────────────┘   └─► stun         ▲
+//!      │  └─ relay table ─► frames ─► relays (model) ─────────────────┘
+//!      └── netmaps ◄── coordinator's snapshot and delta, policy compiled ◄── reports
+//! ```
+//!
+//! A seed decides everything that is left to chance: delays, loss, order. The same seed gives the
+//! same run, event for event, so a failing seed is a test by itself ([`World::fingerprint`]).
+//! Nothing here waits: an hour passes in the time that its events take.
+//!
+//! Always checked, at every event: nothing but WireGuard, discovery and STUN is on a link; no
+//! packet reaches an application that policy denies; an engine keeps no unbounded queue and sends
+//! no storm. What a test asks for itself: who reaches whom, over what, how soon ([`Talk`]).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use engine::{Config, Engine, Input, LinkAddr, Links, Output, RelayEvent, RelayTable, Via};
+use proto::id::{NodeId, RegionId};
+use proto::key::{DiscoSecret, NodeKey};
+use proto::net::Prefix;
+use proto::netmap::{Netmap, Update};
+
+mod acl;
+mod authority;
+pub mod nat;
+pub mod wireguard;
+
+use authority::Authority;
+use nat::{Kind, Nat};
+use wireguard::{Inner, Kernel, Message, Sent};
+
+/// The port that every node's WireGuard has.
+pub const PORT: u16 = 51820;
+/// The port of the agents' sockets for relayed data.
+const SHIM: u16 = 51821;
+/// How often the kernel's timers run.
+const KERNEL_TICK: Duration = Duration::from_millis(100);
+/// What carrying out a plan, or reading the kernel, takes.
+const HAND: Duration = Duration::from_millis(2);
+/// How long a connection that died unannounced stays unnoticed.
+const NOTICED: Duration = Duration::from_secs(3);
+/// Between two attempts to reach a relay.
+const REDIAL: Duration = Duration::from_secs(1);
+/// Most routers on a way.
+const MAX_HOPS: usize = 8;
+/// Most outputs of one input: more is a loop.
+const MAX_OUTPUTS: usize = 10_000;
+/// Most discovery messages of one node in any second, for each of its peers.
+const STORM: usize = 60;
+
+/// What a datagram carries. There is no other kind: a packet of an application has no place here.
+#[derive(Clone, Debug)]
+enum Payload {
+    WireGuard(NodeKey, NodeKey, Message),
+    Disco(Vec<u8>),
+    StunRequest,
+    StunAnswer(SocketAddr),
+}
+
+enum Event {
+    /// A datagram is at the door of a host.
+    Datagram(usize, SocketAddr, Payload),
+    /// A frame of a relay is at a node.
+    Frame(usize, RegionId, NodeKey, Payload),
+    /// Something for an engine, from its own host.
+    Input(usize, Input),
+    /// The engine's deadline.
+    Deadline(usize, Duration),
+    /// The plan is carried out.
+    Apply(usize, Vec<engine::plan::Step>),
+    /// The kernel is read.
+    Observe(usize),
+    /// A node's report is at the coordinator.
+    Report(usize, proto::control::Report),
+    /// The kernels' timers.
+    KernelTick,
+    /// A connection to a relay stands, or does not.
+    Dialled(usize, RegionId),
+    /// A conversation's next question.
+    Ask(usize),
+}
+
+/// What a host of a network is.
+#[derive(Clone, Copy)]
+enum Place {
+    Node(usize),
+    /// The outside of the router of this realm.
+    Router(usize),
+    Stun,
+}
+
+/// A network of hosts that reach each other, behind a router or the internet itself.
+struct Realm {
+    hosts: BTreeMap<IpAddr, Place>,
+    router: Option<(Nat, usize)>,
+}
+
+/// A relay region.
+struct Relay {
+    up: bool,
+    delay: Duration,
+    connected: BTreeSet<usize>,
+}
+
+/// One node.
+struct Node {
+    id: NodeId,
+    key: NodeKey,
+    /// Its address in the network.
+    addr: IpAddr,
+    realm: usize,
+    local: IpAddr,
+    delay: Duration,
+    linked: bool,
+    kernel: Kernel,
+    engine: Option<Engine>,
+    cache: Option<Box<Netmap>>,
+    table: Arc<RelayTable>,
+    /// Regions that are connected, and those being dialled.
+    connected: BTreeSet<RegionId>,
+    dialling: BTreeSet<RegionId>,
+    deadline: Option<Duration>,
+    spoken: BTreeSet<NodeKey>,
+    /// Discovery messages in the current second.
+    second: (u64, usize),
+}
+
+/// Questions from one node to another, one after the other, and what came of them.
+#[derive(Clone, Debug, Default)]
+pub struct Talk {
+    /// Who asks whom.
+    pub from: usize,
+    /// See `from`.
+    pub to: usize,
+    /// How many were asked.
+    pub asked: u64,
+    /// How many were answered, by number.
+    pub answered: BTreeSet<u64>,
+    /// When the first answer came.
+    pub first: Option<Duration>,
+    /// When the asker's kernel was first seen to send straight to the peer, at an answer.
+    pub direct: Option<Duration>,
+    /// Longest pause between two answers.
+    pub longest_pause: Duration,
+    last: Option<Duration>,
+    pause: Duration,
+    until: Duration,
+}
+
+/// How datagrams fare.
+#[derive(Clone, Copy, Debug)]
+pub struct Quality {
+    /// Of a thousand, how many get lost.
+    pub loss: u64,
+    /// Most time that is added by chance, which also changes the order.
+    pub jitter: Duration,
+}
+
+/// A network of nodes.
+pub struct World {
+    now: Duration,
+    base: Instant,
+    serial: u64,
+    events: BTreeMap<(Duration, u64), Event>,
+    chance: u64,
+    fingerprint: u64,
+    realms: Vec<Realm>,
+    relays: BTreeMap<RegionId, Relay>,
+    nodes: Vec<Node>,
+    authority: Authority,
+    talks: Vec<Talk>,
+    questions: BTreeMap<u64, usize>,
+    /// How datagrams fare now.
+    pub quality: Quality,
+    /// Whether the coordinator answers.
+    coordinator: bool,
+}
+
+impl World {
+    /// A network with relay regions this far away, and nobody in it.
+    ///
+    /// # Errors
+    /// If the policy does not compile.
+    pub fn new(seed: u64, regions: &[Duration]) -> anyhow::Result<World> {
+        let internet = Realm {
+            hosts: BTreeMap::new(),
+            router: None,
+        };
+        let mut world = World {
+            now: Duration::ZERO,
+            #[allow(clippy::disallowed_methods, reason = "a point to count from")]
+            base: Instant::now(),
+            serial: 0,
+            events: BTreeMap::new(),
+            chance: seed,
+            fingerprint: 0,
+            realms: vec![internet],
+            relays: BTreeMap::new(),
+            nodes: Vec::new(),
+            authority: Authority::new(regions.len())?,
+            talks: Vec::new(),
+            questions: BTreeMap::new(),
+            quality: Quality {
+                loss: 0,
+                jitter: Duration::ZERO,
+            },
+            coordinator: true,
+        };
+        for (index, delay) in regions.iter().enumerate() {
+            let relay = Relay {
+                up: true,
+                delay: *delay,
+                connected: BTreeSet::new(),
+            };
+            world.relays.insert(authority::region(index), relay);
+            let stun = authority::relay_addr(index);
+            world.realms[0].hosts.insert(stun, Place::Stun);
+        }
+        world.after(KERNEL_TICK, Event::KernelTick);
+        Ok(world)
+    }
+
+    /// A router in `outer` (0: the internet) with a network behind it. Returns that network.
+    pub fn router(&mut self, kind: Kind, outer: usize) -> usize {
+        let realm = self.realms.len();
+        let number = u8::try_from(realm).unwrap_or(u8::MAX);
+        let outside = match outer {
+            0 => IpAddr::V4(Ipv4Addr::new(198, 51, 100, number)),
+            _ => IpAddr::V4(Ipv4Addr::new(10, 200, number, 1)),
+        };
+        self.realms[outer]
+            .hosts
+            .insert(outside, Place::Router(realm));
+        self.realms.push(Realm {
+            hosts: BTreeMap::new(),
+            router: Some((Nat::new(kind, outside), outer)),
+        });
+        realm
+    }
+
+    /// A node in a network (0: the internet), `delay` away from everything. Its agent starts now.
+    ///
+    /// # Errors
+    /// If the coordinator does not take it.
+    pub fn node(&mut self, realm: usize, delay: Duration) -> anyhow::Result<usize> {
+        let index = self.nodes.len();
+        let number = u8::try_from(index + 1)?;
+        let local = match realm {
+            0 => IpAddr::V4(Ipv4Addr::new(203, 0, 113, number)),
+            _ => IpAddr::V4(Ipv4Addr::new(10, u8::try_from(realm)?, 0, number)),
+        };
+        let key = NodeKey([number; 32]);
+        let disco = DiscoSecret::from_bytes([number; 32]);
+        let id = self.authority.join(number, key, disco.public())?;
+        self.realms[realm].hosts.insert(local, Place::Node(index));
+        self.nodes.push(Node {
+            id,
+            key,
+            addr: self.authority.addr(id),
+            realm,
+            local,
+            delay,
+            linked: true,
+            kernel: Kernel::new(number.into()),
+            engine: None,
+            cache: None,
+            table: Arc::default(),
+            connected: BTreeSet::new(),
+            dialling: BTreeSet::new(),
+            deadline: None,
+            spoken: BTreeSet::new(),
+            second: (0, 0),
+        });
+        self.start_agent(index);
+        self.publish();
+        Ok(index)
+    }
+
+    /// Starts a node's agent: with the netmap on disk, if there is one.
+    pub fn start_agent(&mut self, index: usize) {
+        let node = &self.nodes[index];
+        let config = Config {
+            interface: "weir0".into(),
+            listen_port: PORT,
+            mtu: engine::DEFAULT_MTU,
+            shim_port: SHIM,
+        };
+        let disco = DiscoSecret::from_bytes([node.key.0[0]; 32]);
+        let mut seed = [0; 32];
+        seed[..8].copy_from_slice(&self.chance().to_le_bytes());
+        let node = &mut self.nodes[index];
+        node.engine = Some(Engine::new(config, node.key, disco, seed));
+        let cached = node.cache.clone();
+        let links = self.links_of(index);
+        self.tell(index, Input::Up(true));
+        self.tell(index, Input::Links(links));
+        if let Some(netmap) = cached {
+            self.tell(index, Input::Cached(netmap));
+        }
+        self.full(index);
+    }
+
+    /// Kills a node's agent. Its kernel goes on.
+    pub fn kill_agent(&mut self, index: usize) {
+        let node = &mut self.nodes[index];
+        node.engine = None;
+        node.deadline = None;
+        node.table = Arc::default();
+        node.connected.clear();
+        node.dialling.clear();
+        node.spoken.clear();
+        for relay in self.relays.values_mut() {
+            relay.connected.remove(&index);
+        }
+    }
+
+    /// Takes the coordinator away, or brings it back.
+    pub fn set_coordinator(&mut self, up: bool) {
+        self.coordinator = up;
+        if up {
+            for index in 0..self.nodes.len() {
+                self.full(index);
+            }
+        }
+    }
+
+    /// Kills a relay region, or brings it back.
+    pub fn set_relay(&mut self, region: usize, up: bool) {
+        let id = authority::region(region);
+        let place = if up { Some(Place::Stun) } else { None };
+        let addr = authority::relay_addr(region);
+        match place {
+            Some(place) => self.realms[0].hosts.insert(addr, place),
+            None => self.realms[0].hosts.remove(&addr),
+        };
+        let Some(relay) = self.relays.get_mut(&id) else {
+            return;
+        };
+        relay.up = up;
+        if !up {
+            for index in std::mem::take(&mut relay.connected) {
+                self.lose(index, id, relay_lost());
+            }
+        }
+    }
+
+    /// Changes the kind of a network's router.
+    pub fn set_kind(&mut self, realm: usize, kind: Kind) {
+        if let Some((nat, _)) = &mut self.realms[realm].router {
+            nat.kind = kind;
+        }
+    }
+
+    /// A network's router restarts: it forgets its mappings.
+    pub fn restart_router(&mut self, realm: usize) {
+        if let Some((nat, _)) = &mut self.realms[realm].router {
+            nat.forget();
+        }
+    }
+
+    /// Moves a node to another network.
+    pub fn roam(&mut self, index: usize, realm: usize) {
+        let node = &mut self.nodes[index];
+        let (old_realm, old) = (node.realm, node.local);
+        let number = node.key.0[0];
+        let local = match realm {
+            0 => IpAddr::V4(Ipv4Addr::new(203, 0, 113, number)),
+            _ => IpAddr::V4(Ipv4Addr::new(10, realm as u8, 0, number)),
+        };
+        (node.realm, node.local) = (realm, local);
+        self.realms[old_realm].hosts.remove(&old);
+        self.realms[realm].hosts.insert(local, Place::Node(index));
+        // Connections of the old address die.
+        for region in std::mem::take(&mut self.nodes[index].connected) {
+            if let Some(relay) = self.relays.get_mut(&region) {
+                relay.connected.remove(&index);
+            }
+            self.lose(index, region, "the address is gone".into());
+        }
+        let links = self.links_of(index);
+        self.tell(index, Input::Links(links));
+    }
+
+    /// Pulls a node's cable, or plugs it in.
+    pub fn set_link(&mut self, index: usize, up: bool) {
+        self.nodes[index].linked = up;
+        let links = self.links_of(index);
+        self.tell(index, Input::Links(links));
+    }
+
+    /// Whether policy lets a node ask another.
+    #[must_use]
+    pub fn permits(&self, from: usize, to: usize) -> bool {
+        let id = |index: usize| self.nodes[index].id;
+        self.authority.permits(id(from), id(to))
+    }
+
+    /// Starts a conversation: a question each `pause` for `long`. Returns its number.
+    pub fn talk(&mut self, from: usize, to: usize, pause: Duration, long: Duration) -> usize {
+        let talk = self.talks.len();
+        self.talks.push(Talk {
+            from,
+            to,
+            pause,
+            until: self.now + long,
+            ..Talk::default()
+        });
+        self.after(Duration::ZERO, Event::Ask(talk));
+        talk
+    }
+
+    /// What came of a conversation so far.
+    #[must_use]
+    pub fn heard(&self, talk: usize) -> &Talk {
+        &self.talks[talk]
+    }
+
+    /// Whether a node's kernel sends to this peer without a relay.
+    #[must_use]
+    pub fn is_direct(&self, from: usize, to: usize) -> bool {
+        let endpoint = self.nodes[from].kernel.endpoint(&self.nodes[to].key);
+        endpoint.is_some_and(|endpoint| !endpoint.ip().is_loopback())
+    }
+
+    /// How many handshakes with this peer a node completed.
+    #[must_use]
+    pub fn handshakes(&self, from: usize, to: usize) -> u64 {
+        self.nodes[from].kernel.handshakes(&self.nodes[to].key)
+    }
+
+    /// The world's time.
+    #[must_use]
+    pub fn now(&self) -> Duration {
+        self.now
+    }
+
+    /// A number that two runs share only if they were the same, event for event.
+    #[must_use]
+    pub fn fingerprint(&self) -> u64 {
+        self.fingerprint
+    }
+
+    /// Lets time pass.
+    pub fn run(&mut self, long: Duration) {
+        let end = self.now + long;
+        while let Some(entry) = self.events.first_entry() {
+            if entry.key().0 > end {
+                break;
+            }
+            let ((at, serial), event) = entry.remove_entry();
+            self.now = at;
+            self.fingerprint = mix(self.fingerprint ^ serial ^ (at.as_nanos() as u64));
+            self.happen(event);
+        }
+        self.now = end;
+    }
+
+    /// Lets time pass until something holds, but not longer than `long`. Says whether it held.
+    pub fn run_until(&mut self, long: Duration, holds: impl Fn(&World) -> bool) -> bool {
+        let end = self.now + long;
+        while self.now < end {
+            if holds(self) {
+                return true;
+            }
+            self.run(KERNEL_TICK.min(end - self.now));
+        }
+        holds(self)
+    }
+}
+
+fn relay_lost() -> String {
+    "the relay closed the connection".into()
+}
+
+// What happens.
+impl World {
+    fn happen(&mut self, event: Event) {
+        match event {
+            Event::Datagram(index, from, payload) => self.arrive(index, from, payload),
+            Event::Frame(index, region, from, payload) => {
+                self.arrive_relayed(index, region, from, payload);
+            }
+            Event::Input(index, input) => self.tell(index, input),
+            Event::Deadline(index, at) => {
+                if self.nodes[index].deadline == Some(at) {
+                    self.tell(index, Input::Timeout);
+                }
+            }
+            Event::Apply(index, steps) => self.apply(index, &steps),
+            Event::Observe(index) => {
+                let observed = self.nodes[index].kernel.observed.clone();
+                self.tell(index, Input::Observed(observed));
+            }
+            Event::Report(index, report) => {
+                if self.coordinator && self.authority.report(self.nodes[index].id, &report) {
+                    self.publish();
+                }
+            }
+            Event::KernelTick => {
+                for index in 0..self.nodes.len() {
+                    let sent = self.nodes[index].kernel.tick(self.now);
+                    self.send_all(index, sent);
+                }
+                self.after(KERNEL_TICK, Event::KernelTick);
+            }
+            Event::Dialled(index, region) => self.dialled(index, region),
+            Event::Ask(talk) => self.ask(talk),
+        }
+    }
+
+    fn apply(&mut self, index: usize, steps: &[engine::plan::Step]) {
+        // The agent may have been killed in the middle: then the rest is never done.
+        if self.nodes[index].engine.is_none() {
+            return;
+        }
+        for step in steps {
+            let sent = self.nodes[index].kernel.apply(self.now, step);
+            self.send_all(index, sent);
+        }
+        self.tell(index, Input::Applied);
+    }
+
+    fn ask(&mut self, number: usize) {
+        let talk = &mut self.talks[number];
+        if self.now > talk.until {
+            return;
+        }
+        talk.asked += 1;
+        let (from, to, pause, asked) = (talk.from, talk.to, talk.pause, talk.asked);
+        let question = (number as u64) << 32 | asked;
+        self.questions.insert(question, number);
+        let inner = Inner {
+            src: self.nodes[from].addr,
+            dst: self.nodes[to].addr,
+            number: question,
+            answer: false,
+        };
+        self.send_inner(from, inner);
+        self.after(pause, Event::Ask(number));
+    }
+
+    /// An application sends: its own kernel asks policy, then WireGuard carries.
+    fn send_inner(&mut self, index: usize, inner: Inner) {
+        let sent = self.nodes[index].kernel.send(self.now, inner);
+        self.send_all(index, sent);
+    }
+
+    /// An application receives.
+    fn deliver(&mut self, index: usize, inner: Inner) {
+        let id = |addr| {
+            self.nodes
+                .iter()
+                .find(|node| node.addr == addr)
+                .map(|node| node.id)
+        };
+        let permitted = id(inner.src).zip(id(inner.dst));
+        let permitted = permitted.is_some_and(|(src, dst)| self.authority.permits(src, dst));
+        assert!(permitted, "policy denies what node {index} got: {inner:?}");
+        if !inner.answer {
+            let answer = Inner {
+                answer: true,
+                ..inner
+            };
+            self.send_inner(index, answer);
+            return;
+        }
+        let Some(number) = self.questions.remove(&inner.number) else {
+            return;
+        };
+        let direct = self.is_direct(self.talks[number].from, self.talks[number].to);
+        let now = self.now;
+        let talk = &mut self.talks[number];
+        talk.answered.insert(inner.number & 0xffff_ffff);
+        talk.first.get_or_insert(now);
+        if direct {
+            talk.direct.get_or_insert(now);
+        }
+        let before = talk.last.replace(now).unwrap_or(now);
+        talk.longest_pause = talk.longest_pause.max(now - before);
+    }
+}
+
+// Engines.
+impl World {
+    fn at(&self) -> Instant {
+        self.base + self.now
+    }
+
+    fn tell(&mut self, index: usize, input: Input) {
+        let at = self.at();
+        let Some(engine) = &mut self.nodes[index].engine else {
+            return;
+        };
+        engine.handle(at, input);
+        let mut outputs = Vec::new();
+        let deadline = loop {
+            match engine.poll(at) {
+                Output::Timeout(deadline) => break deadline,
+                output => outputs.push(output),
+            }
+            assert!(
+                outputs.len() < MAX_OUTPUTS,
+                "node {index} does not come to an end"
+            );
+        };
+        let deadline = deadline.saturating_duration_since(self.base);
+        assert!(
+            deadline > self.now,
+            "node {index} wants to be asked at once, for ever"
+        );
+        self.nodes[index].deadline = Some(deadline);
+        self.at_time(deadline, Event::Deadline(index, deadline));
+        for output in outputs {
+            self.carry_out(index, output);
+        }
+    }
+
+    fn carry_out(&mut self, index: usize, output: Output) {
+        match output {
+            Output::Apply(steps) => self.after(HAND, Event::Apply(index, steps)),
+            Output::Observe => self.after(HAND, Event::Observe(index)),
+            Output::NeedFull => self.full(index),
+            Output::Report(report) => {
+                let delay = self.nodes[index].delay * 2;
+                self.after(delay, Event::Report(index, report));
+            }
+            Output::Persist(netmap) => self.nodes[index].cache = Some(netmap),
+            Output::Resolve(names) => {
+                let found = names.into_iter();
+                let found = found.filter_map(|name| Some((name.parse().ok()?, name)));
+                self.after(HAND, Event::Input(index, Input::Resolved(found.collect())));
+            }
+            Output::Ask(servers) => {
+                for server in servers {
+                    self.datagram(index, server, Payload::StunRequest);
+                }
+            }
+            Output::Transmit { via, bytes } => self.transmit(index, via, bytes),
+            Output::Relays(table) => self.set_table(index, table),
+            Output::Timeout(_) => {}
+        }
+    }
+
+    fn transmit(&mut self, index: usize, via: Via, bytes: Vec<u8>) {
+        let second = self.now.as_secs();
+        let peers = self.nodes.len();
+        let node = &mut self.nodes[index];
+        if node.second.0 != second {
+            node.second = (second, 0);
+        }
+        node.second.1 += 1;
+        assert!(
+            node.second.1 <= STORM * peers,
+            "node {index} sent {} discovery messages in a second",
+            node.second.1
+        );
+        match via {
+            Via::Direct(to) => self.datagram(index, to, Payload::Disco(bytes)),
+            Via::Relay(region, to) => self.frame(index, region, to, Payload::Disco(bytes)),
+        }
+    }
+
+    fn links_of(&self, index: usize) -> Links {
+        let node = &self.nodes[index];
+        if !node.linked {
+            return Links::default();
+        }
+        let addr = LinkAddr {
+            interface: "eth0".into(),
+            addr: node.local,
+            prefix_len: 24,
+        };
+        let default = engine::plan::LiveRoute {
+            prefix: Prefix::ALL_V4,
+            interface: "eth0".into(),
+        };
+        Links {
+            addrs: BTreeSet::from([addr]),
+            routes: BTreeSet::from([default]),
+        }
+    }
+
+    /// The coordinator tells everybody what changed for them.
+    fn publish(&mut self) {
+        if !self.coordinator {
+            return;
+        }
+        for index in 0..self.nodes.len() {
+            if let Some(update) = self.authority.news(self.nodes[index].id) {
+                let delay = self.nodes[index].delay * 2;
+                self.after(delay, Event::Input(index, Input::Netmap(update)));
+            }
+        }
+    }
+
+    fn full(&mut self, index: usize) {
+        if !self.coordinator {
+            return;
+        }
+        let id = self.nodes[index].id;
+        if let Some(netmap) = self.authority.full(id) {
+            let update = Update::Full(Box::new(netmap));
+            let delay = self.nodes[index].delay * 2;
+            self.after(delay, Event::Input(index, Input::Netmap(update)));
+        }
+    }
+}
+
+// Datagrams.
+impl World {
+    fn send_all(&mut self, index: usize, sent: Vec<Sent>) {
+        for (endpoint, peer, message) in sent {
+            let me = self.nodes[index].key;
+            let payload = Payload::WireGuard(me, peer, message);
+            if endpoint.ip().is_loopback() {
+                self.shim_out(index, endpoint, payload);
+            } else {
+                self.datagram(index, endpoint, payload);
+            }
+        }
+    }
+
+    /// Sends a datagram from WireGuard's port.
+    fn datagram(&mut self, index: usize, to: SocketAddr, payload: Payload) {
+        let node = &self.nodes[index];
+        if !node.linked || self.chance() % 1000 < self.quality.loss {
+            return;
+        }
+        let node = &self.nodes[index];
+        let from = SocketAddr::new(node.local, PORT);
+        let (realm, delay) = (node.realm, node.delay);
+        let Some((place, seen)) = self.carry(realm, from, to) else {
+            return;
+        };
+        let jitter = self.jitter();
+        match (place, payload) {
+            (Place::Node(other), payload) => {
+                let delay = delay + self.nodes[other].delay + jitter;
+                self.after(delay, Event::Datagram(other, seen, payload));
+            }
+            (Place::Stun, Payload::StunRequest) => {
+                // The answer takes the way back that the question opened.
+                if let Some((Place::Node(back), from)) = self.carry(0, to, seen) {
+                    let answer = Payload::StunAnswer(seen);
+                    self.after(delay * 2 + jitter, Event::Datagram(back, from, answer));
+                }
+            }
+            (Place::Stun | Place::Router(_), _) => {}
+        }
+    }
+
+    /// Where a datagram ends, and under which source it is seen there.
+    fn carry(
+        &mut self,
+        mut realm: usize,
+        mut from: SocketAddr,
+        mut to: SocketAddr,
+    ) -> Option<(Place, SocketAddr)> {
+        let now = self.now;
+        for _ in 0..MAX_HOPS {
+            match self.realms[realm].hosts.get(&to.ip()).copied() {
+                Some(Place::Router(inner)) => {
+                    let (nat, _) = self.realms[inner].router.as_mut()?;
+                    to = nat.back(now, from, to.port())?;
+                    realm = inner;
+                }
+                Some(place) => return Some((place, from)),
+                None => {
+                    let (nat, outer) = self.realms[realm].router.as_mut()?;
+                    let hairpin = to.ip() == nat.outside;
+                    from = nat.out(now, from, to)?;
+                    if hairpin {
+                        if !nat.kind.hairpin {
+                            return None;
+                        }
+                        to = nat.back(now, from, to.port())?;
+                    } else {
+                        realm = *outer;
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    fn arrive(&mut self, index: usize, from: SocketAddr, payload: Payload) {
+        match payload {
+            Payload::WireGuard(peer, to, message) => self.wireguard(index, from, peer, to, message),
+            Payload::Disco(bytes) => self.tell(index, Input::Disco { from, bytes }),
+            Payload::StunAnswer(addr) => self.tell(index, Input::Mapped { server: from, addr }),
+            Payload::StunRequest => {}
+        }
+    }
+
+    fn wireguard(
+        &mut self,
+        index: usize,
+        from: SocketAddr,
+        peer: NodeKey,
+        to: NodeKey,
+        message: Message,
+    ) {
+        // A stranger's datagram fails its authentication.
+        if self.nodes[index].key != to {
+            return;
+        }
+        let (sent, inside) = self.nodes[index]
+            .kernel
+            .receive(self.now, from, peer, message);
+        self.send_all(index, sent);
+        if let Some(inner) = inside {
+            self.deliver(index, inner);
+        }
+    }
+}
+
+// Relays, and what the agents do with them.
+impl World {
+    fn set_table(&mut self, index: usize, table: Arc<RelayTable>) {
+        let wanted: BTreeSet<RegionId> = table.regions.keys().copied().collect();
+        let node = &mut self.nodes[index];
+        node.table = table;
+        let gone: Vec<RegionId> = node.connected.difference(&wanted).copied().collect();
+        node.dialling.retain(|region| wanted.contains(region));
+        for region in gone {
+            self.nodes[index].connected.remove(&region);
+            if let Some(relay) = self.relays.get_mut(&region) {
+                relay.connected.remove(&index);
+            }
+        }
+        for region in wanted {
+            self.dial(index, region, Duration::ZERO);
+        }
+    }
+
+    fn dial(&mut self, index: usize, region: RegionId, pause: Duration) {
+        let Some(relay) = self.relays.get(&region) else {
+            return;
+        };
+        let node = &mut self.nodes[index];
+        if !node.connected.contains(&region) && node.dialling.insert(region) {
+            // TCP, TLS and the login: three times there and back.
+            let delay = pause + (node.delay + relay.delay) * 6;
+            self.after(delay, Event::Dialled(index, region));
+        }
+    }
+
+    fn dialled(&mut self, index: usize, region: RegionId) {
+        let node = &mut self.nodes[index];
+        if node.engine.is_none() || !node.dialling.remove(&region) {
+            return;
+        }
+        let linked = node.linked;
+        let Some(relay) = self.relays.get_mut(&region) else {
+            return;
+        };
+        if !relay.up || !linked {
+            let why = "the relay does not answer".to_owned();
+            self.tell(index, Input::Relay(region, RelayEvent::Down(why)));
+            if self.nodes[index].table.regions.contains_key(&region) {
+                self.dial(index, region, REDIAL);
+            }
+            return;
+        }
+        relay.connected.insert(index);
+        let latency = (relay.delay + self.nodes[index].delay) * 2;
+        self.nodes[index].connected.insert(region);
+        self.tell(index, Input::Relay(region, RelayEvent::Up));
+        self.tell(index, Input::Relay(region, RelayEvent::Latency(latency)));
+    }
+
+    /// A connection is lost, which is noticed a while later.
+    fn lose(&mut self, index: usize, region: RegionId, why: String) {
+        self.nodes[index].connected.remove(&region);
+        let noticed = if self.nodes[index].linked {
+            self.nodes[index].delay
+        } else {
+            NOTICED
+        };
+        let down = Input::Relay(region, RelayEvent::Down(why));
+        self.after(noticed, Event::Input(index, down));
+        if self.nodes[index].table.regions.contains_key(&region) {
+            self.dial(index, region, REDIAL);
+        }
+    }
+
+    /// What WireGuard sent to a loopback address: the shim hands it to the peer's region.
+    fn shim_out(&mut self, index: usize, endpoint: SocketAddr, payload: Payload) {
+        let table = Arc::clone(&self.nodes[index].table);
+        let peer = table
+            .peers
+            .iter()
+            .find(|(_, peer)| peer.loopback == endpoint);
+        if let Some((key, peer)) = peer {
+            self.frame(index, peer.region, *key, payload);
+        }
+    }
+
+    fn frame(&mut self, index: usize, region: RegionId, to: NodeKey, payload: Payload) {
+        let node = &self.nodes[index];
+        if !node.connected.contains(&region) || !node.linked {
+            return;
+        }
+        let (me, delay) = (node.key, node.delay);
+        let Some(relay) = self.relays.get(&region).filter(|relay| relay.up) else {
+            return;
+        };
+        let there = relay.connected.iter().find(|it| self.nodes[**it].key == to);
+        match there.copied() {
+            Some(other) => {
+                let delay = delay + relay.delay * 2 + self.nodes[other].delay;
+                self.after(delay, Event::Frame(other, region, me, payload));
+            }
+            None => {
+                let gone = Input::Relay(region, RelayEvent::PeerGone(to));
+                self.after((delay + relay.delay) * 2, Event::Input(index, gone));
+            }
+        }
+    }
+
+    fn arrive_relayed(&mut self, index: usize, region: RegionId, peer: NodeKey, payload: Payload) {
+        if !self.nodes[index].connected.contains(&region) {
+            return;
+        }
+        match payload {
+            Payload::Disco(bytes) => {
+                let event = RelayEvent::Disco { from: peer, bytes };
+                self.tell(index, Input::Relay(region, event));
+            }
+            Payload::WireGuard(_, to, message) => {
+                if self.nodes[index].spoken.insert(peer) {
+                    let event = RelayEvent::Data { from: peer };
+                    self.tell(index, Input::Relay(region, event));
+                }
+                let table = Arc::clone(&self.nodes[index].table);
+                if let Some(rule) = table.peers.get(&peer) {
+                    let from = rule.appear_as.unwrap_or(rule.loopback);
+                    self.wireguard(index, from, peer, to, message);
+                }
+            }
+            Payload::StunRequest | Payload::StunAnswer(_) => {}
+        }
+    }
+}
+
+// Time and chance.
+impl World {
+    fn after(&mut self, delay: Duration, event: Event) {
+        self.at_time(self.now + delay, event);
+    }
+
+    fn at_time(&mut self, at: Duration, event: Event) {
+        self.serial += 1;
+        self.events.insert((at, self.serial), event);
+    }
+
+    /// A number nobody foresees but who knows the seed (Steele, Lea, Flood: SplitMix64).
+    pub fn chance(&mut self) -> u64 {
+        self.chance = self.chance.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        mix(self.chance)
+    }
+
+    fn jitter(&mut self) -> Duration {
+        let most = self.quality.jitter.as_nanos() as u64;
+        Duration::from_nanos(self.chance() % most.max(1))
+    }
+}
+
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
