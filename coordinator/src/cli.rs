@@ -73,6 +73,9 @@ pub enum Command {
     /// Approve routes that nodes offer
     #[command(subcommand)]
     Route(RouteCommand),
+    /// Show what relays need to serve the network
+    #[command(subcommand)]
+    Relay(RelayCommand),
     /// Show who changed what
     #[command(subcommand)]
     Audit(AuditCommand),
@@ -210,6 +213,14 @@ pub enum RouteCommand {
     },
 }
 
+/// `relay …`
+#[derive(Debug, Subcommand)]
+pub enum RelayCommand {
+    /// Print the section that a relay's configuration needs to serve the network: its id, and the
+    /// public key of the permits that its nodes show
+    Key,
+}
+
 /// `audit …`
 #[derive(Debug, Subcommand)]
 pub enum AuditCommand {
@@ -302,6 +313,7 @@ impl Command {
             Self::Route(RouteCommand::Approve { node, route }) => {
                 Verb::RouteApprove { node, route }
             }
+            Self::Relay(RelayCommand::Key) => Verb::RelayKey,
             Self::Audit(AuditCommand::List) => Verb::AuditList,
         }))
     }

@@ -1,6 +1,9 @@
 //! What `serve` is told: flags over a TOML file over defaults, parsed once into checked types.
 
-use proto::netmap::MAX_STUN_SERVERS;
+mod relays;
+
+pub use relays::{Relays, RelaysError};
+
 use serde::Deserialize;
 use std::fs;
 use std::io;
@@ -31,8 +34,8 @@ pub struct Config {
     pub certificate: Option<(PathBuf, PathBuf)>,
     /// How long an ephemeral node may be offline before it is removed.
     pub ephemeral_offline: Duration,
-    /// STUN servers that nodes are told of.
-    pub stun: Vec<String>,
+    /// The relays that nodes are told of.
+    pub relays: Relays,
 }
 
 /// `HOST:PORT` at which nodes find the coordinator; never a wildcard.
@@ -74,9 +77,9 @@ pub enum ConfigError {
     /// See [`MIN_EPHEMERAL_OFFLINE`].
     #[error("`ephemeral-offline` must be at least 1s")]
     EphemeralOffline,
-    /// See [`MAX_STUN_SERVERS`].
-    #[error("`stun` names at most {MAX_STUN_SERVERS} servers")]
-    StunServers,
+    /// The relay map is wrong.
+    #[error("[relays]: {0}")]
+    Relays(#[from] RelaysError),
 }
 
 /// Why a text is not an [`Advertise`].
@@ -98,14 +101,7 @@ struct File {
     database: Option<String>,
     ephemeral_offline: Option<Text<Duration>>,
     tls: Option<Tls>,
-    relays: Option<Relays>,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Relays {
-    #[serde(default)]
-    stun: Vec<Advertise>,
+    relays: Option<relays::Section>,
 }
 
 #[derive(Deserialize)]
@@ -145,10 +141,6 @@ impl Config {
         if offline < MIN_EPHEMERAL_OFFLINE {
             return Err(ConfigError::EphemeralOffline);
         }
-        let stun = file.relays.unwrap_or_default().stun;
-        if stun.len() > MAX_STUN_SERVERS {
-            return Err(ConfigError::StunServers);
-        }
         let default = || SocketAddr::from(([0, 0, 0, 0], 8443));
         Ok(Self {
             state_dir,
@@ -157,7 +149,7 @@ impl Config {
             database: flags.database.or(file.database),
             certificate: file.tls.map(|tls| (tls.certificate, tls.key)),
             ephemeral_offline: offline,
-            stun: stun.into_iter().map(|server| server.0).collect(),
+            relays: file.relays.unwrap_or_default().try_into()?,
         })
     }
 }
@@ -272,11 +264,14 @@ mod tests {
         let config = Config::load("/s".into(), flags(flag)).unwrap();
         assert_eq!(config.listen.to_string(), "192.0.2.2:2");
 
-        assert!(config.stun.is_empty());
+        assert_eq!(config.relays, Relays::default());
         let stun = "[relays]\nstun = ['stun.example.com:3478', '[2001:db8::1]:3478']\n";
         fs::write(&path, stun).unwrap();
         let config = Config::load("/s".into(), flags(None)).unwrap();
-        assert_eq!(config.stun, ["stun.example.com:3478", "[2001:db8::1]:3478"]);
+        assert_eq!(
+            config.relays.stun,
+            ["stun.example.com:3478", "[2001:db8::1]:3478"]
+        );
         for bad in ["['stun.example.com']", "['0.0.0.0:3478']"] {
             fs::write(&path, format!("[relays]\nstun = {bad}\n")).unwrap();
             assert!(Config::load("/s".into(), flags(None)).is_err(), "{bad}");

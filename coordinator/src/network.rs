@@ -10,6 +10,7 @@
 mod check;
 pub mod node;
 
+use crate::config::Relays;
 use crate::snapshot::Snapshot;
 use crate::store::{
     AuditEntry, AuditRow, Chain, NetworkRow, NewNetwork, NodeRow, Store, StoreError, Timestamp,
@@ -21,6 +22,7 @@ use proto::control::{TOKEN_SECRET_BYTES, TokenSecret};
 use proto::id::{NetworkId, NodeId};
 use proto::net::Prefix;
 use proto::netmap::Owner;
+use proto::permit::PermitSecret;
 use proto::policy::{self, Compiled, Diagnostics, Diff, Directory, TooLarge};
 use std::collections::BTreeSet;
 use std::fmt;
@@ -117,6 +119,9 @@ pub enum CommandError {
     /// The WireGuard key is another node's.
     #[error("this WireGuard key belongs to another node; delete it and join with a new one")]
     KeyTaken,
+    /// There is nothing that a permit would be for.
+    #[error("this network has no relays")]
+    NoRelays,
     /// A limit is reached.
     #[error("{0}")]
     Limit(Limit),
@@ -306,11 +311,11 @@ pub async fn create(
     Ok(network)
 }
 
-/// Raises every network's generation, so that nodes get a netmap with the STUN servers of now.
+/// Raises every network's generation, so that nodes get a netmap with the relays of now.
 ///
 /// # Errors
 /// The database's.
-pub async fn tell_relays(store: &Store, now: Timestamp, stun: &[String]) -> Result<(), StoreError> {
+pub async fn tell_relays(store: &Store, now: Timestamp, relays: &Relays) -> Result<(), StoreError> {
     let networks = store.read().await?.networks().await?;
     for network in networks {
         let change = Change::begin(store, network.id, now).await?;
@@ -318,11 +323,24 @@ pub async fn tell_relays(store: &Store, now: Timestamp, stun: &[String]) -> Resu
             action: "relays.change",
             subject: &network.name,
             before: String::new(),
-            after: format!("stun {}", stun.join(", ")),
+            after: serde_json::to_string(relays).unwrap_or_default(),
         };
         change.commit(&Actor::Coordinator, note).await?;
     }
     Ok(())
+}
+
+/// What signs relay permits: made once, and the same for all coordinators of the database.
+///
+/// # Errors
+/// The database's.
+pub async fn permit_signer(store: &Store, now: Timestamp) -> Result<PermitSecret, StoreError> {
+    let mut fresh = zeroize::Zeroizing::new([0; 32]);
+    check::fill_random(&mut *fresh);
+    let mut tx = store.write().await?;
+    let seed = tx.permit_seed(&fresh, now).await?;
+    tx.commit().await?;
+    PermitSecret::from_seed(&seed).map_err(|_| StoreError::Corrupt { column: "seed" })
 }
 
 /// Adds a user.

@@ -1,7 +1,7 @@
 //! A running coordinator: its state folder, its two doors and its tasks, started and stopped as
 //! one.
 
-use crate::config::{Advertise, Config};
+use crate::config::{Advertise, Config, Relays};
 use crate::http::admin::{self, Admin};
 use crate::http::node::{self, Nodes};
 use crate::http::pace::Pace;
@@ -30,8 +30,8 @@ use zeroize::Zeroizing;
 pub const ADMIN_SOCKET: &str = "admin.sock";
 const DATABASE_FILE: &str = "coordinator.db";
 const LOCK_FILE: &str = "lock";
-/// The STUN servers of the last start.
-const STUN_FILE: &str = "stun";
+/// The relays that nodes were told of at the last start.
+const RELAYS_FILE: &str = "relays.json";
 /// Longest wait for what is under way when the coordinator stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -108,11 +108,12 @@ impl Server {
             ephemeral_offline: config.ephemeral_offline,
         };
         keeper.announce().await?;
-        if let Some(kept) = StunFile::outdated(dir, &config.stun)? {
+        if let Some(kept) = RelaysFile::outdated(dir, &config.relays)? {
             // A netmap that nodes hold already is never sent again: this is a newer one.
-            network::tell_relays(&store, Timestamp::now(), &config.stun).await?;
+            network::tell_relays(&store, Timestamp::now(), &config.relays).await?;
             kept.write()?;
         }
+        let permits = network::permit_signer(&store, Timestamp::now()).await?;
 
         let listen = |source| StartError::Listen {
             addr: config.listen,
@@ -123,10 +124,12 @@ impl Server {
         let socket = dir.join(ADMIN_SOCKET);
         let admin_listener = bind_socket(&socket)?;
 
+        let permit_key = permits.public();
         let (shutdown, ends) = watch::channel(false);
         let nodes = node::router(Arc::new(Nodes {
             store: store.clone(),
-            watch: Watch::start(store.clone(), &config.stun),
+            watch: Watch::start(store.clone(), config.relays),
+            permits,
             presence,
             pace: Pace::default(),
             challenge: NodeSecret::from_bytes(*random::<32>()?),
@@ -136,6 +139,7 @@ impl Server {
             store: store.clone(),
             advertise: config.advertise.or_else(|| Advertise::of(addr)),
             fingerprint,
+            permit_key,
             uid: rustix::process::getuid().as_raw(),
         }));
         let doors = vec![
@@ -191,25 +195,24 @@ fn take_state_dir(dir: &Path) -> Result<File, StartError> {
     Ok(lock)
 }
 
-/// The list of STUN servers of the last start.
-struct StunFile {
+/// The relays of the last start.
+struct RelaysFile {
     path: PathBuf,
     text: String,
 }
 
-impl StunFile {
+impl RelaysFile {
     /// The file as it should be, if it is not so.
-    fn outdated(dir: &Path, stun: &[String]) -> Result<Option<Self>, StartError> {
-        let path = dir.join(STUN_FILE);
-        let text: String = stun.iter().map(|server| format!("{server}\n")).collect();
+    fn outdated(dir: &Path, relays: &Relays) -> Result<Option<Self>, StartError> {
+        let path = dir.join(RELAYS_FILE);
         let before = match fs::read_to_string(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
-            other => other,
+            // What cannot be read is told anew, which costs a netmap.
+            Ok(text) => serde_json::from_str(&text).ok(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Some(Relays::default()),
+            Err(source) => return Err(StartError::StateDir { path, source }),
         };
-        match before {
-            Ok(before) => Ok((before != text).then_some(Self { path, text })),
-            Err(source) => Err(StartError::StateDir { path, source }),
-        }
+        let text = serde_json::to_string(relays).unwrap_or_default();
+        Ok((before.as_ref() != Some(relays)).then_some(Self { path, text }))
     }
 
     fn write(self) -> Result<(), StartError> {

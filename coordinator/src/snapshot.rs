@@ -6,6 +6,7 @@
 //! so what a change costs grows with the change: each snapshot remembers which nodes the last few
 //! changes touched, [`delta`] looks at those alone, and only a new policy looks at everyone.
 
+use crate::config::Relays;
 use crate::store::{NetworkRow, NodeRow, Rows};
 use proto::filter::Filter;
 use proto::id::{Generation, NetworkId, NodeId};
@@ -117,10 +118,11 @@ impl Snapshot {
         Ok(next)
     }
 
-    /// The same with these STUN servers, which no row holds.
+    /// The same with these relays, which no row holds.
     #[must_use]
-    pub fn with_stun(mut self, stun: &[String]) -> Self {
-        self.network.stun = stun.to_vec();
+    pub fn with_relays(mut self, relays: &Relays) -> Self {
+        self.network.stun.clone_from(&relays.stun);
+        self.network.relays.clone_from(&relays.regions);
         self
     }
 
@@ -198,6 +200,12 @@ impl Snapshot {
     #[must_use]
     pub fn network(&self) -> NetworkId {
         self.network.id
+    }
+
+    /// Whether its nodes are told of any relay.
+    #[must_use]
+    pub fn has_relays(&self) -> bool {
+        !self.network.relays.is_empty()
     }
 
     /// Whether this node is in the network.
@@ -355,8 +363,8 @@ fn node(row: &NodeRow, network: &netmap::Network) -> Node {
         owner: row.owner.clone(),
         labels: BTreeSet::new(),
         online: row.online,
-        disco: None,
-        home: None,
+        disco: row.disco,
+        home: row.home,
     };
     Node {
         peer,

@@ -13,6 +13,7 @@
 mod audit;
 mod networks;
 mod nodes;
+mod permits;
 mod postgres;
 mod replicas;
 mod sqlite;
@@ -23,7 +24,8 @@ pub use networks::{NetworkRow, NewNetwork, Rows};
 pub use nodes::NodeRow;
 pub use tokens::{TokenHash, TokenRow, TokenState};
 
-use proto::id::{Generation, NetworkId};
+use proto::id::{Generation, NetworkId, RegionId};
+use proto::key::DiscoKey;
 use serde::{Deserialize, Serialize};
 use sqlx::Row as _;
 use std::fmt;
@@ -54,6 +56,12 @@ impl Timestamp {
     pub fn after(self, duration: Duration) -> Self {
         let more = i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);
         Self(self.0.saturating_add(more))
+    }
+
+    /// Whole seconds since 1970.
+    #[must_use]
+    pub fn seconds(self) -> u64 {
+        u64::try_from(self.0 / 1_000).unwrap_or(0)
     }
 
     /// This instant less `duration`.
@@ -288,7 +296,7 @@ impl Tx {
 enum Value {
     Int(Option<i64>),
     Text(Option<String>),
-    Bytes(Vec<u8>),
+    Bytes(Option<Vec<u8>>),
 }
 
 impl From<i64> for Value {
@@ -347,7 +355,19 @@ impl From<Option<String>> for Value {
 
 impl From<&[u8; 32]> for Value {
     fn from(value: &[u8; 32]) -> Self {
-        Self::Bytes(value.to_vec())
+        Self::Bytes(Some(value.to_vec()))
+    }
+}
+
+impl From<Option<DiscoKey>> for Value {
+    fn from(value: Option<DiscoKey>) -> Self {
+        Self::Bytes(value.map(|key| key.0.to_vec()))
+    }
+}
+
+impl From<Option<RegionId>> for Value {
+    fn from(value: Option<RegionId>) -> Self {
+        Self::Int(value.map(|id| i64::from(id.0)))
     }
 }
 
@@ -364,6 +384,11 @@ enum Row {
 
 impl Row {
     fn int(&self, column: &'static str) -> Result<i64, StoreError> {
+        self.maybe_int(column)?
+            .ok_or(StoreError::Corrupt { column })
+    }
+
+    fn maybe_int(&self, column: &'static str) -> Result<Option<i64>, StoreError> {
         Ok(match self {
             Self::Sqlite(row) => row.try_get(column)?,
             Self::Postgres(row) => row.try_get(column)?,
@@ -395,11 +420,18 @@ impl Row {
     }
 
     fn bytes(&self, column: &'static str) -> Result<[u8; 32], StoreError> {
-        let bytes: Vec<u8> = match self {
+        self.maybe_bytes(column)?
+            .ok_or(StoreError::Corrupt { column })
+    }
+
+    fn maybe_bytes(&self, column: &'static str) -> Result<Option<[u8; 32]>, StoreError> {
+        let bytes: Option<Vec<u8>> = match self {
             Self::Sqlite(row) => row.try_get(column)?,
             Self::Postgres(row) => row.try_get(column)?,
         };
-        bytes.try_into().map_err(|_| StoreError::Corrupt { column })
+        bytes
+            .map(|bytes| bytes.try_into().map_err(|_| StoreError::Corrupt { column }))
+            .transpose()
     }
 
     fn parsed<T: std::str::FromStr>(&self, column: &'static str) -> Result<T, StoreError> {

@@ -5,6 +5,7 @@
 //! not answer, or its policy cannot be read, the last good snapshot stays: a fault is never an
 //! empty netmap. Feeds hold nothing that cannot be read again.
 
+use crate::config::Relays;
 use crate::snapshot::{Snapshot, delta, empty_delta};
 use crate::store::{Changed, Store, StoreError};
 use proto::control::{KEEP_ALIVE_SECONDS, PollMessage};
@@ -49,7 +50,7 @@ pub enum FeedError {
 /// The feeds of all networks that somebody polls.
 pub struct Watch {
     store: Store,
-    stun: Arc<[String]>,
+    relays: Arc<Relays>,
     // Guards the list of feeds for the moment of a look-up; a task per feed owns what is behind.
     feeds: Mutex<BTreeMap<NetworkId, Arc<Feed>>>,
 }
@@ -67,14 +68,14 @@ struct Feed {
 }
 
 impl Watch {
-    /// Follows the store's changes until the process ends. `stun` are the servers that nodes are
-    /// told of.
+    /// Follows the store's changes until the process ends. `relays` are those that nodes
+    /// are told of.
     #[must_use]
-    pub fn start(store: Store, stun: &[String]) -> Arc<Self> {
+    pub fn start(store: Store, relays: Relays) -> Arc<Self> {
         let mut changes = store.changes();
         let this = Arc::new(Self {
             store,
-            stun: stun.into(),
+            relays: Arc::new(relays),
             feeds: Mutex::new(BTreeMap::new()),
         });
         let feeds = Arc::downgrade(&this);
@@ -116,17 +117,7 @@ impl Watch {
         at_least: Generation,
         base: Option<Generation>,
     ) -> Result<Updates, FeedError> {
-        let mut feed = self.feed(network);
-        let fresh = |published: &Option<Published>| {
-            published
-                .as_ref()
-                .is_some_and(|it| it.current.generation() >= at_least)
-        };
-        match timeout(FRESH, feed.wait_for(fresh)).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(_)) => return Err(FeedError::Stopping),
-            Err(_) => return Err(FeedError::Late),
-        }
+        let (feed, _) = self.at_least(network, at_least).await?;
         Ok(Updates {
             feed,
             node,
@@ -134,6 +125,35 @@ impl Watch {
             base,
             quiet_since: Instant::now(),
         })
+    }
+
+    /// Whether nodes of this network are told of any relay.
+    ///
+    /// # Errors
+    /// [`FeedError::Late`] if the network cannot be read.
+    pub async fn has_relays(&self, network: NetworkId) -> Result<bool, FeedError> {
+        let (_, snapshot) = self.at_least(network, Generation(0)).await?;
+        Ok(snapshot.has_relays())
+    }
+
+    /// A network's feed, once it has a snapshot of at least this generation.
+    async fn at_least(
+        &self,
+        network: NetworkId,
+        generation: Generation,
+    ) -> Result<(watch::Receiver<Option<Published>>, Arc<Snapshot>), FeedError> {
+        let mut feed = self.feed(network);
+        let fresh = |published: &Option<Published>| {
+            published
+                .as_ref()
+                .is_some_and(|it| it.current.generation() >= generation)
+        };
+        let snapshot = match timeout(FRESH, feed.wait_for(fresh)).await {
+            Ok(Ok(published)) => published.as_ref().map(|it| Arc::clone(&it.current)),
+            Ok(Err(_)) => return Err(FeedError::Stopping),
+            Err(_) => None,
+        };
+        Ok((feed, snapshot.ok_or(FeedError::Late)?))
     }
 
     fn feed(&self, network: NetworkId) -> watch::Receiver<Option<Published>> {
@@ -144,8 +164,8 @@ impl Watch {
                 wake: Notify::new(),
                 published,
             });
-            let stun = Arc::clone(&self.stun);
-            tokio::spawn(follow(self.store.clone(), network, stun, Arc::clone(&feed)));
+            let (store, relays) = (self.store.clone(), Arc::clone(&self.relays));
+            tokio::spawn(follow(store, network, relays, Arc::clone(&feed)));
             feed
         });
         feed.wake.notify_one();
@@ -153,7 +173,7 @@ impl Watch {
     }
 }
 
-async fn follow(store: Store, network: NetworkId, stun: Arc<[String]>, feed: Arc<Feed>) {
+async fn follow(store: Store, network: NetworkId, relays: Arc<Relays>, feed: Arc<Feed>) {
     loop {
         let current = feed
             .published
@@ -161,7 +181,7 @@ async fn follow(store: Store, network: NetworkId, stun: Arc<[String]>, feed: Arc
             .as_ref()
             .map(|it| Arc::clone(&it.current));
         match refresh(&store, network, current).await {
-            Ok(Some(next)) => publish(&feed, next.with_stun(&stun)),
+            Ok(Some(next)) => publish(&feed, next.with_relays(&relays)),
             Ok(None) => {
                 let _ = timeout(QUIET, feed.wake.notified()).await;
             }

@@ -5,6 +5,7 @@ use crate::client::{At, Machine, names};
 use crate::place::{BINARY, Process};
 use crate::postgres::skip;
 use proto::control::JoinToken;
+use proto::key::PermitKey;
 use serde_json::Value;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -388,4 +389,21 @@ async fn nothing_that_admits_or_identifies_is_logged_or_stored() {
         }
     }
     assert!(read > 10_000, "the log and the database were looked at");
+}
+
+#[test]
+fn what_relays_need_is_printed_as_their_configuration_has_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let _coordinator = Process::start(dir.path(), &["--listen", "127.0.0.1:0"]);
+    check(dir.path(), &["relay", "key"], 1);
+    check(dir.path(), &["network", "create", "home"], 0);
+    let (text, _) = check(dir.path(), &["relay", "key"], 0);
+    let printed: toml::Value = toml::from_str(&text).unwrap();
+    let section = &printed["network"][0];
+    let (json, _) = check(dir.path(), &["relay", "key", "--json"], 0);
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(section["id"].as_integer(), json["network"].as_i64());
+    assert_eq!(section["keys"][0].as_str(), json["key"].as_str());
+    let key: PermitKey = json["key"].as_str().unwrap().parse().unwrap();
+    assert!(!key.is_zero());
 }

@@ -506,37 +506,6 @@ async fn a_newer_stream_of_a_node_ends_the_older() {
     while older.next().await.is_some() {}
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn other_stun_servers_reach_nodes_that_have_the_newest_netmap() {
-    let mut place = Place::with_network(None).await;
-    let token = place.token("home", "tag:web").await;
-    let a = Machine::new();
-    a.join(&token, "a").await;
-    let netmap = a.connect(token.at()).await.poll(None).await.unwrap();
-    let netmap = { netmap }.full().await;
-    assert!(netmap.network.stun.is_empty());
-    for stun in [
-        &["192.0.2.1:3478"][..],
-        &["192.0.2.2:3478", "192.0.2.1:3478"],
-        &[],
-    ] {
-        place.stop().await;
-        place.stun = stun.iter().map(ToString::to_string).collect();
-        place.resume(token.at().0).await;
-        let base = Some(netmap.generation);
-        let newer = a.connect(token.at()).await.poll(base).await.unwrap();
-        let newer = { newer }.full().await;
-        assert!(newer.generation > netmap.generation);
-        assert_eq!(newer.network.stun, place.stun);
-        // A start that changes nothing raises nothing.
-        place.stop().await;
-        place.resume(token.at().0).await;
-        let same = a.connect(token.at()).await.poll(None).await.unwrap();
-        let same = { same }.full().await;
-        assert_eq!(same.network, newer.network);
-    }
-}
-
 #[tokio::test]
 async fn a_node_that_comes_back_gets_a_delta_and_one_from_long_ago_a_whole_netmap() {
     let place = Place::with_network(None).await;

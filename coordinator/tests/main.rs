@@ -14,6 +14,7 @@ mod model;
 mod outage;
 mod place;
 mod postgres;
+mod relays;
 mod replicas;
 mod schema;
 mod store;

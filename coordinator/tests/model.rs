@@ -2,6 +2,7 @@
 //! deltas of each stream lead to exactly the netmap that the rows as they stand make.
 
 use crate::postgres::Postgres;
+use coordinator::config::Relays;
 use coordinator::network::{self, Actor, NewToken, node};
 use coordinator::snapshot::Snapshot;
 use coordinator::store::{Store, Timestamp};
@@ -115,7 +116,7 @@ impl Model {
             tokens.push(made.0);
         }
         Self {
-            watch: Watch::start(store.clone(), &[]),
+            watch: Watch::start(store.clone(), Relays::default()),
             store,
             network,
             tokens,

@@ -2,7 +2,7 @@
 
 use crate::postgres::Postgres;
 use coordinator::cli::{self, CallError};
-use coordinator::config::Config;
+use coordinator::config::{Config, Relays};
 use coordinator::http::admin::{Answer, NodeDocument, Request, Verb};
 use coordinator::server::Server;
 use proto::control::JoinToken;
@@ -25,8 +25,8 @@ pub const BINARY: &str = env!("CARGO_BIN_EXE_weir-coordinator");
 pub struct Place {
     pub dir: TempDir,
     pub server: Option<Server>,
-    /// STUN servers of the next start.
-    pub stun: Vec<String>,
+    /// What nodes are told of relays from the next start on.
+    pub relays: Relays,
     database: Option<String>,
 }
 
@@ -37,7 +37,7 @@ impl Place {
         let mut this = Self {
             dir,
             server: None,
-            stun: Vec::new(),
+            relays: Relays::default(),
             database,
         };
         this.resume(([127, 0, 0, 1], 0).into()).await;
@@ -61,7 +61,7 @@ impl Place {
             database: self.database.clone(),
             certificate: None,
             ephemeral_offline: Duration::from_secs(1),
-            stun: self.stun.clone(),
+            relays: self.relays.clone(),
         };
         self.server = Some(Server::start(config).await.unwrap());
     }

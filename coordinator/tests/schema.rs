@@ -1,4 +1,5 @@
-//! There is no place for a private key: every column is listed here, with what it holds.
+//! There is no place for a node's private key: every column is listed here. One holds a secret, the
+//! coordinator's own: `permit_signer.seed`.
 
 use crate::postgres::Postgres;
 use coordinator::store::Store;
@@ -10,9 +11,10 @@ audit.action audit.actor audit.after audit.at audit.before audit.hash audit.netw
 audit.previous audit.subject \
 networks.audit_count networks.audit_head networks.generation networks.id networks.name \
 networks.next_host networks.next_node networks.policy_generation networks.v4 networks.v6 \
-nodes.advertised nodes.approved nodes.changed nodes.created nodes.endpoints nodes.ephemeral \
-nodes.host nodes.id nodes.last_seen nodes.listen_port nodes.machine nodes.name nodes.network \
+nodes.advertised nodes.approved nodes.changed nodes.created nodes.disco nodes.endpoints \
+nodes.ephemeral nodes.home nodes.host nodes.id nodes.last_seen nodes.listen_port nodes.machine nodes.name nodes.network \
 nodes.node_key nodes.online_by nodes.owner nodes.seen_addr \
+permit_signer.created permit_signer.number permit_signer.seed \
 policies.network policies.text \
 removals.generation removals.network removals.node \
 replicas.alive_until replicas.id \

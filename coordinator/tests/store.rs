@@ -6,8 +6,8 @@ use coordinator::store::{
     TokenRow, TokenState,
 };
 use proto::control::TokenSecret;
-use proto::id::{Generation, NetworkId, NodeId};
-use proto::key::{MachineId, NodeKey};
+use proto::id::{Generation, NetworkId, NodeId, RegionId};
+use proto::key::{DiscoKey, MachineId, NodeKey};
 use proto::netmap::Owner;
 use sqlx::Connection;
 use std::collections::BTreeSet;
@@ -96,6 +96,19 @@ async fn conform(store: &Store) {
     of_simultaneous_claims_one_wins(store).await;
     presence_belongs_to_the_replica_that_holds_the_stream(store).await;
     the_audit_log_is_a_chain(store).await;
+    all_who_ask_get_the_seed_that_was_first(store).await;
+}
+
+async fn all_who_ask_get_the_seed_that_was_first(store: &Store) {
+    let ask = async |fresh: u8| {
+        let mut tx = store.write().await.unwrap();
+        let seed = tx.permit_seed(&[fresh; 32], NOW).await.unwrap();
+        tx.commit().await.unwrap();
+        *seed
+    };
+    let (a, b) = tokio::join!(ask(1), ask(2));
+    assert!(a == b && (a == [1; 32] || a == [2; 32]));
+    assert_eq!(ask(3).await, a);
 }
 
 async fn networks_have_a_name_and_a_generation_that_rises(store: &Store) {
@@ -226,6 +239,8 @@ pub fn node(network: NetworkId, seed: u64) -> NodeRow {
         online: false,
         last_seen: NOW,
         created: Timestamp(i64::MAX),
+        disco: Some(DiscoKey(bytes)),
+        home: Some(RegionId(u16::MAX)),
     }
 }
 
@@ -245,6 +260,8 @@ async fn nodes_keep_every_field_and_share_none_that_is_unique(store: &Store) {
         advertised: BTreeSet::new(),
         endpoints: Vec::new(),
         seen_addr: None,
+        disco: None,
+        home: None,
         ..node(HOME, 2)
     };
     insert(store, &bare).await;
@@ -310,6 +327,8 @@ async fn nodes_keep_every_field_and_share_none_that_is_unique(store: &Store) {
     let changed = NodeRow {
         key: NodeKey([9; 32]),
         ephemeral: false,
+        disco: None,
+        home: Some(RegionId(1)),
         ..first
     };
     let mut tx = store.write().await.unwrap();

@@ -18,7 +18,8 @@ pub fn print(out: &mut impl Write, answer: &Answer, as_json: bool) -> io::Result
         | Answer::Token { .. }
         | Answer::Policy { .. }
         | Answer::PolicySet { .. }
-        | Answer::Nodes(_) => true,
+        | Answer::Nodes(_)
+        | Answer::RelayKey { .. } => true,
     };
     if as_json {
         writeln!(out, "{}", document(answer))?;
@@ -38,6 +39,9 @@ pub fn print(out: &mut impl Write, answer: &Answer, as_json: bool) -> io::Result
         }
         Answer::Reach(reach) => write!(out, "{}", printable(&reach.text))?,
         Answer::Nodes(nodes) => node_table(out, nodes)?,
+        Answer::RelayKey { network, key } => {
+            writeln!(out, "[[network]]\nid = {network}\nkeys = [\"{key}\"]")?;
+        }
         Answer::Audit { entries, broken_at } => audit_table(out, entries, *broken_at)?,
     }
     Ok(good)
@@ -60,6 +64,7 @@ fn document(answer: &Answer) -> serde_json::Value {
         }
         Answer::Reach(reach) => reach.document.clone(),
         Answer::Nodes(nodes) => json!({ "nodes": nodes }),
+        Answer::RelayKey { network, key } => json!({ "network": network, "key": key }),
         Answer::Audit { entries, broken_at } => {
             json!({ "entries": entries, "whole": broken_at.is_none(), "broken_at": broken_at })
         }

@@ -14,8 +14,8 @@ use axum::extract::{DefaultBodyLimit, State};
 use axum::routing::post;
 use axum::{Extension, Json, Router};
 use proto::control::{JoinToken, RefusalCode};
-use proto::id::NodeId;
-use proto::key::{Fingerprint, NodeKey};
+use proto::id::{NetworkId, NodeId, RegionId};
+use proto::key::{Fingerprint, NodeKey, PermitKey};
 use proto::net::Prefix;
 use proto::netmap::Owner;
 use proto::policy::Diff;
@@ -110,6 +110,8 @@ pub enum Verb {
         /// The route.
         route: Prefix,
     },
+    /// `relay key`.
+    RelayKey,
     /// `audit list`.
     AuditList,
 }
@@ -148,6 +150,13 @@ pub enum Answer {
     Reach(Reach),
     /// Nodes.
     Nodes(Vec<NodeDocument>),
+    /// What a relay's configuration needs to serve the network.
+    RelayKey {
+        /// The network's id.
+        network: NetworkId,
+        /// Checks the permits of its nodes.
+        key: PermitKey,
+    },
     /// The audit log.
     Audit {
         /// Oldest first.
@@ -222,6 +231,8 @@ pub struct NodeDocument {
     pub routes: BTreeSet<Prefix>,
     /// Routes that it offers and that wait for approval.
     pub routes_waiting: BTreeSet<Prefix>,
+    /// The region whose relay it is connected to.
+    pub home: Option<RegionId>,
 }
 
 /// An entry, as `audit list --json` prints it.
@@ -253,6 +264,8 @@ pub struct Admin {
     pub advertise: Option<Advertise>,
     /// What join tokens pin.
     pub fingerprint: Fingerprint,
+    /// Checks relay permits.
+    pub permit_key: PermitKey,
     /// Who may ask, besides root.
     pub uid: u32,
 }
@@ -387,6 +400,10 @@ impl Admin {
                 network::approve_route(store, now, actor, id, (&node, route)).await?;
                 done(format!("`{node}` now serves {route}"))
             }
+            Verb::RelayKey => Answer::RelayKey {
+                network: id,
+                key: self.permit_key,
+            },
             Verb::AuditList => {
                 let (rows, chain) = network::audit(store, id).await?;
                 let broken_at = chain.broken_at();
@@ -515,6 +532,7 @@ fn node_document(network: &NetworkRow, row: NodeRow) -> NodeDocument {
         seen: row.seen_addr,
         routes: &row.advertised & &row.approved,
         routes_waiting: &row.advertised - &row.approved,
+        home: row.home,
     }
 }
 

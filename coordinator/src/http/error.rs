@@ -56,6 +56,7 @@ impl From<CommandError> for Refused {
             CommandError::NotANode => RefusalCode::UnknownNode,
             CommandError::KeyTaken => RefusalCode::KeyTaken,
             CommandError::Limit(_) => RefusalCode::Limit,
+            CommandError::NoRelays => RefusalCode::NoRelays,
             CommandError::NoNetwork
             | CommandError::SeveralNetworks(_)
             | CommandError::Unknown { .. }

@@ -3,6 +3,7 @@
 use super::error::{Refused, decode};
 use super::pace::Pace;
 use super::{Shutdown, ended};
+use crate::network::CommandError;
 use crate::network::node::{self, Machine};
 use crate::presence::{Held, Presence};
 use crate::store::{Store, Timestamp};
@@ -19,6 +20,7 @@ use proto::control::{
     RegisterRequest, Registered, Report, VERSION, check_node_key,
 };
 use proto::key::{ChallengeKey, NodeSecret};
+use proto::permit::{Permit, PermitSecret};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use tokio::sync::oneshot;
@@ -36,6 +38,8 @@ pub struct Nodes {
     pub pace: Pace,
     /// Node keys are proven against this; new with each process.
     pub challenge: NodeSecret,
+    /// Signs permits to use relays.
+    pub permits: PermitSecret,
     /// Ends the streams.
     pub shutdown: Shutdown,
 }
@@ -49,6 +53,7 @@ pub fn router(nodes: Arc<Nodes>) -> Router {
         .route("/v1/register", post(register))
         .route("/v1/poll", post(poll))
         .route("/v1/report", post(report))
+        .route("/v1/permit", post(permit))
         .route("/v1/logout", post(logout))
         .fallback(async || Refused::new(RefusalCode::BadRequest, "there is no such call"))
         .layer(DefaultBodyLimit::max(MAX_REQUEST_BYTES))
@@ -114,6 +119,21 @@ async fn report(
     let done = node::report(&nodes.store, Timestamp::now(), machine, &report);
     done.await?;
     Ok(Json(json!({})))
+}
+
+async fn permit(
+    State(nodes): Shared,
+    Extension(channel): Extension<Channel>,
+    body: Bytes,
+) -> Result<Json<Permit>, Refused> {
+    let serde_json::Map { .. } = decode(&body)?;
+    let machine = caller(&nodes, &channel)?;
+    let row = node::known(&nodes.store, machine.id).await?;
+    let row = row.ok_or(CommandError::NotANode)?;
+    if !nodes.watch.has_relays(row.network).await? {
+        return Err(CommandError::NoRelays.into());
+    }
+    Ok(Json(node::permit(&row, Timestamp::now(), &nodes.permits)))
 }
 
 async fn logout(

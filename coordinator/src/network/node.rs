@@ -10,6 +10,7 @@ use proto::control::{RegisterRequest, Registered, Report};
 use proto::id::{Generation, NetworkId, NodeId};
 use proto::key::MachineId;
 use proto::netmap::{MAX_PEERS, Network};
+use proto::permit::{Permit, PermitSecret, VALIDITY};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -137,6 +138,8 @@ async fn join(
         online: false,
         last_seen: change.now,
         created: change.now,
+        disco: request.disco,
+        home: None,
     };
     let inserted = change.tx.insert_node(&change.network, &row).await;
     if inserted.as_ref().is_err_and(StoreError::is_duplicate) {
@@ -162,6 +165,7 @@ async fn again(
     row.advertised.clone_from(&request.routes);
     row.endpoints = endpoints;
     row.listen_port = request.listen_port;
+    row.disco = request.disco;
     row.seen_addr = Some(machine.addr);
     if row == before {
         return Ok(answer);
@@ -219,11 +223,20 @@ pub async fn report(
         row.endpoints = check::offer(network, &report.routes, &report.endpoints)?;
         row.advertised.clone_from(&report.routes);
         row.listen_port = report.listen_port;
+        row.disco = report.disco;
+        row.home = report.home;
         row.seen_addr = Some(machine.addr);
         Ok(row)
     };
     update(store, now, machine, "node.report", change).await?;
     Ok(())
+}
+
+/// A permit for this node to use its network's relays for a while.
+#[must_use]
+pub fn permit(row: &NodeRow, now: Timestamp, signer: &PermitSecret) -> Permit {
+    let expires = now.after(VALIDITY).seconds();
+    signer.permit(row.network, row.key, expires)
 }
 
 /// Notes where a node's stream comes from. Its network, its id, and the generation that its
@@ -391,6 +404,8 @@ fn describe(row: &NodeRow) -> String {
         "endpoints": row.endpoints,
         "listen_port": row.listen_port,
         "seen": row.seen_addr,
+        "disco": row.disco,
+        "home": row.home,
     })
     .to_string()
 }

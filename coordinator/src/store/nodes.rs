@@ -1,8 +1,8 @@
 //! Nodes: who they are, what they offer, where they are.
 
 use super::{NetworkRow, Row, StoreError, Timestamp, Tx, Value, json};
-use proto::id::{Generation, NetworkId, NodeId};
-use proto::key::{MachineId, NodeKey};
+use proto::id::{Generation, NetworkId, NodeId, RegionId};
+use proto::key::{DiscoKey, MachineId, NodeKey};
 use proto::net::Prefix;
 use proto::netmap::Owner;
 use std::collections::BTreeSet;
@@ -43,12 +43,16 @@ pub struct NodeRow {
     pub last_seen: Timestamp,
     /// When it joined.
     pub created: Timestamp,
+    /// What probes of paths to it are sealed for.
+    pub disco: Option<DiscoKey>,
+    /// The region whose relay it is connected to.
+    pub home: Option<RegionId>,
 }
 
 macro_rules! columns {
     () => {
         "network, id, name, machine, node_key, host, owner, ephemeral, advertised, approved, \
-         endpoints, listen_port, seen_addr, online_by, last_seen, created"
+         endpoints, listen_port, seen_addr, online_by, last_seen, created, disco, home"
     };
 }
 
@@ -57,7 +61,15 @@ fn node(row: &Row) -> Result<NodeRow, StoreError> {
         Some(_) => Some(row.parsed("seen_addr")?),
         None => None,
     };
-    let listen_port = u16::try_from(row.int("listen_port")?);
+    let column = "listen_port";
+    let listen_port =
+        u16::try_from(row.int(column)?).map_err(|_| StoreError::Corrupt { column })?;
+    let column = "home";
+    let region = |id| {
+        u16::try_from(id)
+            .map(RegionId)
+            .map_err(|_| StoreError::Corrupt { column })
+    };
     Ok(NodeRow {
         network: NetworkId(row.unsigned("network")?),
         id: NodeId(row.unsigned("id")?),
@@ -70,13 +82,13 @@ fn node(row: &Row) -> Result<NodeRow, StoreError> {
         advertised: row.json("advertised")?,
         approved: row.json("approved")?,
         endpoints: row.json("endpoints")?,
-        listen_port: listen_port.map_err(|_| StoreError::Corrupt {
-            column: "listen_port",
-        })?,
+        listen_port,
         seen_addr,
         online: row.maybe_text("online_by")?.is_some(),
         last_seen: row.time("last_seen")?,
         created: row.time("created")?,
+        disco: row.maybe_bytes("disco")?.map(DiscoKey),
+        home: row.maybe_int(column)?.map(region).transpose()?,
     })
 }
 
@@ -245,7 +257,7 @@ impl Tx {
                 "INSERT INTO nodes (",
                 columns!(),
                 ", changed) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, \
-                 NULL, $14, $15, $16)"
+                 NULL, $14, $15, $16, $17, $18)"
             ),
             &node_values(row, network.generation),
         )
@@ -265,7 +277,8 @@ impl Tx {
         self.execute(
             "UPDATE nodes SET name = $3, machine = $4, node_key = $5, host = $6, owner = $7, \
              ephemeral = $8, advertised = $9, approved = $10, endpoints = $11, \
-             listen_port = $12, seen_addr = $13, last_seen = $14, created = $15, changed = $16 \
+             listen_port = $12, seen_addr = $13, last_seen = $14, created = $15, disco = $16, \
+             home = $17, changed = $18 \
              WHERE network = $1 AND id = $2",
             &node_values(row, network.generation),
         )
@@ -288,7 +301,7 @@ impl Tx {
     }
 }
 
-fn node_values(row: &NodeRow, changed: Generation) -> [Value; 16] {
+fn node_values(row: &NodeRow, changed: Generation) -> [Value; 18] {
     [
         row.network.into(),
         row.id.into(),
@@ -305,6 +318,8 @@ fn node_values(row: &NodeRow, changed: Generation) -> [Value; 16] {
         row.seen_addr.map(|addr| addr.to_string()).into(),
         row.last_seen.into(),
         row.created.into(),
+        row.disco.into(),
+        row.home.into(),
         changed.into(),
     ]
 }

@@ -15,11 +15,18 @@ const CHANNEL: &str = "weir_network";
 /// Pause before the listener tries a lost database again.
 const RETRY: Duration = Duration::from_secs(1);
 
-const MIGRATIONS: [(i64, &str, &str); 1] = [(
-    1,
-    "initial",
-    include_str!("../../migrations/postgres/0001_initial.sql"),
-)];
+const MIGRATIONS: [(i64, &str, &str); 2] = [
+    (
+        1,
+        "initial",
+        include_str!("../../migrations/postgres/0001_initial.sql"),
+    ),
+    (
+        2,
+        "relays",
+        include_str!("../../migrations/postgres/0002_relays.sql"),
+    ),
+];
 
 pub(super) async fn open(url: &str) -> Result<PgPool, StoreError> {
     let pool = PgPoolOptions::new()

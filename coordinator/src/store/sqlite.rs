@@ -16,11 +16,18 @@ use std::path::Path;
 pub(super) const BEGIN_WRITE: &str = "BEGIN IMMEDIATE";
 const MAX_CONNECTIONS: u32 = 8;
 
-const MIGRATIONS: [(i64, &str, &str); 1] = [(
-    1,
-    "initial",
-    include_str!("../../migrations/sqlite/0001_initial.sql"),
-)];
+const MIGRATIONS: [(i64, &str, &str); 2] = [
+    (
+        1,
+        "initial",
+        include_str!("../../migrations/sqlite/0001_initial.sql"),
+    ),
+    (
+        2,
+        "relays",
+        include_str!("../../migrations/sqlite/0002_relays.sql"),
+    ),
+];
 
 pub(super) async fn open(path: &Path) -> Result<SqlitePool, StoreError> {
     // SQLite gives its journals the mode of the database.
