@@ -20,7 +20,7 @@
 mod channel;
 mod lines;
 
-pub use channel::{ControlError, Credentials, Prove};
+pub use channel::{ControlError, Credentials, Prove, tls_to};
 
 use channel::{Client, Stream};
 use proto::control::{
@@ -30,6 +30,7 @@ use proto::control::{
 use proto::id::Generation;
 use proto::key::Fingerprint;
 use proto::netmap::Update;
+use proto::permit::Permit;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::time::Duration;
@@ -66,6 +67,8 @@ pub enum Command {
         /// The generation at hand.
         base: Option<Generation>,
     },
+    /// Ask for a permit to use the network's relays. Leads to [`Event::Permit`].
+    Permit,
     /// Leave the network. Leads to [`Event::LoggedOut`]; not tried again if it fails.
     Logout,
 }
@@ -89,6 +92,8 @@ pub enum Event {
     Connected,
     /// A netmap, or a change of one. In order, each once.
     Update(Update),
+    /// A permit to use the network's relays; `None` if it has none.
+    Permit(Option<Permit>),
     /// The coordinator will not do it, now or later.
     Refused(Refusal),
     /// This machine is no node any more.
@@ -184,6 +189,7 @@ struct Session {
     events: mpsc::Sender<Event>,
     register: Option<Box<Register>>,
     report: Option<Report>,
+    permit: bool,
     logout: bool,
     /// Whether the daemon wants the stream.
     polling: bool,
@@ -212,6 +218,7 @@ impl Session {
             events,
             register: None,
             report: None,
+            permit: false,
             logout: false,
             polling: false,
             progress: watch::Sender::new(Progress::default()),
@@ -227,6 +234,7 @@ impl Session {
         match command {
             Command::Register(register) => self.register = Some(register),
             Command::Report(report) => self.report = Some(report),
+            Command::Permit => self.permit = true,
             Command::Logout => self.logout = true,
             Command::Poll { base } => {
                 self.stream = JoinSet::new();
@@ -241,7 +249,7 @@ impl Session {
 
     /// Says all that is to be said, then opens the stream if it is wanted and not open.
     async fn work(&mut self) -> Result<(), ControlError> {
-        if self.register.is_some() || self.report.is_some() || self.logout {
+        if self.register.is_some() || self.report.is_some() || self.permit || self.logout {
             self.call().await?;
         }
         if self.polling && self.stream.is_empty() {
@@ -276,6 +284,17 @@ impl Session {
                     None
                 }
             };
+        }
+        if self.permit {
+            let answer: Result<Permit, _> = channel.call("/v1/permit", &Nothing {}).await;
+            let event = match answer.map_err(ControlError::final_refusal) {
+                Ok(permit) => Event::Permit(Some(permit)),
+                Err(Ok(refusal)) if refusal.code == RefusalCode::NoRelays => Event::Permit(None),
+                Err(Ok(refusal)) => Event::Refused(refusal),
+                Err(Err(error)) => return Err(error),
+            };
+            self.permit = false;
+            self.announce(event).await?;
         }
         if std::mem::take(&mut self.logout) {
             let answer: Result<Nothing, _> = channel.call("/v1/logout", &Nothing {}).await;

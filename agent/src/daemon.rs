@@ -4,6 +4,7 @@
 //! control ──events──►┌────────┐──Input──►┌────────┐
 //! local ────calls───►│ daemon │          │ engine │      (no lock: one task, one owner)
 //! watch ────links───►│        │◄─Output──└────────┘
+//! port, relay ──────►│        │──► port, relay, shim
 //! kernel ──answers──►└────────┘──jobs──► kernel's thread, ──commands──► control, ──► state folder
 //! ```
 //!
@@ -19,6 +20,7 @@ mod explain;
 mod join;
 mod monitor;
 mod netcheck;
+mod paths;
 mod settings;
 
 use crate::config::Config;
@@ -26,18 +28,18 @@ use crate::control;
 use crate::identity::{Identity, IdentityError};
 use crate::kernel::{self, Job, OpenError};
 use crate::local::{BindError, Call, Refused, RefusedCode, Request, Response, Server};
-use crate::port;
 use crate::state::{Settings, StateDir, StateError};
 use engine::status::Failure;
-use engine::{DEFAULT_MTU, Engine, Input, Output};
+use engine::{DEFAULT_MTU, Engine, Input, Output, RelayEvent};
 use join::Link;
 use monitor::{Look, Monitor};
+use paths::{Port, Relayed};
+use proto::id::RegionId;
 use proto::netmap::Netmap;
 use sd_notify::NotifyState;
 use settings::Setting;
 use std::collections::VecDeque;
 use std::error::Error;
-use std::net::SocketAddr;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -84,6 +86,7 @@ pub enum DaemonError {
 /// Something that woke the loop.
 enum Event {
     Input(Input),
+    Relay(RegionId, RelayEvent),
     Control(control::Event),
     Call(Call),
     /// What the programs told of dropped packets, while somebody follows.
@@ -114,9 +117,6 @@ enum Logout {
     Failed(String),
 }
 
-/// Where to send servers to ask, or why nobody can be asked.
-type Port = Result<mpsc::Sender<SocketAddr>, String>;
-
 struct Daemon {
     config: Config,
     state: StateDir,
@@ -136,6 +136,7 @@ struct Daemon {
     netmaps: watch::Sender<Option<Arc<Netmap>>>,
     /// To the sockets beside WireGuard's; or why there are none.
     port: Port,
+    relayed: Relayed,
     /// Not ready before this, as long as the node is not up.
     ready_by: Option<Instant>,
 }
@@ -169,8 +170,10 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     let mut watchdog =
         sd_notify::watchdog_enabled().map(|period| tokio::time::interval(period / 2));
 
-    let engine = new_engine(&config, &identity.borrow())?;
-    let (port, mut seen) = share_port(&config);
+    let (relays_in, mut relay_events) = mpsc::channel(QUEUE);
+    let relayed = Relayed::new(&config, &identity.borrow(), relays_in);
+    let engine = new_engine(&config, &identity.borrow(), relayed.shim_port())?;
+    let (port, mut seen) = paths::share_port(&config);
     let mut daemon = Daemon {
         engine,
         state,
@@ -186,6 +189,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
         monitor: Monitor::new(looks_in),
         netmaps,
         port,
+        relayed,
         ready_by: Some(Instant::now() + READY_PATIENCE),
         config,
     };
@@ -198,7 +202,8 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
             Some(event) = events.recv() => Event::Control(event),
             Some(call) = calls.recv() => Event::Call(call),
             Some(look) = looks.recv() => Event::Looked(look),
-            Some(answer) = seen.recv() => Event::Input(mapped(answer)),
+            Some(event) = seen.recv() => Event::Input(paths::seen(event)),
+            Some((region, event)) = relay_events.recv() => Event::Relay(region, event),
             Some(result) = kept.recv() => Event::Kept(result),
             () = tick(&mut watchdog) => Event::Tick,
             _ = terminate.recv() => Event::Stop,
@@ -234,6 +239,7 @@ impl Daemon {
             // What is to be: nothing is touched.
             return;
         }
+        self.recall_permit();
         self.engine
             .handle(now, Input::ShieldsUp(self.settings.shields_up));
         self.engine
@@ -257,6 +263,7 @@ impl Daemon {
     fn handle(&mut self, event: Event) -> ControlFlow<()> {
         match event {
             Event::Input(input) => self.engine.handle(Instant::now(), input),
+            Event::Relay(region, event) => self.handle_relay(region, event),
             Event::Control(event) => self.handle_control(event),
             Event::Call(call) => self.handle_call(call),
             Event::Looked(look) => self.looked(look),
@@ -295,12 +302,18 @@ impl Daemon {
                 }
                 Output::Resolve(names) => self.resolve(names),
                 Output::Ask(servers) => self.ask_servers(&servers),
-                Output::Transmit { .. } | Output::Relays(_) => {}
+                Output::Transmit { via, bytes } => self.transmit(via, bytes),
+                Output::Relays(table) => self.set_relays(&table),
                 Output::Timeout(at) => break at,
             }
         };
-        let waiting = self.answer_waiters(Instant::now());
-        waiting.map_or(deadline, |waiting| waiting.min(deadline))
+        let now = Instant::now();
+        let waiting = self.answer_waiters(now);
+        let permit = self.keep_permitted(now);
+        waiting
+            .into_iter()
+            .chain(permit)
+            .fold(deadline, Instant::min)
     }
 
     /// Gives the kernel's thread a job; the answer comes back as an input.
@@ -477,7 +490,8 @@ impl Daemon {
         self.identity.borrow().wipe()?;
         let identity = Arc::new(Identity::fresh(&self.config.state_dir)?);
         self.identity.send_replace(Arc::clone(&identity));
-        self.engine = new_engine(&self.config, &identity)?;
+        self.relayed.change_identity(&identity);
+        self.engine = new_engine(&self.config, &identity, self.relayed.shim_port())?;
         self.switch_answers();
         Ok(())
     }
@@ -510,31 +524,17 @@ impl Daemon {
     }
 }
 
-fn new_engine(config: &Config, identity: &Identity) -> Result<Engine, DaemonError> {
+fn new_engine(config: &Config, identity: &Identity, shim_port: u16) -> Result<Engine, DaemonError> {
     let config = engine::Config {
         interface: config.interface.to_string(),
         listen_port: config.listen_port,
-        shim_port: config.listen_port.wrapping_add(1).max(1),
+        shim_port,
         mtu: DEFAULT_MTU,
     };
     let mut seed = [0; 32];
     getrandom::fill(&mut seed).map_err(|_| DaemonError::System { what: "randomness" })?;
     let disco = identity.disco_secret();
     Ok(Engine::new(config, identity.node_key(), disco, seed))
-}
-
-/// Opens the sockets beside WireGuard's, or says why not.
-fn share_port(config: &Config) -> (Port, mpsc::Receiver<port::Answer>) {
-    let (answers, seen) = mpsc::channel(QUEUE);
-    let port = port::spawn(config.listen_port, answers).map_err(|error| chain(&error));
-    (port, seen)
-}
-
-fn mapped(port::Answer { server, mapped }: port::Answer) -> Input {
-    Input::Mapped {
-        server,
-        addr: mapped,
-    }
 }
 
 /// Watches the host's addresses and routes for as long as the loop lives.

@@ -14,7 +14,8 @@ mod file;
 pub use file::FileError;
 
 use proto::control::{EXPORTER_BYTES, KeyProof, ProofContext, prove_node_key};
-use proto::key::{ChallengeKey, DiscoSecret, KEY_BYTES, MachineId, NodeKey, NodeSecret};
+use proto::derp::LoginBox;
+use proto::key::{ChallengeKey, DiscoSecret, KEY_BYTES, MachineId, NodeKey, NodeSecret, RelayKey};
 use ring::hmac;
 use rustls::crypto::ring::sign::any_ecdsa_type;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -135,6 +136,12 @@ impl Identity {
         let mut derived = Zeroizing::new([0; KEY_BYTES]);
         derived.copy_from_slice(hmac::sign(&key, DISCO_LABEL).as_ref());
         DiscoSecret::from_bytes(*derived)
+    }
+
+    /// Seals and opens the login at a relay. `None` if its key is a low-order point.
+    #[must_use]
+    pub fn relay_login(&self, relay: RelayKey) -> Option<LoginBox> {
+        Some(LoginBox::new(&*self.node.agree(relay.0)?))
     }
 
     /// The hash of the machine key: who this node is on a control connection.

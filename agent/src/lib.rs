@@ -8,4 +8,6 @@ pub mod identity;
 pub mod kernel;
 pub mod local;
 pub mod port;
+pub mod relay;
+pub mod shim;
 pub mod state;

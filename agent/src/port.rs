@@ -1,18 +1,21 @@
-//! STUN on WireGuard's own UDP port, beside the kernel's socket and without its knowledge.
+//! STUN and discovery on WireGuard's own UDP port, beside the kernel's socket and without its
+//! knowledge.
 //!
 //! The kernel owns the port: a second UDP socket on it cannot be bound, whatever its options (the
 //! kernel's has no `SO_REUSEPORT`). Raw sockets need no port. One per family *receives* a copy of
-//! the UDP datagrams that have our port as destination and STUN's magic cookie where it belongs; a
-//! classic BPF filter leaves everything else to the kernel, so the agent sleeps while tunnels carry
-//! traffic. The same sockets *send*: we write the UDP header, so the source port is WireGuard's and
-//! a NAT makes one mapping for both. The WireGuard device receives those answers too, and drops what
-//! is not WireGuard.
+//! the UDP datagrams that have our port as destination and STUN's magic cookie or discovery's magic
+//! where it belongs; a classic BPF filter leaves everything else to the kernel, so the agent sleeps
+//! while tunnels carry traffic. The same sockets *send*: we write the UDP header, so the source port
+//! is WireGuard's and a NAT makes one mapping for all. The WireGuard device receives these packets
+//! too, and drops what is not WireGuard.
 //!
 //! Packets pass the host's own firewall like any others, before the raw socket sees them: a firewall
 //! that lets in the WireGuard port, or only answers, suffices.
 //!
-//! Raw sockets need `CAP_NET_RAW`. Nothing here decides whom to ask, or when.
+//! Raw sockets need `CAP_NET_RAW`. Nothing here decides whom to ask, or when, and nothing here
+//! opens what is sealed.
 
+use proto::derp::{DISCO_MAGIC, is_disco};
 use proto::stun::{self, TRANSACTION_BYTES, Transaction};
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 use std::collections::BTreeMap;
@@ -20,10 +23,10 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 use tokio::net::UdpSocket;
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, error::TrySendError};
 
-/// Questions that may wait to be sent.
-const QUEUE: usize = 64;
+/// Words that may wait to be sent.
+const QUEUE: usize = 256;
 /// An answer that takes longer is nobody's.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Questions that wait for an answer; more are forgotten, the oldest first.
@@ -48,53 +51,100 @@ pub struct Answer {
     pub mapped: SocketAddr,
 }
 
-/// Opens the sockets and starts to serve: every address that is sent in is asked, and answers come
-/// out, until one of the channels closes.
+/// What came to the port.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A server answered.
+    Answer(Answer),
+    /// A discovery packet, sealed as it came.
+    Disco {
+        /// Where it came from.
+        from: SocketAddr,
+        /// All of it.
+        bytes: Vec<u8>,
+    },
+}
+
+/// What is to leave from the port.
+#[derive(Debug)]
+pub enum Word {
+    /// A question to a STUN server.
+    Ask(SocketAddr),
+    /// These bytes.
+    Send {
+        /// Where to.
+        to: SocketAddr,
+        /// All of them.
+        bytes: Vec<u8>,
+    },
+}
+
+impl Word {
+    fn to(&self) -> SocketAddr {
+        match self {
+            Self::Ask(to) | Self::Send { to, .. } => *to,
+        }
+    }
+}
+
+/// Opens the sockets and starts to serve: every word that comes in is sent, and events come out,
+/// until one of the channels closes. Discovery that nobody takes in time is dropped: anybody can
+/// send it.
 ///
 /// # Errors
 /// What the kernel says: `EPERM` without `CAP_NET_RAW`.
-pub fn spawn(port: u16, answers: mpsc::Sender<Answer>) -> io::Result<mpsc::Sender<SocketAddr>> {
+pub fn spawn(port: u16, events: mpsc::Sender<Event>) -> io::Result<mpsc::Sender<Word>> {
     let v4 = open(Domain::IPV4, &filter_v4(port))?;
     // A host may have no IPv6 at all.
     let v6 = open(Domain::IPV6, &filter_v6(port)).ok();
-    let (asks_in, asks) = mpsc::channel(QUEUE);
-    tokio::spawn(serve(port, v4, v6, asks, answers));
-    Ok(asks_in)
+    let (words_in, words) = mpsc::channel(QUEUE);
+    tokio::spawn(serve(port, v4, v6, words, events));
+    Ok(words_in)
 }
 
 async fn serve(
     port: u16,
     v4: UdpSocket,
     v6: Option<UdpSocket>,
-    mut asks: mpsc::Receiver<SocketAddr>,
-    answers: mpsc::Sender<Answer>,
+    mut words: mpsc::Receiver<Word>,
+    events: mpsc::Sender<Event>,
 ) {
     let mut pending = Pending::default();
     loop {
         let received = tokio::select! {
-            server = asks.recv() => {
-                let Some(server) = server else { return };
-                let socket = if server.is_ipv4() { Some(&v4) } else { v6.as_ref() };
+            word = words.recv() => {
+                let Some(word) = word else { return };
+                let to = word.to();
+                let socket = if to.is_ipv4() { Some(&v4) } else { v6.as_ref() };
                 if let Some(socket) = socket
-                    && let Err(error) = ask(socket, port, server, &mut pending)
+                    && let Err(error) = say(socket, port, word, &mut pending)
                 {
-                    tracing::debug!(%server, %error, "a STUN server could not be asked");
+                    tracing::debug!(%to, %error, "nothing could be sent from the WireGuard port");
                 }
                 continue;
             }
             received = receive(Some(&v4), after_header) => received,
             received = receive(v6.as_ref(), |packet| Some(packet)) => received,
         };
-        let answer = match received {
-            Ok(datagram) => datagram.and_then(|datagram| pending.answer(&datagram)),
+        let datagram = match received {
+            Ok(Some(datagram)) => datagram,
+            Ok(None) => continue,
             Err(error) => {
-                tracing::warn!(%error, "answers of STUN servers cannot be received");
+                tracing::warn!(%error, "nothing can be received on the WireGuard port");
                 tokio::time::sleep(PAUSE).await;
                 continue;
             }
         };
-        if let Some(answer) = answer
-            && answers.send(answer).await.is_err()
+        let event = if is_disco(&datagram.payload) {
+            Some(Event::Disco {
+                from: datagram.from,
+                bytes: datagram.payload,
+            })
+        } else {
+            pending.answer(&datagram).map(Event::Answer)
+        };
+        if let Some(event) = event
+            && let Err(TrySendError::Closed(_)) = events.try_send(event)
         {
             return;
         }
@@ -103,9 +153,12 @@ async fn serve(
 
 /// A raw socket. To receive and to send it is used like a UDP socket, which is what tokio takes it
 /// for.
-fn open(domain: Domain, filter: &[SockFilter]) -> io::Result<UdpSocket> {
+fn open(domain: Domain, filter: &[Op]) -> io::Result<UdpSocket> {
     let socket = Socket::new(domain, Type::RAW.nonblocking(), Some(Protocol::UDP))?;
-    socket.attach_filter(filter)?;
+    let filter = filter
+        .iter()
+        .map(|(code, yes, no, k)| SockFilter::new(*code, *yes, *no, *k));
+    socket.attach_filter(&filter.collect::<Vec<_>>())?;
     let socket = UdpSocket::from_std(socket.into())?;
     // What came in before the filter stood is of any kind; it is read and thrown away.
     while socket.try_recv(&mut [0]).is_ok() {}
@@ -145,31 +198,35 @@ fn after_header(packet: &[u8]) -> Option<&[u8]> {
     packet.get(words * 4..)
 }
 
-fn ask(socket: &UdpSocket, port: u16, server: SocketAddr, pending: &mut Pending) -> io::Result<()> {
-    let mut transaction = [0; TRANSACTION_BYTES];
-    getrandom::fill(&mut transaction).map_err(|_| io::Error::other("no random bytes"))?;
-    let source = source(server)?;
-    let datagram = udp(
-        SocketAddr::new(source, port),
-        server,
-        &stun::request(transaction),
-    );
-    // A port other than 0 would be taken for a protocol number (`rawv6_sendmsg`).
-    let to = SocketAddr::new(server.ip(), 0);
-    socket.try_send_to(&datagram, to)?;
-    pending.note(transaction, server);
-    Ok(())
+fn say(socket: &UdpSocket, port: u16, word: Word, pending: &mut Pending) -> io::Result<()> {
+    match word {
+        Word::Send { to, bytes } => send(socket, port, to, &bytes),
+        Word::Ask(server) => {
+            let mut transaction = [0; TRANSACTION_BYTES];
+            getrandom::fill(&mut transaction).map_err(|_| io::Error::other("no random bytes"))?;
+            send(socket, port, server, &stun::request(transaction))?;
+            pending.note(transaction, server);
+            Ok(())
+        }
+    }
 }
 
-/// The address that the kernel sends from to `server`.
-fn source(server: SocketAddr) -> io::Result<IpAddr> {
-    let any: IpAddr = match server {
+fn send(socket: &UdpSocket, port: u16, to: SocketAddr, payload: &[u8]) -> io::Result<()> {
+    let datagram = udp(SocketAddr::new(source(to)?, port), to, payload);
+    // A port other than 0 would be taken for a protocol number (`rawv6_sendmsg`).
+    let to = SocketAddr::new(to.ip(), 0);
+    socket.try_send_to(&datagram, to).map(drop)
+}
+
+/// The address that the kernel sends from to `peer`.
+fn source(peer: SocketAddr) -> io::Result<IpAddr> {
+    let any: IpAddr = match peer {
         SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
     // Connecting a UDP socket sends nothing: it is how to ask for the route.
     let socket = std::net::UdpSocket::bind((any, 0))?;
-    socket.connect(server)?;
+    socket.connect(peer)?;
     Ok(socket.local_addr()?.ip())
 }
 
@@ -253,28 +310,51 @@ mod op {
     pub const RETURN: u16 = 0x06;
 }
 
-/// Lets STUN to `port` through. The packet begins with its IPv4 header.
-fn filter_v4(port: u16) -> [SockFilter; 7] {
+/// The first four bytes of [`DISCO_MAGIC`], and the last two.
+const DISCO_HEAD: u32 = first_word(DISCO_MAGIC);
+const DISCO_TAIL: u32 = last_half(DISCO_MAGIC);
+
+const fn first_word([a, b, c, d, ..]: [u8; 6]) -> u32 {
+    u32::from_be_bytes([a, b, c, d])
+}
+
+const fn last_half([.., e, f]: [u8; 6]) -> u32 {
+    u32::from_be_bytes([0, 0, e, f])
+}
+
+/// An instruction: code, how far to jump if it is so and if not, operand.
+type Op = (u16, u8, u8, u32);
+
+/// Lets STUN and discovery to `port` through. The packet begins with its IPv4 header.
+fn filter_v4(port: u16) -> [Op; 11] {
     [
-        SockFilter::new(op::LOAD_HEADER_LENGTH, 0, 0, 0),
-        SockFilter::new(op::LOAD_HALF_AFTER, 0, 0, 2),
-        SockFilter::new(op::JUMP_EQUAL, 0, 3, port.into()),
-        SockFilter::new(op::LOAD_WORD_AFTER, 0, 0, 12),
-        SockFilter::new(op::JUMP_EQUAL, 0, 1, MAGIC_COOKIE),
-        SockFilter::new(op::RETURN, 0, 0, u32::MAX),
-        SockFilter::new(op::RETURN, 0, 0, 0),
+        (op::LOAD_HEADER_LENGTH, 0, 0, 0),
+        (op::LOAD_HALF_AFTER, 0, 0, 2),
+        (op::JUMP_EQUAL, 0, 7, port.into()),
+        (op::LOAD_WORD_AFTER, 0, 0, 12),
+        (op::JUMP_EQUAL, 4, 0, MAGIC_COOKIE),
+        (op::LOAD_WORD_AFTER, 0, 0, 8),
+        (op::JUMP_EQUAL, 0, 3, DISCO_HEAD),
+        (op::LOAD_HALF_AFTER, 0, 0, 12),
+        (op::JUMP_EQUAL, 0, 1, DISCO_TAIL),
+        (op::RETURN, 0, 0, u32::MAX),
+        (op::RETURN, 0, 0, 0),
     ]
 }
 
 /// The same; the packet begins with its UDP header.
-fn filter_v6(port: u16) -> [SockFilter; 6] {
+fn filter_v6(port: u16) -> [Op; 10] {
     [
-        SockFilter::new(op::LOAD_HALF, 0, 0, 2),
-        SockFilter::new(op::JUMP_EQUAL, 0, 3, port.into()),
-        SockFilter::new(op::LOAD_WORD, 0, 0, 12),
-        SockFilter::new(op::JUMP_EQUAL, 0, 1, MAGIC_COOKIE),
-        SockFilter::new(op::RETURN, 0, 0, u32::MAX),
-        SockFilter::new(op::RETURN, 0, 0, 0),
+        (op::LOAD_HALF, 0, 0, 2),
+        (op::JUMP_EQUAL, 0, 7, port.into()),
+        (op::LOAD_WORD, 0, 0, 12),
+        (op::JUMP_EQUAL, 4, 0, MAGIC_COOKIE),
+        (op::LOAD_WORD, 0, 0, 8),
+        (op::JUMP_EQUAL, 0, 3, DISCO_HEAD),
+        (op::LOAD_HALF, 0, 0, 12),
+        (op::JUMP_EQUAL, 0, 1, DISCO_TAIL),
+        (op::RETURN, 0, 0, u32::MAX),
+        (op::RETURN, 0, 0, 0),
     ]
 }
 
@@ -323,6 +403,77 @@ mod tests {
         let answer = Answer { server, mapped };
         assert_eq!(pending.answer(&datagram(server, [7; 12])), Some(answer));
         assert_eq!(pending.answer(&datagram(server, [7; 12])), None, "once");
+    }
+
+    /// What a filter says of a packet, as the kernel runs it: an access beyond the end is a no.
+    fn passes(filter: &[Op], packet: &[u8]) -> bool {
+        let load = |at: usize, length: usize| {
+            let bytes = packet.get(at..at + length)?;
+            Some(
+                bytes
+                    .iter()
+                    .fold(0, |sum, byte| sum << 8 | u32::from(*byte)),
+            )
+        };
+        let (mut a, mut x, mut at) = (0, 0, 0);
+        loop {
+            let (code, yes, no, k) = filter[at];
+            let place = k as usize;
+            at += 1;
+            let loaded = match code {
+                op::LOAD_HEADER_LENGTH => {
+                    x = usize::from(packet[place] & 15) * 4;
+                    continue;
+                }
+                op::JUMP_EQUAL => {
+                    at += usize::from(if a == k { yes } else { no });
+                    continue;
+                }
+                op::RETURN => return k != 0,
+                op::LOAD_HALF => load(place, 2),
+                op::LOAD_WORD => load(place, 4),
+                op::LOAD_HALF_AFTER => load(x + place, 2),
+                op::LOAD_WORD_AFTER => load(x + place, 4),
+                other => panic!("{other:#x}"),
+            };
+            match loaded {
+                Some(loaded) => a = loaded,
+                None => return false,
+            }
+        }
+    }
+
+    #[test]
+    fn filters_pass_stun_and_discovery_to_our_port_and_nothing_else() {
+        let mut disco = DISCO_MAGIC.to_vec();
+        disco.resize(80, 1);
+        let mut almost = disco.clone();
+        almost[5] ^= 1;
+        let wireguard = [&[4, 0, 0, 0][..], &[7; 28]].concat();
+        let stun = stun::request([9; 12]);
+        for (payload, port, expected) in [
+            (&disco, 51820, true),
+            (&disco, 51821, false),
+            (&almost, 51820, false),
+            (&stun, 51820, true),
+            (&stun, 1, false),
+            (&wireguard, 51820, false),
+            (&Vec::new(), 51820, false),
+        ] {
+            let from: SocketAddr = "192.0.2.1:9".parse().unwrap();
+            let to = SocketAddr::new(from.ip(), port);
+            let datagram = udp(from, to, payload);
+            assert_eq!(
+                passes(&filter_v6(51820), &datagram),
+                expected,
+                "{payload:?}"
+            );
+            for words in [5, 6, 15] {
+                let mut packet = vec![0x40 | words; usize::from(words) * 4];
+                packet.extend_from_slice(&datagram);
+                assert_eq!(passes(&filter_v4(51820), &packet), expected, "{payload:?}");
+            }
+        }
     }
 
     #[test]

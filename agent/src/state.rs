@@ -4,8 +4,8 @@
 //! STATE-DIR/            0700
 //!   netmap              the netmap in force, for a start without the coordinator
 //!   settings            up or down, name, routes, shields, which coordinator
-//!   netmap.copy         the same once more, should the first be unreadable
-//!   settings.copy
+//!   permit              the word that relays let this node in for
+//!   *.copy              the same once more, should the first be unreadable
 //! ```
 //! (The `identity` module keeps its own file here.) A file is a line with its SHA-256, then JSON:
 //! a flipped bit is an unreadable file and not another address. Each is replaced whole: written and
@@ -17,6 +17,7 @@ use data_encoding::HEXLOWER;
 use proto::key::Fingerprint;
 use proto::net::Prefix;
 use proto::netmap::Netmap;
+use proto::permit::Permit;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -28,6 +29,7 @@ use std::path::{Path, PathBuf};
 
 const NETMAP: &str = "netmap";
 const SETTINGS: &str = "settings";
+const PERMIT: &str = "permit";
 /// Where the `kernel` module notes what it has to put back.
 const SWITCHES: &str = "switches";
 /// The largest file that is read, in bytes: the largest netmap, and some.
@@ -154,6 +156,28 @@ impl StateDir {
         self.keep(SETTINGS, settings)
     }
 
+    /// The relay permit of an earlier run.
+    #[must_use]
+    pub fn permit(&self) -> Loaded<Permit> {
+        self.load(PERMIT)
+    }
+
+    /// Keeps a relay permit.
+    ///
+    /// # Errors
+    /// [`StateError`]; what was kept before still is.
+    pub fn keep_permit(&self, permit: &Permit) -> Result<(), StateError> {
+        self.keep(PERMIT, permit)
+    }
+
+    /// Forgets the relay permit: it is of a network that this node left.
+    ///
+    /// # Errors
+    /// [`StateError::Io`].
+    pub fn forget_permit(&self) -> Result<(), StateError> {
+        self.remove(PERMIT)
+    }
+
     /// The file for what the `kernel` module has to put back.
     #[must_use]
     pub fn switches(&self) -> PathBuf {
@@ -181,6 +205,7 @@ impl StateDir {
     /// [`StateError::Io`].
     pub fn wipe(&self) -> Result<(), StateError> {
         self.remove(NETMAP)?;
+        self.remove(PERMIT)?;
         self.remove(SETTINGS)
     }
 

@@ -360,7 +360,9 @@ impl Stream {
     }
 }
 
-fn tls_config(pin: Fingerprint, certificate: Arc<CertifiedKey>) -> ClientConfig {
+/// TLS 1.3 to exactly one certificate, without one of our own.
+#[must_use]
+pub fn tls_to(pin: Fingerprint) -> ClientConfig {
     let provider = ring::default_provider();
     let verifier = Pinned {
         pin,
@@ -371,8 +373,14 @@ fn tls_config(pin: Fingerprint, certificate: Arc<CertifiedKey>) -> ClientConfig 
         .expect("ring speaks TLS 1.3")
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(verifier))
-        .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(certificate)));
+        .with_no_client_auth();
     config.resumption = Resumption::disabled();
+    config
+}
+
+fn tls_config(pin: Fingerprint, certificate: Arc<CertifiedKey>) -> ClientConfig {
+    let mut config = tls_to(pin);
+    config.client_auth_cert_resolver = Arc::new(SingleCertAndKey::from(certificate));
     config
 }
 

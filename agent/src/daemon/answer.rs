@@ -124,7 +124,10 @@ impl Daemon {
             }
             .to_owned(),
         });
-        refusal.chain(trouble).chain(self.port_problem())
+        refusal
+            .chain(trouble)
+            .chain(self.port_problem())
+            .chain(self.relay_problem())
     }
 
     pub(super) fn answer_status(&self, reply: oneshot::Sender<Response>) {

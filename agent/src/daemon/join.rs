@@ -91,6 +91,7 @@ impl Daemon {
             return;
         }
         self.link.close();
+        self.relayed.unasked();
         let identity = Arc::clone(&self.identity.borrow());
         let config = ControlConfig {
             address: coordinator.address.clone(),
@@ -232,6 +233,7 @@ impl Daemon {
                 self.link.refusal = None;
             }
             Event::Update(update) => self.engine.handle(Instant::now(), Input::Netmap(update)),
+            Event::Permit(permit) => self.permitted(permit),
             Event::Refused(refusal) => self.refused(refusal),
             Event::LoggedOut => self.logged_out(Logout::Told),
             Event::Disconnected { why, retry_in } => {
@@ -278,6 +280,7 @@ impl Daemon {
             self.netmaps.send_replace(None);
             let forgotten = self.state.forget_netmap();
             self.note("netmap_not_forgotten", forgotten.err());
+            self.forget_permit();
         }
         self.settings.coordinator = Some(coordinator);
         self.settings.up = true;

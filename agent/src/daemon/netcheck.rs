@@ -2,6 +2,7 @@
 
 use super::Daemon;
 use crate::local::report::{Family, Nat, Netcheck, Problem, StunServer};
+use crate::port::Word;
 use engine::{Input, netcheck};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -28,7 +29,7 @@ impl Daemon {
     pub(super) fn ask_servers(&self, servers: &BTreeSet<SocketAddr>) {
         if let Ok(port) = &self.port {
             for server in servers {
-                let _ = port.try_send(*server);
+                let _ = port.try_send(Word::Ask(*server));
             }
         }
     }

@@ -1,0 +1,264 @@
+//! Discovery, relays and permits: what the engine wants of them, and what comes of it.
+
+use super::{Daemon, QUEUE, chain};
+use crate::config::Config;
+use crate::control::{self, Command};
+use crate::identity::Identity;
+use crate::local::report::Problem;
+use crate::port;
+use crate::relay::{self, Outboxes, Relays};
+use crate::shim::Shim;
+use engine::relays::RelayTable;
+use engine::{Input, RelayEvent, Via};
+use proto::id::RegionId;
+use proto::permit::{Permit, VALIDITY};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::mpsc;
+
+/// A network that has no relays for us may have some later.
+const NO_PERMIT_PAUSE: Duration = Duration::from_secs(600);
+
+/// Where words for the port go, or why nothing can be sent from it.
+pub(super) type Port = Result<mpsc::Sender<port::Word>, String>;
+
+/// How the connection to a region is.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Standing {
+    pub(super) up: bool,
+    /// Why it is not.
+    pub(super) why: Option<String>,
+    /// How long its relay's last answer took.
+    pub(super) latency: Option<Duration>,
+}
+
+/// Relayed paths.
+pub(super) struct Relayed {
+    relays: Relays,
+    shim: Result<Arc<Shim>, String>,
+    outboxes: Outboxes,
+    events: mpsc::Sender<(RegionId, RelayEvent)>,
+    pub(super) standings: BTreeMap<RegionId, Standing>,
+    permit: Option<Permit>,
+    /// The coordinator was asked for a permit and has not answered.
+    asked: bool,
+    /// It is not asked again before this.
+    ask_after: Option<Instant>,
+}
+
+/// Opens the sockets beside WireGuard's, or says why not.
+pub(super) fn share_port(config: &Config) -> (Port, mpsc::Receiver<port::Event>) {
+    let (events, seen) = mpsc::channel(QUEUE);
+    let port = port::spawn(config.listen_port, events).map_err(|error| chain(&error));
+    (port, seen)
+}
+
+pub(super) fn seen(event: port::Event) -> Input {
+    match event {
+        port::Event::Answer(port::Answer { server, mapped }) => Input::Mapped {
+            server,
+            addr: mapped,
+        },
+        port::Event::Disco { from, bytes } => Input::Disco { from, bytes },
+    }
+}
+
+impl Relayed {
+    /// No connections yet, and a shim that carries nothing.
+    pub(super) fn new(
+        config: &Config,
+        identity: &Arc<Identity>,
+        events: mpsc::Sender<(RegionId, RelayEvent)>,
+    ) -> Self {
+        let outboxes = Outboxes::default();
+        let shim = Shim::open(config.listen_port).map_err(|error| chain(&error));
+        if let Ok(shim) = &shim {
+            let outboxes = outboxes.clone();
+            let forward: crate::shim::Forward =
+                Arc::new(move |region, packets| outboxes.push(region, packets));
+            tokio::spawn(Arc::clone(shim).run(forward));
+        }
+        let relays = connections(identity, &shim, &outboxes, &events);
+        Self {
+            relays,
+            shim,
+            outboxes,
+            events,
+            standings: BTreeMap::new(),
+            permit: None,
+            asked: false,
+            ask_after: None,
+        }
+    }
+
+    /// The node is somebody else from now on.
+    pub(super) fn change_identity(&mut self, identity: &Arc<Identity>) {
+        self.relays = connections(identity, &self.shim, &self.outboxes, &self.events);
+        self.standings.clear();
+        self.hold(None);
+    }
+
+    /// The port of relayed peers' addresses on `lo`; 0 if none can be relayed.
+    pub(super) fn shim_port(&self) -> u16 {
+        self.shim.as_ref().map_or(0, |shim| shim.port())
+    }
+
+    /// Shows this permit from now on.
+    pub(super) fn hold(&mut self, permit: Option<Permit>) {
+        self.permit = permit;
+        self.asked = false;
+        self.ask_after = None;
+        self.relays.set_permit(permit);
+    }
+
+    /// Whoever was asked for a permit will not answer.
+    pub(super) fn unasked(&mut self) {
+        self.asked = false;
+    }
+
+    fn set(&mut self, table: &RelayTable) {
+        self.standings
+            .retain(|region, _| table.regions.contains_key(region));
+        if let Ok(shim) = &self.shim {
+            shim.set(table);
+            self.relays.set(table.home, &table.regions);
+        }
+    }
+
+    /// When a permit is to be asked for; `None` while there is nothing to wait for.
+    fn permit_due(&self, now: Instant) -> Option<Instant> {
+        if self.asked {
+            return None;
+        }
+        let due = match &self.permit {
+            None => now,
+            Some(permit) => {
+                let left = Duration::from_secs(permit.expires.saturating_sub(unix_time()));
+                now + left.saturating_sub(VALIDITY / 2)
+            }
+        };
+        Some(self.ask_after.map_or(due, |after| due.max(after)))
+    }
+}
+
+fn connections(
+    identity: &Arc<Identity>,
+    shim: &Result<Arc<Shim>, String>,
+    outboxes: &Outboxes,
+    events: &mpsc::Sender<(RegionId, RelayEvent)>,
+) -> Relays {
+    let (lent, shim) = (Arc::clone(identity), shim.clone());
+    let config = relay::Config {
+        me: identity.node_key(),
+        login: Arc::new(move |relay| lent.relay_login(relay)),
+        pinned: Arc::new(control::tls_to),
+        deliver: Arc::new(move |packets| match &shim {
+            Ok(shim) => shim.inject(packets),
+            Err(_) => Vec::new(),
+        }),
+        events: events.clone(),
+    };
+    Relays::new(config, outboxes.clone())
+}
+
+fn unix_time() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.unwrap_or_default().as_secs()
+}
+
+impl Daemon {
+    /// Sends a discovery packet. One that cannot be sent now is as good as lost on its way.
+    pub(super) fn transmit(&self, via: Via, bytes: Vec<u8>) {
+        match via {
+            Via::Direct(to) => {
+                if let Ok(port) = &self.port {
+                    let _ = port.try_send(port::Word::Send { to, bytes });
+                }
+            }
+            Via::Relay(region, to) => self.relayed.relays.send(region, to, bytes),
+        }
+    }
+
+    /// Relayed packets go by these rules from now on.
+    pub(super) fn set_relays(&mut self, table: &RelayTable) {
+        self.relayed.set(table);
+    }
+
+    /// Something happened at a connection to a relay.
+    pub(super) fn handle_relay(&mut self, region: RegionId, event: RelayEvent) {
+        let standing = self.relayed.standings.entry(region).or_default();
+        match &event {
+            RelayEvent::Up => {
+                standing.up = true;
+                standing.why = None;
+            }
+            RelayEvent::Down(why) => {
+                standing.up = false;
+                standing.latency = None;
+                standing.why = Some(why.clone());
+            }
+            RelayEvent::Latency(latency) => standing.latency = Some(*latency),
+            _ => {}
+        }
+        let now = Instant::now();
+        self.engine.handle(now, Input::Relay(region, event));
+    }
+
+    /// Asks for a permit if it is time; returns when to think of it again.
+    pub(super) fn keep_permitted(&mut self, now: Instant) -> Option<Instant> {
+        let engine = self.engine.status();
+        let network = engine.netmap.map(|netmap| &netmap.network);
+        let has_relays = network.is_some_and(|network| !network.relays.is_empty());
+        if !has_relays || !self.settings.up || !self.link.is_open() {
+            return None;
+        }
+        let due = self.relayed.permit_due(now)?;
+        if due > now {
+            return Some(due);
+        }
+        self.relayed.asked = true;
+        self.link.send(Command::Permit);
+        None
+    }
+
+    /// The coordinator gave a permit, or has none for us.
+    pub(super) fn permitted(&mut self, permit: Option<Permit>) {
+        let Some(permit) = permit else {
+            self.relayed.asked = false;
+            self.relayed.ask_after = Some(Instant::now() + NO_PERMIT_PAUSE);
+            return;
+        };
+        self.relayed.hold(Some(permit));
+        let kept = self.state.keep_permit(&permit);
+        self.note("permit_not_kept", kept.err());
+    }
+
+    /// Takes up the permit of an earlier run.
+    pub(super) fn recall_permit(&mut self) {
+        // A damaged one is as good as none: it is asked for again.
+        let permit = self.state.permit().value;
+        let me = self.identity.borrow().node_key();
+        let permit = permit.filter(|permit| permit.node == me);
+        self.relayed.hold(permit);
+    }
+
+    /// The permit is another network's.
+    pub(super) fn forget_permit(&mut self) {
+        self.relayed.hold(None);
+        let forgotten = self.state.forget_permit();
+        self.note("permit_not_forgotten", forgotten.err());
+    }
+
+    /// What is wrong with carrying relayed packets, where the network has relays.
+    pub(super) fn relay_problem(&self) -> Option<Problem> {
+        let why = self.relayed.shim.as_ref().err()?;
+        let engine = self.engine.status();
+        let relays = &engine.netmap?.network.relays;
+        (!relays.is_empty()).then(|| Problem {
+            code: "relays_not_used".to_owned(),
+            message: format!("packets cannot be carried to and from relays: {why}"),
+            next: "The agent needs CAP_NET_RAW for that: run it as the unit does.".to_owned(),
+        })
+    }
+}
