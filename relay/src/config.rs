@@ -8,7 +8,7 @@ use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 /// What a client may send in a second if nothing else is said: 400 Mbit/s.
@@ -42,10 +42,10 @@ pub enum Command {
 /// Flags of `serve`; each wins over the file.
 #[derive(Clone, Debug, Default, Args)]
 pub struct Flags {
-    /// Where nodes connect to [default: 0.0.0.0:443]
+    /// Where nodes connect to; [::] is IPv4 and IPv6 [default: [::]:443]
     #[arg(long, value_name = "ADDR:PORT")]
     pub listen: Option<SocketAddr>,
-    /// Where STUN is answered, by UDP [default: 0.0.0.0:3478]
+    /// Where STUN is answered, by UDP; [::] is IPv4 and IPv6 [default: [::]:3478]
     #[arg(long, value_name = "ADDR:PORT")]
     pub stun_listen: Option<SocketAddr>,
     /// Where /health and /metrics are shown, without TLS [default: 127.0.0.1:9180]
@@ -199,7 +199,7 @@ impl Config {
             .map(read)
             .transpose()?
             .unwrap_or_default();
-        let any = |port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
+        let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
         let certificate = match flags.tls.or(file.tls).unwrap_or(Tls::Own) {
             Tls::Own => Certificate::Own,
             Tls::Off => Certificate::Off,

@@ -39,7 +39,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         signal(SignalKind::terminate())?,
         signal(SignalKind::interrupt())?,
     );
-    let server = Server::start(Config::load(state_dir, flags)?).await?;
+    let server = Server::start(Config::load(state_dir, flags)?)?;
     let certificate = match server.fingerprint {
         Some(fingerprint) => format!("certificate {fingerprint}"),
         None => "without TLS".to_owned(),

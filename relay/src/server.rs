@@ -15,9 +15,13 @@ use bytes::BytesMut;
 use proto::derp::LOGIN_TIMEOUT;
 use proto::key::{Fingerprint, RelayKey};
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use rustix::net::sockopt::{set_ipv6_v6only, set_socket_reuseaddr};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use std::fs::{DirBuilder, File};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,6 +33,9 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
+/// Connections that the kernel completes before they are accepted: many come back at once when a
+/// relay starts again.
+const BACKLOG: i32 = 4_096;
 const LOCK_FILE: &str = "lock";
 /// Most connections at once; one more waits in the kernel's queue.
 const MAX_CONNECTIONS: u32 = 65_536;
@@ -88,11 +95,11 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts it. When this returns, it answers.
+    /// Starts it, in the tokio runtime that this is called in. When this returns, it answers.
     ///
     /// # Errors
     /// If the state folder, the certificate or an address cannot be used.
-    pub async fn start(config: Config) -> Result<Self, StartError> {
+    pub fn start(config: Config) -> Result<Self, StartError> {
         let dir = &config.state_dir;
         let lock = take_state_dir(dir)?;
         let secret = tls::relay_secret(dir)?;
@@ -113,14 +120,9 @@ impl Server {
                  this is for tests alone"
             );
         }
-        let (listener, addr) = listen(config.listen).await?;
-        let (status, status_addr) = listen(config.status_listen).await?;
-        let failed = |source| StartError::Listen {
-            addr: config.stun_listen,
-            source,
-        };
-        let udp = UdpSocket::bind(config.stun_listen).await.map_err(failed)?;
-        let stun_addr = udp.local_addr().map_err(failed)?;
+        let (listener, addr) = listen(config.listen)?;
+        let (status, status_addr) = listen(config.status_listen)?;
+        let (udp, stun_addr) = listen_udp(config.stun_listen)?;
 
         let metrics = Arc::new(Metrics::default());
         let shared = Arc::new(Shared {
@@ -322,11 +324,53 @@ impl Door {
     }
 }
 
-async fn listen(addr: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
-    let failed = |source| StartError::Listen { addr, source };
-    let listener = TcpListener::bind(addr).await.map_err(failed)?;
-    let addr = listener.local_addr().map_err(failed)?;
-    Ok((listener, addr))
+fn listen(addr: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
+    let open = || {
+        let socket = bind(addr, SocketType::STREAM)?;
+        rustix::net::listen(&socket, BACKLOG)?;
+        let listener = TcpListener::from_std(socket.into())?;
+        let addr = listener.local_addr()?;
+        Ok((listener, addr))
+    };
+    open().map_err(|source| StartError::Listen { addr, source })
+}
+
+fn listen_udp(addr: SocketAddr) -> Result<(UdpSocket, SocketAddr), StartError> {
+    let open = || {
+        let socket = UdpSocket::from_std(bind(addr, SocketType::DGRAM)?.into())?;
+        let addr = socket.local_addr()?;
+        Ok((socket, addr))
+    };
+    open().map_err(|source| StartError::Listen { addr, source })
+}
+
+/// A socket at `addr`. `[::]` means both families, whatever the host's settings say, and IPv4 alone
+/// where the kernel has no IPv6.
+fn bind(addr: SocketAddr, kind: SocketType) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let family = |addr: &SocketAddr| match addr {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    };
+    let any = addr.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    let without_v6 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, addr.port()));
+    let made = socket_with(family(&addr), kind, flags, None);
+    let (socket, addr) = match made {
+        Err(Errno::AFNOSUPPORT) if any => {
+            let made = socket_with(AddressFamily::INET, kind, flags, None);
+            (made?, without_v6)
+        }
+        made => (made?, addr),
+    };
+    if addr.is_ipv6() {
+        set_ipv6_v6only(&socket, !any)?;
+    }
+    if kind == SocketType::STREAM {
+        // A restart need not wait for the old connections' last packets.
+        set_socket_reuseaddr(&socket, true)?;
+    }
+    rustix::net::bind(&socket, &addr)?;
+    Ok(socket)
 }
 
 /// Makes the folder if it is absent, and makes sure that no other relay uses it.
@@ -342,7 +386,7 @@ fn take_state_dir(dir: &Path) -> Result<File, StartError> {
         .map_err(failed)?;
     let lock = File::create(dir.join(LOCK_FILE)).map_err(failed)?;
     flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| {
-        if error == rustix::io::Errno::WOULDBLOCK {
+        if error == Errno::WOULDBLOCK {
             StartError::Running(dir.to_owned())
         } else {
             failed(error.into())

@@ -33,7 +33,7 @@ async fn join(
 
 #[tokio::test]
 async fn without_a_good_permit_nobody_comes_in_and_hears_why() {
-    let place = Place::start(networks(), Certificate::Off, 0).await;
+    let place = Place::start(networks(), Certificate::Off, 0);
     let later = now() + 3_600;
     let refused = [
         (None, "with a permit"),
@@ -55,7 +55,7 @@ async fn without_a_good_permit_nobody_comes_in_and_hears_why() {
 
 #[tokio::test]
 async fn nodes_of_two_networks_are_not_there_for_each_other() {
-    let place = Place::start(networks(), Certificate::Off, 0).await;
+    let place = Place::start(networks(), Certificate::Off, 0);
     let later = now() + 3_600;
     let at = place.addr();
     let mut one = join(at, 1, permit(1, 1, 1, later)).await.unwrap();
@@ -78,7 +78,7 @@ async fn nodes_of_two_networks_are_not_there_for_each_other() {
 
 #[tokio::test]
 async fn a_session_ends_with_its_permit() {
-    let place = Place::start(networks(), Certificate::Off, 0).await;
+    let place = Place::start(networks(), Certificate::Off, 0);
     let soon = now() + 2;
     let mut client = join(place.addr(), 1, permit(1, 1, 1, soon)).await.unwrap();
     assert_eq!(client.next().await, None);
@@ -87,7 +87,7 @@ async fn a_session_ends_with_its_permit() {
 
 #[tokio::test]
 async fn a_login_with_a_stolen_key_does_not_open() {
-    let place = Place::start(networks(), Certificate::Off, 0).await;
+    let place = Place::start(networks(), Certificate::Off, 0);
     // Node 8 seals with its own key and claims to be node 7, with node 7's permit.
     let login = Login {
         permit: permit(1, 1, 7, now() + 3_600),

@@ -11,7 +11,7 @@ const TO_THE_OTHER_EVERY: u32 = 100;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_does_not_read_loses_its_own_packets_alone() {
-    let place = Place::open().await;
+    let place = Place::open();
     let mut sender = join(place.addr(), 1).await;
     let mut reader = join(place.addr(), 2).await;
     let slow = Login {
@@ -56,7 +56,7 @@ async fn a_client_that_does_not_read_loses_its_own_packets_alone() {
 #[tokio::test]
 async fn a_client_sends_no_faster_than_its_rate() {
     let rate = 2_000_000;
-    let place = Place::start(Admission::Open, Certificate::Off, rate).await;
+    let place = Place::start(Admission::Open, Certificate::Off, rate);
     let (mut a, mut b) = (join(place.addr(), 1).await, join(place.addr(), 2).await);
     assert_eq!(a.info.bytes_per_second, rate);
     assert_eq!(a.info.bytes_burst, burst(rate));

@@ -35,24 +35,34 @@ pub fn networks() -> Admission {
 }
 
 impl Place {
-    pub async fn start(admission: Admission, certificate: Certificate, rate: u64) -> Self {
+    pub fn start(admission: Admission, certificate: Certificate, rate: u64) -> Self {
+        Self::with(|config| {
+            config.admission = admission;
+            config.certificate = certificate;
+            config.rate = rate;
+        })
+    }
+
+    /// Open, without TLS and without a rate, but for what `change` changes.
+    pub fn with(change: impl FnOnce(&mut Config)) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let config = Config {
+        let mut config = Config {
             state_dir: dir.path().to_owned(),
             listen: any(),
             stun_listen: any(),
             status_listen: any(),
-            certificate,
-            admission,
-            rate,
+            certificate: Certificate::Off,
+            admission: Admission::Open,
+            rate: 0,
         };
-        let server = Server::start(config).await.unwrap();
+        change(&mut config);
+        let server = Server::start(config).unwrap();
         Self { server, _dir: dir }
     }
 
     /// Anybody may come, without TLS, as fast as they can.
-    pub async fn open() -> Self {
-        Self::start(Admission::Open, Certificate::Off, 0).await
+    pub fn open() -> Self {
+        Self::with(|_| {})
     }
 
     pub fn addr(&self) -> SocketAddr {

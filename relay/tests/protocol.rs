@@ -7,12 +7,14 @@ use proto::key::RelayKey;
 use relay::admit::Admission;
 use relay::config::Certificate;
 use relay::switch::DUPLICATE_TEXT;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
-use tokio::net::UdpSocket;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpStream, UdpSocket};
 
 #[tokio::test]
 async fn a_packet_arrives_with_its_senders_key_at_any_size() {
-    let place = Place::open().await;
+    let place = Place::open();
     let (mut a, mut b) = (join(place.addr(), 1).await, join(place.addr(), 2).await);
     assert_eq!(a.relay, place.server.key);
     assert_eq!(a.info.version, VERSION);
@@ -27,7 +29,7 @@ async fn a_packet_arrives_with_its_senders_key_at_any_size() {
 
 #[tokio::test]
 async fn a_client_in_a_hurry_gets_a_frame_first() {
-    let place = Place::open().await;
+    let place = Place::open();
     let login = Login {
         fast: true,
         ..Login::default()
@@ -40,7 +42,7 @@ async fn a_client_in_a_hurry_gets_a_frame_first() {
 
 #[tokio::test]
 async fn over_tls_the_chain_ends_with_the_relays_key() {
-    let place = Place::start(Admission::Open, Certificate::Own, 0).await;
+    let place = Place::start(Admission::Open, Certificate::Own, 0);
     let (stream, chain) = tls(place.addr()).await;
     let hex = data_encoding::HEXLOWER.encode(&place.server.key.0);
     let name = format!("derpkey{hex}");
@@ -67,7 +69,7 @@ async fn over_tls_the_chain_ends_with_the_relays_key() {
 
 #[tokio::test]
 async fn whoever_is_not_here_is_said_to_be_gone() {
-    let place = Place::open().await;
+    let place = Place::open();
     let (mut a, mut b) = (join(place.addr(), 1).await, join(place.addr(), 2).await);
     a.send_packet(key(3), b"x").await;
     let gone = |peer, reason| format!("{:?}", Frame::PeerGone { peer, reason });
@@ -95,7 +97,7 @@ async fn whoever_is_not_here_is_said_to_be_gone() {
 
 #[tokio::test]
 async fn frames_of_other_versions_change_nothing() {
-    let place = Place::open().await;
+    let place = Place::open();
     let mut a = join(place.addr(), 1).await;
     for frame in [
         Frame::Unknown(0x7f),
@@ -115,7 +117,7 @@ async fn frames_of_other_versions_change_nothing() {
 
 #[tokio::test]
 async fn what_only_relays_may_ask_ends_a_clients_session() {
-    let place = Place::open().await;
+    let place = Place::open();
     let (src, dst, packet) = (key(2), key(3), &b"forged"[..]);
     let mut victim = join(place.addr(), 3).await;
     for frame in [
@@ -132,7 +134,7 @@ async fn what_only_relays_may_ask_ends_a_clients_session() {
 
 #[tokio::test]
 async fn a_second_connection_with_one_key_is_told_of_and_takes_over() {
-    let place = Place::open().await;
+    let place = Place::open();
     let mut old = join(place.addr(), 1).await;
     let mut new = join(place.addr(), 1).await;
     let mut peer = join(place.addr(), 2).await;
@@ -149,7 +151,7 @@ async fn a_second_connection_with_one_key_is_told_of_and_takes_over() {
 
 #[tokio::test]
 async fn a_stopping_relay_says_so_within_a_second() {
-    let place = Place::open().await;
+    let place = Place::open();
     let mut clients = Vec::new();
     for seed in 1..=20 {
         clients.push(join(place.addr(), seed).await);
@@ -168,7 +170,7 @@ async fn a_stopping_relay_says_so_within_a_second() {
 
 #[tokio::test]
 async fn the_pages_beside_the_stream() {
-    let place = Place::open().await;
+    let place = Place::open();
     let _client = join(place.addr(), 1).await;
     let health = get(place.addr(), "/health").await;
     assert!(health.starts_with("HTTP/1.1 200 "), "{health}");
@@ -199,7 +201,7 @@ async fn the_pages_beside_the_stream() {
 
 #[tokio::test]
 async fn stun_tells_the_address_it_sees_and_ignores_the_rest() {
-    let place = Place::open().await;
+    let place = Place::open();
     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     socket.connect(place.server.stun_addr).await.unwrap();
     socket.send(b"no stun at all").await.unwrap();
@@ -210,4 +212,36 @@ async fn stun_tells_the_address_it_sees_and_ignores_the_rest() {
     let seen = proto::stun::parse_response(&answer[..length]).unwrap();
     assert_eq!(seen, ([9; 12], socket.local_addr().unwrap()));
     assert_eq!(place.metric("weir_relay_stun_ignored_total").await, 1);
+}
+
+#[tokio::test]
+async fn one_wildcard_serves_both_families_and_stun_tells_each_its_own() {
+    let any: SocketAddr = "[::]:0".parse().unwrap();
+    let place = Place::with(|config| (config.listen, config.stun_listen) = (any, any));
+    let locals: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+    for local in locals {
+        let Ok(socket) = UdpSocket::bind((local, 0)).await else {
+            // Only a machine without IPv6 has no such address.
+            assert!(local.is_ipv6());
+            continue;
+        };
+        let mut stream = TcpStream::connect((local, place.addr().port()))
+            .await
+            .unwrap();
+        stream
+            .write_all(b"GET /generate_204 HTTP/1.1\r\n\r\n")
+            .await
+            .unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 204 "), "{answer}");
+
+        let question = proto::stun::request([9; 12]);
+        let at = (local, place.server.stun_addr.port());
+        socket.send_to(&question, at).await.unwrap();
+        let mut answer = [0; 100];
+        let length = socket.recv(&mut answer).await.unwrap();
+        let seen = proto::stun::parse_response(&answer[..length]).unwrap();
+        assert_eq!(seen, ([9; 12], socket.local_addr().unwrap()));
+    }
 }
