@@ -6,7 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
-use coordinator::snapshot::Snapshot;
+use coordinator::config::Relays;
+use coordinator::snapshot::{Snapshot, delta};
 use coordinator::store::{NetworkRow, NodeRow, Rows, Timestamp};
 use proto::control::Report;
 use proto::id::{Generation, NetworkId, NodeId, RegionId};
@@ -43,11 +44,11 @@ fn owner(id: NodeId) -> &'static str {
 
 /// What of the real coordinator a world needs.
 pub struct Authority {
-    regions: BTreeMap<RegionId, Region>,
+    relays: Relays,
     rows: BTreeMap<NodeId, NodeRow>,
     now: Snapshot,
     /// What each node was told last.
-    told: BTreeMap<NodeId, Netmap>,
+    told: BTreeMap<NodeId, Snapshot>,
 }
 
 impl Authority {
@@ -69,10 +70,13 @@ impl Authority {
             };
             (region(index), place)
         };
-        let regions: BTreeMap<RegionId, Region> = (0..regions).map(entry).collect();
-        let now = snapshot(1, &BTreeMap::new())?;
+        let relays = Relays {
+            stun: Vec::new(),
+            regions: (0..regions).map(entry).collect(),
+        };
+        let now = snapshot(1, &BTreeMap::new(), &relays)?;
         Ok(Authority {
-            regions,
+            relays,
             rows: BTreeMap::new(),
             now,
             told: BTreeMap::new(),
@@ -124,25 +128,19 @@ impl Authority {
 
     /// Everything that a node may know.
     pub fn full(&mut self, id: NodeId) -> Option<Netmap> {
-        let view = self.view(id)?;
-        self.told.insert(id, view.clone());
-        Some(view)
+        self.told.insert(id, self.now.clone());
+        self.now.view_for(id)
     }
 
     /// What is new for a node since it was told.
     pub fn news(&mut self, id: NodeId) -> Option<Update> {
-        let before = self.told.remove(&id);
-        let view = self.full(id)?;
-        Some(match before {
-            Some(before) => Update::Delta(Box::new(before.delta_to(&view))),
-            None => Update::Full(Box::new(view)),
-        })
-    }
-
-    fn view(&self, id: NodeId) -> Option<Netmap> {
-        let mut view = self.now.view_for(id)?;
-        view.network.relays.clone_from(&self.regions);
-        Some(view)
+        let Some(told) = self.told.get(&id) else {
+            let netmap = self.full(id)?;
+            return Some(Update::Full(Box::new(netmap)));
+        };
+        let news = delta(told, &self.now, id, told.generation())?;
+        self.told.insert(id, self.now.clone());
+        Some(Update::Delta(Box::new(news)))
     }
 
     /// A node's address in the network.
@@ -159,12 +157,16 @@ impl Authority {
     }
 
     fn advance(&mut self) -> anyhow::Result<()> {
-        self.now = snapshot(self.now.generation().0 + 1, &self.rows)?;
+        self.now = snapshot(self.now.generation().0 + 1, &self.rows, &self.relays)?;
         Ok(())
     }
 }
 
-fn snapshot(generation: u64, nodes: &BTreeMap<NodeId, NodeRow>) -> anyhow::Result<Snapshot> {
+fn snapshot(
+    generation: u64,
+    nodes: &BTreeMap<NodeId, NodeRow>,
+    relays: &Relays,
+) -> anyhow::Result<Snapshot> {
     let prefix = |text: &str| text.parse::<Prefix>();
     let network = NetworkRow {
         id: NETWORK,
@@ -182,5 +184,6 @@ fn snapshot(generation: u64, nodes: &BTreeMap<NodeId, NodeRow>) -> anyhow::Resul
         nodes: nodes.values().cloned().collect(),
         removed: Vec::new(),
     };
-    Snapshot::build(rows).map_err(|wrong| anyhow::anyhow!("{wrong:?}"))
+    let built = Snapshot::build(rows).map_err(|wrong| anyhow::anyhow!("{wrong:?}"))?;
+    Ok(built.with_relays(relays))
 }
