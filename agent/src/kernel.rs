@@ -13,7 +13,7 @@ pub mod route;
 pub mod watch;
 pub mod wireguard;
 
-use engine::plan::{Acl, Device, Observed, PeerCall, PeerChange, Policy, Present, Step};
+use engine::plan::{Acl, Device, Observed, PeerChange, Policy, Present, Step};
 use engine::status::FailureKind;
 use proto::key::{KEY_BYTES, NodeKey};
 use route::{Link, Routes, SwitchError, Switches};
@@ -330,7 +330,6 @@ impl Kernel {
                 self.peers = self.peers.saturating_sub(keys.len());
                 self.spread();
             }
-            Step::Call(calls) => self.call(calls).await?,
             Step::Greet(peers) => self.greet(peers).await?,
             Step::AddAddr(addr) => self.routes.add_addr(self.index().await?, *addr).await?,
             Step::RemoveAddr(addr, len) => {
@@ -399,33 +398,6 @@ impl Kernel {
             &self.config.interface,
             &self.config.bpf_dir,
         )?)
-    }
-
-    /// A peer made anew has not tried to reach anybody lately (`wg_peer_create` in
-    /// drivers/net/wireguard/peer.c), so the greeting goes out at once.
-    async fn call(&mut self, calls: &[PeerCall]) -> Result<(), StepError> {
-        let index = self.index().await?;
-        let wireguard = self.wireguard()?;
-        // Between looking and deciding a handshake may have come through.
-        let now = wireguard.dump(index)?.peers;
-        let (mut greeted, mut moved, mut made) = (Vec::new(), Vec::new(), Vec::new());
-        for PeerCall { peer, seen, anew } in calls {
-            let Some(stats) = now.get(&peer.key).map(|there| &there.stats) else {
-                continue;
-            };
-            if stats.last_handshake != seen.last_handshake || stats.rx_bytes > seen.rx_bytes {
-                continue;
-            }
-            greeted.push((peer.key, peer.keepalive.unwrap_or_default()));
-            if *anew {
-                made.push(peer.clone());
-            } else if stats.endpoint != peer.endpoint {
-                moved.push(peer.clone());
-            }
-        }
-        wireguard.set_peers(index, &moved)?;
-        wireguard.remake_peers(index, &made)?;
-        self.greet(&greeted).await
     }
 
     /// A persistent keepalive that is switched on has the kernel send an empty packet at once

@@ -12,20 +12,23 @@
 //! so this is how roaming, dead endpoints and foreign hands are seen.
 
 use crate::acl::{self, Change};
-use crate::netcheck::{Netcheck, Wish};
-use crate::path::{Call, Path, Surroundings, rank};
+use crate::netcheck::{self, Netcheck, Wish};
+use crate::path::{Path, Surroundings, Way};
+use crate::paths::Paths;
 use crate::plan::{
-    Desired, Device, MAX_GREETED, Observed, Overlap, PeerCall, PeerChange, Policy, Routing, Stats,
-    Step, Wanted, WantedPeer, diff,
+    Desired, Device, MAX_GREETED, Observed, Overlap, Policy, Routing, Stats, Step, Wanted,
+    WantedPeer, diff,
 };
-use crate::status::{Failure, Problem, Status};
+use crate::relays::Relays;
+use crate::status::{Failure, PathStatus, Problem, RegionStatus, Status};
 use crate::trust::{Distrust, VerifiedNetmap, allowed_ips, verify};
-use crate::{Config, Input, LinkAddr, Links, Output};
+use crate::{Config, Input, LinkAddr, Links, Output, RelayEvent, Via};
 use proto::control::Report;
 use proto::filter::Filter;
+use proto::id::RegionId;
 use proto::key::{DiscoSecret, NodeKey};
 use proto::net::Prefix;
-use proto::netmap::{MAX_ENDPOINTS_PER_NODE, Netmap, Peer, Update};
+use proto::netmap::{MAX_ENDPOINTS_PER_NODE, Netmap, Peer, Region, Update};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -36,6 +39,8 @@ use std::time::{Duration, Instant};
 pub const TICK: Duration = Duration::from_secs(2);
 /// What a tick is longer for each peer: reading costs time in proportion.
 pub const TICK_PER_PEER: Duration = Duration::from_millis(1);
+/// How soon the kernel is read again while packets on a direct path have no answer.
+pub const ANXIOUS_TICK: Duration = Duration::from_secs(1);
 /// The pause after the first failure of a plan or a read; doubled with each further one.
 pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest such pause.
@@ -66,12 +71,11 @@ pub struct Engine {
     policy: Option<Arc<Policy>>,
     links: Option<Links>,
     observed: Option<Observed>,
-    paths: BTreeMap<NodeKey, Path>,
+    paths: Paths,
+    relays: Relays,
+    /// When what relays are to do changes by itself.
+    relays_at: Option<Instant>,
     netcheck: Netcheck,
-    /// The earliest call that a path wants to make.
-    call_at: Option<Instant>,
-    /// Peers to be called with the next plan, and where.
-    calls: BTreeMap<NodeKey, Call>,
     in_flight: Option<Vec<Step>>,
     observing: bool,
     /// Whether desired or observed state changed since the last comparison.
@@ -92,8 +96,11 @@ impl Engine {
     /// An engine that knows nothing yet of network and kernel. `me` is the node's public key, `disco`
     /// its secret for discovery, `seed` new random bytes of each start.
     #[must_use]
-    pub fn new(config: Config, me: NodeKey, _disco: DiscoSecret, _seed: [u8; 32]) -> Self {
+    pub fn new(config: Config, me: NodeKey, disco: DiscoSecret, seed: [u8; 32]) -> Self {
         Self {
+            paths: Paths::new(me, disco, seed),
+            relays: Relays::new(config.shim_port),
+            relays_at: None,
             config,
             me,
             up: None,
@@ -107,10 +114,7 @@ impl Engine {
             policy: None,
             links: None,
             observed: None,
-            paths: BTreeMap::new(),
             netcheck: Netcheck::default(),
-            call_at: None,
-            calls: BTreeMap::new(),
             in_flight: None,
             observing: false,
             dirty: false,
@@ -131,6 +135,7 @@ impl Engine {
         match input {
             Input::Up(up) => {
                 self.up = Some(up);
+                self.refresh_paths(now);
                 self.hurry();
             }
             Input::Advertise(routes) => {
@@ -145,7 +150,7 @@ impl Engine {
                     self.unkept = false;
                 }
             }
-            Input::Forget => self.forget(),
+            Input::Forget => self.forget(now),
             Input::Links(links) => self.handle_links(now, links),
             Input::Observed(observed) => self.handle_observed(now, observed),
             Input::Unreadable(detail) => {
@@ -157,52 +162,85 @@ impl Engine {
             Input::Failed(failure) => self.handle_failed(now, failure),
             Input::Resolved(servers) => self.netcheck.resolved(now, servers),
             Input::Mapped { server, addr } => self.handle_mapped(now, server, addr),
-            Input::Disco { .. } | Input::Relay(..) | Input::Timeout => {}
+            Input::Disco { from, bytes } => {
+                self.paths
+                    .receive(now, Via::Direct(from), &bytes, &self.relays);
+            }
+            Input::Relay(region, event) => self.handle_relay(now, region, event),
+            Input::Timeout => {}
         }
     }
 
     /// What is to be done next. Call until it is [`Output::Timeout`].
     pub fn poll(&mut self, now: Instant) -> Output {
-        if let Some(output) = self.outbox.pop_front() {
-            return output;
-        }
-        if self.up == Some(true)
-            && let Some(wish) = self.netcheck.poll(now)
-        {
-            return match wish {
-                Wish::Resolve(names) => Output::Resolve(names),
-                Wish::Ask(servers) => Output::Ask(servers),
-            };
-        }
-        let resting = self.retry_at.is_some_and(|at| now < at);
-        let busy = self.in_flight.is_some() || self.observing;
-        if self.up.is_some() && !resting && !busy {
-            let due = |at: Option<Instant>| at.is_some_and(|at| now >= at);
-            if self.observed.is_none() || due(self.observe_at) || due(self.call_at) {
-                self.observing = true;
-                return Output::Observe;
-            }
-            if let Some(steps) = self.plan(now) {
-                self.in_flight = Some(steps.clone());
-                return Output::Apply(steps);
-            }
+        loop {
             if let Some(output) = self.outbox.pop_front() {
                 return output;
             }
+            if self.up == Some(true)
+                && let Some(output) = self.poll_network(now)
+            {
+                return output;
+            }
+            if self.paths.take_moved() || self.relays_at.is_some_and(|at| now >= at) {
+                self.refresh_relays(now);
+                continue;
+            }
+            if let Some(output) = self.poll_kernel(now) {
+                return output;
+            }
+            if self.outbox.is_empty() && !self.is_due(now) {
+                return Output::Timeout(self.deadline(now));
+            }
         }
-        let tick = now + TICK;
-        let next = if resting {
-            self.retry_at
-        } else {
-            self.observe_at.into_iter().chain(self.call_at).min()
+    }
+
+    /// What is to be asked and sent now.
+    fn poll_network(&mut self, now: Instant) -> Option<Output> {
+        if let Some(wish) = self.netcheck.poll(now) {
+            return Some(match wish {
+                Wish::Resolve(names) => Output::Resolve(names),
+                Wish::Ask(servers) => Output::Ask(servers),
+            });
+        }
+        let (via, bytes) = self.paths.poll(now, &self.relays)?;
+        Some(Output::Transmit { via, bytes })
+    }
+
+    /// What the kernel is to be asked or told now.
+    fn poll_kernel(&mut self, now: Instant) -> Option<Output> {
+        let resting = self.retry_at.is_some_and(|at| now < at);
+        let busy = self.in_flight.is_some() || self.observing;
+        if self.up.is_none() || resting || busy {
+            return None;
+        }
+        if self.observed.is_none() || self.observe_at.is_some_and(|at| now >= at) {
+            self.observing = true;
+            return Some(Output::Observe);
+        }
+        let steps = self.plan(now)?;
+        self.in_flight = Some(steps.clone());
+        // A table of relays that this plan counts on goes first.
+        self.outbox.push_back(Output::Apply(steps));
+        self.outbox.pop_front()
+    }
+
+    /// Whether a plan has changed what paths or relays want now.
+    fn is_due(&self, now: Instant) -> bool {
+        let paths = self.paths.deadline().filter(|_| self.up == Some(true));
+        paths.is_some_and(|at| at <= now) || self.paths.is_moved()
+    }
+
+    fn deadline(&self, now: Instant) -> Instant {
+        let kernel = match self.retry_at {
+            Some(at) if now < at => Some(at),
+            _ => self.observe_at,
         };
-        let next = next.filter(|at| *at > now).unwrap_or(tick);
-        let asking = self.netcheck.deadline().filter(|_| self.up == Some(true));
-        Output::Timeout(
-            asking
-                .filter(|at| *at > now)
-                .map_or(next, |at| at.min(next)),
-        )
+        let kernel = kernel.filter(|at| *at > now).unwrap_or(now + TICK);
+        let network = [self.netcheck.deadline(), self.paths.deadline()];
+        let network = network.into_iter().filter(|_| self.up == Some(true));
+        let all = network.chain([self.relays_at]).flatten();
+        all.filter(|at| *at > now).fold(kernel, Instant::min)
     }
 
     /// Where this node can be reached and what it offers, as far as is known.
@@ -224,8 +262,8 @@ impl Engine {
             routes: self.advertised.clone(),
             endpoints,
             listen_port: self.config.listen_port,
-            disco: None,
-            home: None,
+            disco: Some(self.paths.disco_key()),
+            home: self.relays.home(),
         }
     }
 
@@ -264,6 +302,32 @@ impl Engine {
             converged: converged && self.in_flight.is_none() && self.offered.is_none(),
             problems: self.problems(),
         }
+    }
+
+    /// How one peer is reached, for people; `None` if there is no such peer.
+    #[must_use]
+    pub fn path_of(&self, now: Instant, peer: &NodeKey) -> Option<PathStatus> {
+        let path = self.paths.get(peer)?;
+        let region = self.relays.region_of(peer);
+        let connection = region.map(|region| self.relays.connection(region));
+        Some(PathStatus::of(now, path, region.zip(connection)))
+    }
+
+    /// The network's relay regions, for people.
+    #[must_use]
+    pub fn regions(&self) -> Vec<RegionStatus> {
+        let near = self.netcheck.regions();
+        let status = |(id, region): (&RegionId, &Region)| {
+            let (connection, latency) = self.relays.connection(*id);
+            RegionStatus {
+                id: *id,
+                name: region.name.clone(),
+                is_home: self.relays.home() == Some(*id),
+                connection,
+                latency: near.get(id).copied().or(latency),
+            }
+        };
+        self.relays.map().iter().map(status).collect()
     }
 
     /// What the kernel counts of one peer, as last read.
@@ -407,18 +471,19 @@ impl Engine {
             let netmap = Box::new(offered.netmap().clone());
             self.outbox.push_back(Output::Persist(netmap));
         }
-        self.netcheck.set_names(now, &offered.network().stun);
+        let servers = netcheck::servers(offered.network());
+        self.netcheck.set_names(now, servers);
         self.trusted = Some(offered);
         self.refresh_paths(now);
     }
 
-    fn forget(&mut self) {
+    fn forget(&mut self, now: Instant) {
         self.claimed = None;
         self.offered = None;
         self.trusted = None;
         self.paths.clear();
         self.netcheck = Netcheck::default();
-        (self.call_at, self.calls) = (None, BTreeMap::new());
+        self.refresh_paths(now);
         self.distrust = None;
         self.acl_error = None;
         self.reported = None;
@@ -431,8 +496,10 @@ impl Engine {
         }
         self.links = Some(links);
         self.netcheck.hurry(now);
-        self.report();
         self.refresh_paths(now);
+        self.paths.shaken(now);
+        self.report();
+        self.tell_paths(now);
         self.dirty = true;
     }
 
@@ -442,16 +509,56 @@ impl Engine {
             return;
         }
         self.report();
-        let me = self.me;
-        for (peer, path) in &mut self.paths {
-            path.strive(now, me < *peer);
-        }
-        self.refresh_call_at();
-        self.dirty = true;
+        self.tell_paths(now);
+        self.refresh_relays(now);
     }
 
-    fn refresh_call_at(&mut self) {
-        self.call_at = self.paths.values().filter_map(Path::next_call).min();
+    /// Paths are told where we can be reached.
+    fn tell_paths(&mut self, now: Instant) {
+        let endpoints = self.about().endpoints;
+        self.paths.set_endpoints(now, &endpoints);
+    }
+
+    fn handle_relay(&mut self, now: Instant, region: RegionId, event: RelayEvent) {
+        self.relays.handle(now, region, &event);
+        match event {
+            RelayEvent::Disco { from, bytes } => {
+                let via = Via::Relay(region, from);
+                self.paths.receive(now, via, &bytes, &self.relays);
+                return;
+            }
+            RelayEvent::Data { from } => self.paths.relayed(now, from),
+            RelayEvent::Up
+            | RelayEvent::Down(_)
+            | RelayEvent::Latency(_)
+            | RelayEvent::PeerGone(_) => {}
+        }
+        self.refresh_relays(now);
+    }
+
+    /// Home, the regions to be connected to, and the rules for relayed packets.
+    fn refresh_relays(&mut self, now: Instant) {
+        let mut near = self.netcheck.regions();
+        if near.is_empty() {
+            near = self.relays.latencies();
+        }
+        let moved = self
+            .relays
+            .choose_home(now, &near, self.netcheck.is_measuring());
+        self.paths.refresh_relays(now, &self.relays);
+        let ways = self.paths.iter().map(|(key, path)| match path.way() {
+            Way::Relay => (key, true, None),
+            Way::Direct(endpoint) => (key, false, Some(endpoint)),
+            Way::Blind => (key, false, None),
+        });
+        if let Some(table) = self.relays.publish(now, ways) {
+            self.outbox.push_back(Output::Relays(table));
+        }
+        self.relays_at = self.relays.deadline(now);
+        self.dirty = true;
+        if moved {
+            self.report();
+        }
     }
 
     fn report(&mut self) {
@@ -471,24 +578,17 @@ impl Engine {
             self.failed = None;
         }
         let peers = observed.present().map(|present| &present.peers);
-        self.calls.clear();
-        for (key, path) in &mut self.paths {
-            let there = peers.and_then(|peers| peers.get(key));
-            if let Some(peer) = there {
-                path.observe(now, &peer.stats);
-            }
-            // A call that is due is over, whether or not there is anybody to call it.
-            if let Some(call) = path.call(now)
-                && there.is_some()
-                && self.calls.len() < MAX_GREETED
-            {
-                self.calls.insert(*key, call);
-            }
+        if let Some(peers) = peers {
+            self.paths.observe(now, peers);
         }
         let count = u32::try_from(peers.map_or(0, BTreeMap::len)).unwrap_or(u32::MAX);
-        self.observe_at = Some(now + TICK + TICK_PER_PEER.saturating_mul(count));
+        let tick = if self.paths.is_anxious() {
+            ANXIOUS_TICK
+        } else {
+            TICK
+        };
+        self.observe_at = Some(now + tick + TICK_PER_PEER.saturating_mul(count));
         self.observed = Some(observed);
-        self.refresh_call_at();
         self.dirty = true;
     }
 
@@ -528,29 +628,22 @@ impl Engine {
         }
         self.put_in_force(now);
         self.refresh_routing();
-        let calls = std::mem::take(&mut self.calls);
         let desired = self.desired()?;
         let mut steps = diff(&desired, self.observed.as_ref()?);
-        let calls: Vec<PeerCall> = calls
-            .into_iter()
-            .filter_map(|(key, Call { endpoint, anew })| {
-                let peer = desired.as_ref()?.peers.get(&key)?;
-                let seen = self.status_of(&key).cloned().unwrap_or_default();
-                let peer = PeerChange {
-                    key,
-                    create: true,
-                    replace_allowed_ips: true,
-                    allowed_ips: peer.allowed_ips.clone(),
-                    endpoint: Some(endpoint),
-                    keepalive: Some(peer.keepalive),
-                };
-                Some(PeerCall { peer, seen, anew })
-            })
-            .collect();
-        if !calls.is_empty() {
-            steps.push(Step::Call(calls));
+        if steps.contains(&Step::SetUp(true)) {
+            self.paths.owe_greetings();
         }
+        steps.extend(desired.as_ref().and_then(|wanted| self.greet(wanted)));
         (!steps.is_empty()).then_some(steps)
+    }
+
+    /// Greets whom there was no way to when the device came up, and whom a new path leads to.
+    fn greet(&mut self, wanted: &Wanted) -> Option<Step> {
+        let mut due = self.paths.take_greetings();
+        due.truncate(MAX_GREETED);
+        let keepalive = |key| Some((key, wanted.peers.get(&key)?.keepalive));
+        let due: Vec<(NodeKey, u16)> = due.into_iter().filter_map(keepalive).collect();
+        (!due.is_empty()).then_some(Step::Greet(due))
     }
 
     fn refresh_routing(&mut self) {
@@ -594,53 +687,45 @@ impl Engine {
     }
 
     fn wanted(&self, peer: &Peer, keepalive: u16) -> WantedPeer {
+        let path = self.paths.get(&peer.key);
         WantedPeer {
             allowed_ips: allowed_ips(&peer.addrs, &peer.routes)
                 .filter(|prefix| !self.routing.refuses(prefix))
                 .collect(),
-            endpoint: self.paths.get(&peer.key).and_then(Path::wanted),
-            keepalive,
+            endpoint: path.and_then(Path::wanted),
+            keepalive: path.map_or(0, |path| if path.wants_keepalive() { keepalive } else { 0 }),
+            mute: path.is_some_and(Path::is_mute),
         }
     }
 
-    /// Candidates of every peer, ranked for this host; new peers get a path, gone ones lose it.
+    /// Candidates of every peer, ranked for this host; new peers get a path, gone ones lose it. The
+    /// same for relays. While the node is not to be up, there is none of it.
     fn refresh_paths(&mut self, now: Instant) {
-        let (Some(netmap), Some(links)) = (&self.trusted, &self.links) else {
+        let up = self.up == Some(true);
+        let (Some(netmap), true) = (&self.trusted, up) else {
+            self.relays.set(&BTreeMap::new(), std::iter::empty());
+            self.paths.clear();
+            self.refresh_relays(now);
             return;
         };
-        let own = self.own_addrs();
-        let on_link = links
-            .addrs
-            .iter()
-            .filter_map(|own| Prefix::containing(own.addr, own.prefix_len).ok())
-            .collect();
-        let routed = links.routes.iter().map(|route| route.prefix).collect();
+        let Some(links) = &self.links else {
+            return;
+        };
+        let on_link = links.addrs.iter();
+        let on_link = on_link.filter_map(|own| Prefix::containing(own.addr, own.prefix_len).ok());
         let network = netmap.network();
         let routes = netmap.peers().values().flat_map(|peer| &peer.routes);
-        let tunnelled = routes.copied().chain([network.v4, network.v6]).collect();
-        let host = Surroundings {
-            own: &own,
-            on_link: &on_link,
-            routed: &routed,
-            tunnelled: &tunnelled,
+        let ground = Surroundings {
+            own: self.own_addrs(),
+            on_link: on_link.collect(),
+            routed: links.routes.iter().map(|route| route.prefix).collect(),
+            tunnelled: routes.copied().chain([network.v4, network.v6]).collect(),
         };
-        let mut before = std::mem::take(&mut self.paths);
-        for peer in netmap.peers().values() {
-            let candidates = rank(&peer.endpoints, host);
-            let (mut path, news) = match before.remove(&peer.key) {
-                Some(mut path) => {
-                    let news = path.set_candidates(candidates);
-                    (path, news)
-                }
-                None => (Path::new(candidates), true),
-            };
-            // Where the network has no servers, nobody expects NATs, and traffic does the calling.
-            if news && self.netcheck.is_on() {
-                path.strive(now, self.me < peer.key);
-            }
-            self.paths.insert(peer.key, path);
-        }
-        self.refresh_call_at();
+        let peers = netmap.peers().values();
+        let homes = peers.clone().map(|peer| (peer.key, peer.home));
+        self.relays.set(&network.relays, homes);
+        self.paths.refresh(now, peers, ground, &self.relays);
+        self.refresh_relays(now);
     }
 }
 

@@ -31,7 +31,7 @@
 //! |---|---|
 //! | [`trust`] | netmap -> [`trust::VerifiedNetmap`], or why not |
 //! | [`netcheck`] | how the world sees this node, and what its NAT is like |
-//! | [`path`] | which of a peer's endpoints the kernel is told |
+//! | [`path`] | how one peer is reached: by relay, or at which endpoint |
 //! | [`relays`] | which relays to be connected to, and how relayed packets find their way |
 //! | [`acl`] | filter -> table contents, what changes, `explain` |
 //! | [`plan`] | desired and observed state, and the steps from one to the other |
@@ -44,17 +44,21 @@
 #![forbid(unsafe_code)]
 
 pub mod acl;
+mod dice;
 mod engine;
 pub mod netcheck;
 pub mod path;
+mod paths;
 pub mod plan;
 pub mod relays;
 pub mod status;
 pub mod trust;
 
+pub use engine::{
+    ANXIOUS_TICK, Engine, FIRST_PAUSE, KEEPALIVE_SECONDS, LONGEST_PAUSE, TICK, TICK_PER_PEER,
+};
+pub use paths::EAGER_PEERS;
 pub use relays::{RelayTable, RelayedPeer};
-
-pub use engine::{Engine, FIRST_PAUSE, KEEPALIVE_SECONDS, LONGEST_PAUSE, TICK, TICK_PER_PEER};
 
 use plan::{LiveRoute, Observed, Step};
 use proto::control::Report;

@@ -9,9 +9,14 @@
 //! that peers will be seen from there too; different ports mean a NAT that makes another mapping
 //! for each destination ("hard"), and then no mapping is worth telling to anybody.
 //!
+//! The servers of regions that have relays are asked too: how long they take to answer says which
+//! region is near ([`better_home`]).
+//!
 //! Random transaction numbers and the matching of answers are the hand's; DNS too. Without servers
 //! nothing is asked at all.
 
+use proto::id::RegionId;
+use proto::netmap::Network;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -31,7 +36,11 @@ pub const RESOLVE: Duration = Duration::from_secs(300);
 /// While nobody answers, names are looked up this often.
 pub const RESOLVE_UNANSWERED: Duration = Duration::from_secs(30);
 /// Most servers that are asked: the first of the list.
-pub const MAX_SERVERS: usize = 8;
+pub const MAX_SERVERS: usize = 16;
+/// Another region becomes home only if it is nearer by this much,
+pub const HOME_GAIN: Duration = Duration::from_millis(10);
+/// and takes at most this part of the time: two thirds.
+const HOME_RATIO: (u32, u32) = (2, 3);
 /// Rounds without an answer after which a server's last word no longer counts.
 const PATIENCE_ROUNDS: u32 = 2;
 
@@ -78,7 +87,7 @@ pub enum Wish {
 /// The study of this node's own NAT.
 #[derive(Clone, Debug, Default)]
 pub struct Netcheck {
-    names: Vec<String>,
+    names: BTreeMap<String, Option<RegionId>>,
     resolve_at: Option<Instant>,
     servers: BTreeMap<SocketAddr, Server>,
     /// When to go on with the round, or to begin the next.
@@ -91,9 +100,8 @@ pub struct Netcheck {
 }
 
 impl Netcheck {
-    /// These are the network's servers, as `HOST:PORT`.
-    pub fn set_names(&mut self, now: Instant, names: &[String]) {
-        let names: Vec<String> = names.iter().take(MAX_SERVERS).cloned().collect();
+    /// These are the servers, as [`servers`] has them.
+    pub fn set_names(&mut self, now: Instant, names: BTreeMap<String, Option<RegionId>>) {
         if self.names != names {
             *self = Self {
                 resolve_at: (!names.is_empty()).then_some(now),
@@ -108,7 +116,7 @@ impl Netcheck {
         if servers.is_empty() || self.names.is_empty() {
             return;
         }
-        let known = |name: &String| self.names.contains(name);
+        let known = |name: &String| self.names.contains_key(name);
         let mut before = std::mem::take(&mut self.servers);
         for (addr, name) in servers.into_iter().filter(|(_, name)| known(name)) {
             let server = before.remove(&addr).unwrap_or_else(|| Server::new(name));
@@ -154,7 +162,7 @@ impl Netcheck {
             let unheard = self.servers.values().all(|server| server.mapped.is_none());
             let pause = if unheard { RESOLVE_UNANSWERED } else { RESOLVE };
             self.resolve_at = Some(now + pause);
-            return Some(Wish::Resolve(self.names.clone()));
+            return Some(Wish::Resolve(self.names.keys().cloned().collect()));
         }
         if self.next.is_none_or(|at| now < at) {
             return None;
@@ -250,6 +258,26 @@ impl Netcheck {
         mapped.into_iter().any(|addr| !own.contains(&addr.ip()))
     }
 
+    /// How far the regions are whose servers answered.
+    #[must_use]
+    pub fn regions(&self) -> BTreeMap<RegionId, Duration> {
+        let mut near = BTreeMap::new();
+        for server in self.servers.values() {
+            let region = self.names.get(&server.name).copied().flatten();
+            if let (Some(region), Some(rtt)) = (region, server.rtt) {
+                let best = near.entry(region).or_insert(rtt);
+                *best = rtt.min(*best);
+            }
+        }
+        near
+    }
+
+    /// Whether servers of regions are being asked for the first time.
+    #[must_use]
+    pub fn is_measuring(&self) -> bool {
+        !self.concluded && self.names.values().any(Option::is_some)
+    }
+
     /// Whether the network has servers at all.
     #[must_use]
     pub fn is_on(&self) -> bool {
@@ -276,6 +304,48 @@ impl Server {
     }
 }
 
+/// The servers of a network that are asked, with the region that each stands for: those that are
+/// no relays first, then one of each region, then the others.
+#[must_use]
+pub fn servers(network: &Network) -> BTreeMap<String, Option<RegionId>> {
+    let plain = network.stun.iter().map(|name| (name.clone(), None));
+    let most = network
+        .relays
+        .values()
+        .map(|region| region.hosts.len())
+        .max();
+    let relays = (0..most.unwrap_or(0)).flat_map(|place| {
+        network.relays.iter().filter_map(move |(id, region)| {
+            let relay = region.hosts.get(place)?;
+            let (host, _) = relay.addr.rsplit_once(':')?;
+            Some((format!("{host}:{}", relay.stun?), Some(*id)))
+        })
+    });
+    let mut servers = BTreeMap::new();
+    for (name, region) in plain.chain(relays) {
+        if servers.len() < MAX_SERVERS || servers.contains_key(&name) {
+            let known: &mut Option<RegionId> = servers.entry(name).or_default();
+            *known = known.or(region);
+        }
+    }
+    servers
+}
+
+/// The home to have with these latencies: the one that there is, unless another is much nearer. One
+/// whose latency is not known stays: that nobody answers there is no proof of anything.
+#[must_use]
+pub fn better_home(home: RegionId, near: &BTreeMap<RegionId, Duration>) -> RegionId {
+    let Some(have) = near.get(&home) else {
+        return home;
+    };
+    let nearest = near.iter().min_by_key(|(id, latency)| (**latency, **id));
+    let (part, whole) = HOME_RATIO;
+    nearest
+        .filter(|(_, latency)| **latency * whole <= *have * part)
+        .filter(|(_, latency)| have.saturating_sub(**latency) >= HOME_GAIN)
+        .map_or(home, |(id, _)| *id)
+}
+
 #[cfg(test)]
 #[allow(clippy::disallowed_methods, reason = "a test brings the time")]
 mod tests {
@@ -294,8 +364,8 @@ mod tests {
         let (mut check, now) = (Netcheck::default(), Instant::now());
         assert_eq!(check.poll(now), None, "nobody is asked without servers");
         let names: Vec<String> = servers.iter().map(ToString::to_string).collect();
-        check.set_names(now, &names);
-        assert_eq!(check.poll(now), Some(Wish::Resolve(names)));
+        check.set_names(now, names.iter().map(|name| (name.clone(), None)).collect());
+        assert!(matches!(check.poll(now), Some(Wish::Resolve(all)) if all.len() == names.len()));
         let known = servers.iter().map(|name| (at(name), (*name).to_owned()));
         check.resolved(now, known.collect());
         let all = servers.iter().map(|name| at(name)).collect();
@@ -379,6 +449,19 @@ mod tests {
             check.poll(now);
         }
         assert_eq!(check.reflexive(), []);
+    }
+
+    #[test]
+    fn home_moves_only_for_a_much_nearer_region() {
+        let near = |two: u64| {
+            let far = |millis| Duration::from_millis(millis);
+            BTreeMap::from([(RegionId(1), far(60)), (RegionId(2), far(two))])
+        };
+        let home = |two| better_home(RegionId(1), &near(two));
+        assert_eq!([40, 45, 90].map(home), [2, 1, 1].map(RegionId));
+        assert_eq!(better_home(RegionId(3), &near(1)), RegionId(3), "not known");
+        let short = BTreeMap::from([(RegionId(1), HOME_GAIN), (RegionId(2), HOME_GAIN / 4)]);
+        assert_eq!(better_home(RegionId(1), &short), RegionId(1));
     }
 
     proptest! {

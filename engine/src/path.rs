@@ -1,198 +1,265 @@
-//! One peer's [`Path`]: which of its endpoints the kernel should send to.
+//! One peer's [`Path`]: how we reach it now, and how that changes.
 //!
-//! A peer reports where it may be reached and the coordinator adds where it saw it: the
-//! *candidates*, ranked by [`rank`]. The kernel sends to one endpoint at a time and moves it by
-//! itself to wherever an authenticated packet came from ("roaming", WireGuard paper 2.1). So there
-//! are two truths, kept apart: what we **want** and what is **observed**, and the rule is never to
-//! fight the second with the first:
+//! ```text
+//!            traffic, news, a call                 an answer
+//! Relay ───────────────────────────► (probing) ───────────────────► Direct(endpoint)
+//!   ▲                                                                   │
+//!   └───── distress: answers cease, or packets are swallowed ───────────┘
+//! ```
 //!
-//! - A new peer gets the best candidate.
-//! - While packets come back, nothing is written, whatever the candidates say. Roaming is followed.
-//! - Only *distress* moves us: we send and nothing comes back for [`PATIENCE_TRYING`] (no session
-//!   yet) or [`PATIENCE_LIVE`] (there was one). Then the next candidate is wanted, once, round and
-//!   round. A peer to which nobody sends is never in distress, so an idle mesh writes nothing.
+//! The kernel sends to one endpoint at a time and moves it by itself to wherever an authenticated
+//! packet came from ("roaming", WireGuard paper 2.1). So there are two truths, kept apart: what we
+//! **want** ([`Path::wanted`]) and what is **observed**. A peer that can be reached by relay starts
+//! there, at its own address on `lo`; a direct path replaces that when it is proven, and the session
+//! goes on.
 //!
-//! Distress is seen in the kernel's byte counters: handshakes count on both sides, and a live peer
-//! answers data within 10 s (WireGuard paper 6.5), so `sent grew, received did not` for longer than
-//! that means that the endpoint is dead. No clock of the kernel is compared with ours.
+//! **Probes promote.** *Candidates* are what the netmap and the peer's calls name and where its
+//! pings come from ([`candidate`]). All of them are pinged from WireGuard's own port in a *burst*
+//! ([`probe`]), when there is traffic or news; a burst calls the peer by relay, so that both sides
+//! send at once and both routers let answers in. An answer proves both directions. The first one is
+//! taken, a better one ([`score`]: nearness, family, time) replaces it.
 //!
-//! **Calls.** Where NATs are about, a hole must be open on both sides before a handshake passes, and
-//! the kernel starts one only every 5 s (`REKEY_TIMEOUT`). So when a path that does not work gets
-//! news of either end's addresses ([`Path::strive`]), the peer is *called* a few times in quick
-//! succession, at its best candidates in turn: made anew in the kernel, which forgets when it last
-//! tried, and greeted. The other side does the same at about the same time, for the same netmap told
-//! it; the node with the greater key [`YIELD`]s, because two handshakes that cross cancel each other.
-//! A path that works is never called, so no session is ever lost to this.
+//! **Only distress demotes.** While there is traffic a direct path is pinged every
+//! [`probe::HEARTBEAT`]; without answers it is given up within [`probe::DISTRESS`] pings. And it must
+//! carry packets: if we send, had heard from the peer, and hear nothing for [`PROOF`] though probes
+//! are answered, something on the way swallows WireGuard, and the path is given up as well. Then we
+//! do not answer the peer's pings there either, so that it comes to the same end; and if the relay
+//! brings no answers either, the peer had just nothing to say, and the path is forgiven.
+//! A path idle for [`ACTIVE`] is left as it is, and nothing is sent.
 //!
-//! Relays are not here.
+//! **Nothing flaps.** After a return to the relay the next direct path is taken [`HOLD`] later at
+//! the earliest. Where the kernel roams, we follow; a choice of ours that the peer overrules by
+//! sending from elsewhere is not repeated for five minutes.
+//!
+//! Where neither probes nor relays reach, the kernel's counters are all there is ([`blind`]).
+
+mod blind;
+pub mod candidate;
+pub mod probe;
+mod score;
+
+pub use blind::{PATIENCE_LIVE, PATIENCE_TRYING};
+pub use candidate::{Candidate, Cover, Fault, Source, Surroundings, Tier};
 
 use crate::plan::Stats;
-use proto::net::Prefix;
-use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use blind::Blind;
+use probe::{AGAIN, BURST_CANDIDATES, Burst, CALL_PAUSE, DISTRESS, DOUBT, Heart, PROMPTED_PAUSE};
+use proto::disco::TxId;
+use score::Score;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-/// Sending without an answer for this long, with no session yet, is distress: one handshake
-/// attempt (`REKEY_TIMEOUT`, 5 s) has then gone unanswered.
-pub const PATIENCE_TRYING: Duration = Duration::from_secs(5);
-/// Sending without an answer for this long, on a path that worked, is distress: a live peer sends
-/// at least a keepalive within `KEEPALIVE_TIMEOUT` (10 s), and `KEEPALIVE_TIMEOUT +
-/// REKEY_TIMEOUT` (15 s) later the kernel itself starts a new handshake.
-pub const PATIENCE_LIVE: Duration = Duration::from_secs(20);
+/// A peer with which packets were exchanged this lately is in use.
+pub const ACTIVE: Duration = Duration::from_secs(45);
+/// A direct path that answers probes is given up if packets get no answer for this long.
+pub const PROOF: Duration = Duration::from_secs(2);
+/// Whoever was heard this lately is expected to answer.
+const CONVERSING: Duration = Duration::from_secs(10);
+/// Time for the relay to bring the answers that a direct path did not.
+const TRIAL: Duration = Duration::from_secs(6);
+/// From a return to the relay to the next direct path, at least; and between two changes among
+/// direct paths that are no improvement.
+pub const HOLD: Duration = Duration::from_secs(10);
+/// How much later than the other one the node with the greater key greets: two handshakes that
+/// cross cancel each other.
+pub const YIELD: Duration = Duration::from_millis(300);
+/// Bursts that news start, with nobody sending.
+const EAGER_BURSTS: u32 = 3;
+/// Most candidates of each source but the netmap, which has its own limit.
+const MAX_NAMED: usize = 16;
+/// A ping back to where a ping came from, at most so often.
+const RETURN_PAUSE: Duration = Duration::from_millis(500);
 
 /// A keepalive: an empty data message (WireGuard paper 5.4.6). It is not answered.
 const KEEPALIVE_BYTES: u64 = 32;
-/// Between two calls: time for a handshake around the world.
-pub const CALL_PAUSE: Duration = Duration::from_millis(700);
-/// How much later than the other one the node with the greater key calls.
-pub const YIELD: Duration = Duration::from_millis(300);
-/// Candidates that are called, the best ones: each takes its time.
-const CALLED: usize = 4;
+/// What a handshake adds in one direction at most: a message and the first empty data message.
+const HANDSHAKE_BYTES: u64 = 148 + KEEPALIVE_BYTES;
+
+/// The way that packets to a peer are to take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// By relay.
+    Relay,
+    /// To this endpoint, which is proven or was found in use.
+    Direct(SocketAddr),
+    /// To whatever candidate may work.
+    Blind,
+}
 
 /// How we reach one peer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Path {
-    candidates: Vec<SocketAddr>,
-    /// What the kernel is to be told; `None` while it is to be left alone.
-    wanted: Option<SocketAddr>,
+    /// Whether the peer probes.
+    probes: bool,
+    /// Whether the other side goes first where two would cross.
+    yields: bool,
+    /// Its address on `lo`, if a relay can be used; and whether that is connected.
+    relay: Option<(SocketAddr, bool)>,
+    candidates: BTreeMap<SocketAddr, Candidate>,
+    /// The candidates, best first.
+    ranked: Vec<SocketAddr>,
+    way: Way,
+    /// Since when.
+    since: Option<Instant>,
+    /// When a direct path last took the place of another way.
+    promoted: Option<Instant>,
+    blind: Blind,
     /// What was last observed; `None` before the first observation.
     seen: Option<Stats>,
     /// Whether anything came back on the endpoint in use.
     live: bool,
-    /// Since when we send without an answer.
+    /// When bytes last came.
+    heard: Option<Instant>,
+    active_until: Option<Instant>,
+    heart: Heart,
+    burst: Option<Burst>,
+    last_burst: Option<Instant>,
+    next_burst: Option<Instant>,
+    /// Bursts in a row that found nothing.
+    tries: usize,
+    /// Bursts that are made although nobody sends.
+    eager: u32,
+    called: Option<Instant>,
+    /// No direct path before this.
+    hold: Option<Instant>,
+    /// Since when packets on a direct path have no answer.
     silent_since: Option<Instant>,
-    /// Calls under way.
-    calls: Option<Calls>,
-    /// Whether it was ever called.
-    called: bool,
+    /// The peer has nothing to say: silence proves nothing.
+    one_way: bool,
+    trial: Option<Trial>,
+    greeting: Greeting,
+    /// Until when the other side may go first.
+    settles: Option<Instant>,
+    /// Whether something became due that the kernel is to be told.
+    ripe: bool,
+    /// To be pinged at once.
+    urgent: BTreeSet<SocketAddr>,
 }
 
-/// One call.
+/// A direct path that swallowed packets, while the relay is tried in its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Call {
-    /// Where to.
-    pub endpoint: SocketAddr,
-    /// Whether the kernel must forget when it tried last. The first call needs that not, and then
-    /// harms no session that begins at the same moment.
-    pub anew: bool,
+struct Trial {
+    endpoint: SocketAddr,
+    until: Instant,
+    sent: bool,
 }
 
-/// Calls of a peer, one after the other.
+/// An empty packet that makes a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Calls {
-    next: Instant,
-    made: usize,
+enum Greeting {
+    None,
+    /// As soon as there is a way.
+    Owed,
+    Due(Instant),
+    Now,
 }
 
-/// How good a candidate is, best first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Rank {
-    /// In a network that one of our own interfaces is in.
-    OnLink,
-    /// A route leads there.
-    Routed,
-    /// No route leads there now; one may come.
-    Unrouted,
+/// What is to be sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Errand {
+    /// A ping to this endpoint.
+    Ping(SocketAddr),
+    /// A call by relay, with our endpoints.
+    Call,
 }
 
-/// What [`rank`] must know of this host.
-#[derive(Clone, Copy, Debug)]
-pub struct Surroundings<'a> {
-    /// Our own addresses. Hosts share some by convention (container bridges): such a candidate
-    /// would reach ourselves.
-    pub own: &'a BTreeSet<IpAddr>,
-    /// Networks that our interfaces are in, the WireGuard device's excepted.
-    pub on_link: &'a Cover,
-    /// Where the host's own routes lead, the WireGuard device's excepted.
-    pub routed: &'a Cover,
-    /// What is reached through the tunnel: an endpoint in there would be a loop.
-    pub tunnelled: &'a Cover,
+/// How the kernel's counters moved between two observations.
+#[derive(Clone, Copy, Debug, Default)]
+struct Growth {
+    /// Something came.
+    answered: bool,
+    /// The counters began anew.
+    restarted: bool,
+    /// Something went out that asks for an answer.
+    asked: bool,
+    /// More than the kernel does by itself.
+    lively: bool,
 }
 
-/// The addresses of many prefixes: a question costs one look-up for each length in use, however
-/// many prefixes there are.
-#[derive(Clone, Debug, Default)]
-pub struct Cover {
-    prefixes: BTreeSet<Prefix>,
-    lengths: BTreeSet<u8>,
-}
-
-impl FromIterator<Prefix> for Cover {
-    fn from_iter<I: IntoIterator<Item = Prefix>>(prefixes: I) -> Self {
-        let prefixes: BTreeSet<Prefix> = prefixes.into_iter().collect();
-        let lengths = prefixes.iter().map(Prefix::len).collect();
-        Self { prefixes, lengths }
+impl Growth {
+    fn between(before: &Stats, after: &Stats) -> Self {
+        let shaken = after.last_handshake > before.last_handshake;
+        let sent = after.tx_bytes.saturating_sub(before.tx_bytes);
+        let received = after.rx_bytes.saturating_sub(before.rx_bytes);
+        let quiet = KEEPALIVE_BYTES + if shaken { HANDSHAKE_BYTES } else { 0 };
+        Self {
+            answered: received > 0 || shaken,
+            restarted: after.tx_bytes < before.tx_bytes,
+            asked: sent > 0 && sent != KEEPALIVE_BYTES,
+            lively: sent > quiet || received > quiet,
+        }
     }
-}
-
-impl Cover {
-    /// Whether a prefix contains `addr`.
-    #[must_use]
-    pub fn contains(&self, addr: IpAddr) -> bool {
-        self.lengths.iter().any(|len| {
-            let around = Prefix::containing(addr, *len);
-            around.is_ok_and(|around| self.prefixes.contains(&around))
-        })
-    }
-}
-
-/// The candidates that can be used, best first. The order that the coordinator gave decides among
-/// equals, so the result is the same wherever it is computed.
-#[must_use]
-pub fn rank(candidates: &[SocketAddr], host: Surroundings<'_>) -> Vec<SocketAddr> {
-    let mut seen = BTreeSet::new();
-    let mut ranked: Vec<(Rank, SocketAddr)> = candidates
-        .iter()
-        .filter(|candidate| is_usable(candidate) && seen.insert(**candidate))
-        .filter(|candidate| !host.own.contains(&candidate.ip()))
-        .filter(|candidate| !host.tunnelled.contains(candidate.ip()))
-        .map(|candidate| {
-            let rank = if host.on_link.contains(candidate.ip()) {
-                Rank::OnLink
-            } else if host.routed.contains(candidate.ip()) {
-                Rank::Routed
-            } else {
-                Rank::Unrouted
-            };
-            (rank, *candidate)
-        })
-        .collect();
-    ranked.sort_by_key(|(rank, _)| *rank);
-    ranked.into_iter().map(|(_, candidate)| candidate).collect()
-}
-
-fn is_usable(candidate: &SocketAddr) -> bool {
-    let ip = candidate.ip();
-    let link_local = match ip {
-        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
-        IpAddr::V6(v6) => v6.is_unicast_link_local() || v6.to_ipv4_mapped().is_some(),
-    };
-    candidate.port() != 0
-        && !ip.is_unspecified()
-        && !ip.is_multicast()
-        && !ip.is_loopback()
-        && !link_local
 }
 
 impl Path {
     /// The path of a peer that was just learned, with its candidates in order of preference.
+    /// `yields`: whether our key is the greater one; `relay`: see [`Path::set_relay`].
     #[must_use]
-    pub fn new(candidates: Vec<SocketAddr>) -> Self {
-        Self {
-            wanted: candidates.first().copied(),
-            candidates,
+    pub fn new(
+        probes: bool,
+        yields: bool,
+        candidates: &[(Tier, SocketAddr)],
+        relay: Option<(SocketAddr, bool)>,
+    ) -> Self {
+        let mut path = Self {
+            probes,
+            yields,
+            relay: relay.filter(|_| probes),
+            candidates: BTreeMap::new(),
+            ranked: Vec::new(),
+            way: Way::Blind,
+            since: None,
+            promoted: None,
+            blind: Blind::default(),
             seen: None,
             live: false,
+            heard: None,
+            active_until: None,
+            heart: Heart::default(),
+            burst: None,
+            last_burst: None,
+            next_burst: None,
+            tries: 0,
+            eager: 0,
+            called: None,
+            hold: None,
             silent_since: None,
-            calls: None,
-            called: false,
+            one_way: false,
+            trial: None,
+            greeting: Greeting::None,
+            settles: None,
+            ripe: false,
+            urgent: BTreeSet::new(),
+        };
+        path.name(candidates, Source::Netmap);
+        match path.relay {
+            Some(_) => path.way = Way::Relay,
+            None => path.blind = Blind::new(path.ranked.first().copied()),
         }
+        path
     }
 
     /// What the kernel is to be told now, if anything.
     #[must_use]
     pub fn wanted(&self) -> Option<SocketAddr> {
-        self.wanted
+        match self.way {
+            Way::Relay => self.relay.map(|(loopback, _)| loopback),
+            Way::Direct(endpoint) => Some(endpoint),
+            Way::Blind => self.blind.wanted,
+        }
+    }
+
+    /// The way that is wanted.
+    #[must_use]
+    pub fn way(&self) -> Way {
+        self.way
+    }
+
+    /// Since when, if it ever changed.
+    #[must_use]
+    pub fn since(&self) -> Option<Instant> {
+        self.since
     }
 
     /// Whether packets come back on the endpoint in use, as far as was observed.
@@ -201,316 +268,698 @@ impl Path {
         self.live
     }
 
-    /// The peer may be reached elsewhere from now on. A path that works, or is being tried at an
-    /// endpoint that is still a candidate, is not disturbed. Returns whether that is news.
-    pub fn set_candidates(&mut self, candidates: Vec<SocketAddr>) -> bool {
-        if self.candidates == candidates {
+    /// Whether packets were exchanged lately.
+    #[must_use]
+    pub fn is_active(&self, now: Instant) -> bool {
+        self.active_until.is_some_and(|until| now < until)
+    }
+
+    /// Whether candidates are being pinged for a path.
+    #[must_use]
+    pub fn is_probing(&self) -> bool {
+        self.burst.is_some()
+    }
+
+    /// Whether the peer answers probes at all, in this version of it.
+    #[must_use]
+    pub fn can_probe(&self) -> bool {
+        self.probes
+    }
+
+    /// Until when no direct path is taken, because one just failed.
+    #[must_use]
+    pub fn held_until(&self) -> Option<Instant> {
+        self.hold
+    }
+
+    /// Whether the kernel's counters should be looked at soon: packets have no answer.
+    #[must_use]
+    pub fn is_anxious(&self) -> bool {
+        self.silent_since.is_some() && matches!(self.way, Way::Direct(_)) && self.relay.is_some()
+    }
+
+    /// The candidates.
+    #[must_use]
+    pub fn candidates(&self) -> &BTreeMap<SocketAddr, Candidate> {
+        &self.candidates
+    }
+
+    /// Whether a router between us and the peer must be kept from forgetting us.
+    #[must_use]
+    pub fn wants_keepalive(&self) -> bool {
+        match self.way {
+            Way::Relay => false,
+            Way::Direct(endpoint) => {
+                let tier = self.candidates.get(&endpoint).map(|it| it.tier);
+                // Switched on without a session it begins one, and two must not cross.
+                tier != Some(Tier::OnLink) && (self.live || self.settles.is_none())
+            }
+            // A handshake to a wrong endpoint would hold up the right one for 5 s.
+            Way::Blind => !self.probes || self.tries > 0 || self.live,
+        }
+    }
+
+    /// A device that has just come up has no sessions, and peers do not know: they are to be told
+    /// as soon as there is a way. Whether there is none now.
+    #[must_use]
+    pub fn is_mute(&self) -> bool {
+        match self.way {
+            Way::Relay => !self.is_relay_up(),
+            Way::Direct(_) => false,
+            Way::Blind => self.probes && self.tries == 0 && self.burst.is_some(),
+        }
+    }
+
+    /// The peer is to be greeted as soon as there is a way.
+    pub fn owe_greeting(&mut self) {
+        if self.greeting == Greeting::None {
+            self.greeting = Greeting::Owed;
+        }
+    }
+
+    /// Whether the peer is to be greeted now. Said once.
+    pub fn take_greeting(&mut self) -> bool {
+        let due = self.greeting == Greeting::Now;
+        if due {
+            self.greeting = Greeting::None;
+        }
+        due && !self.is_mute()
+    }
+
+    /// Whether something became due that the kernel is to be told. Said once.
+    pub fn take_ripe(&mut self) -> bool {
+        std::mem::take(&mut self.ripe)
+    }
+
+    fn greet(&mut self, now: Instant) {
+        let later = if self.yields { YIELD } else { Duration::ZERO };
+        self.greeting = Greeting::Due(now + later);
+    }
+
+    fn is_relay_up(&self) -> bool {
+        self.relay.is_some_and(|(_, up)| up)
+    }
+
+    fn name(&mut self, candidates: &[(Tier, SocketAddr)], source: Source) {
+        for candidate in self.candidates.values_mut() {
+            candidate.sources.remove(&source);
+        }
+        for (tier, addr) in candidates {
+            let entry = self.candidates.entry(*addr);
+            let candidate = entry.or_insert_with(|| Candidate::new(*tier, source));
+            candidate.tier = *tier;
+            candidate.sources.insert(source);
+        }
+        let in_use = match self.way {
+            Way::Direct(endpoint) => Some(endpoint),
+            Way::Relay | Way::Blind => None,
+        };
+        self.candidates
+            .retain(|addr, it| !it.sources.is_empty() || Some(*addr) == in_use);
+        self.rank();
+    }
+
+    fn rank(&mut self) {
+        let before = std::mem::take(&mut self.ranked);
+        let place = |addr: &SocketAddr| before.iter().position(|it| it == addr);
+        self.ranked = self.candidates.keys().copied().collect();
+        self.ranked.sort_by_key(|addr| {
+            (
+                self.candidates[addr].tier,
+                place(addr).unwrap_or(usize::MAX),
+            )
+        });
+    }
+
+    /// The netmap's candidates are these. A path that works is not disturbed. Returns whether that
+    /// is news.
+    pub fn set_candidates(&mut self, candidates: &[(Tier, SocketAddr)]) -> bool {
+        let named = |it: &Candidate| it.sources.contains(&Source::Netmap);
+        let before = self.candidates.iter().filter(|(_, it)| named(it));
+        let before: BTreeSet<_> = before.map(|(addr, it)| (it.tier, *addr)).collect();
+        if before == candidates.iter().copied().collect() {
             return false;
         }
-        self.candidates = candidates;
-        let current = self
-            .wanted
-            .or(self.seen.as_ref().and_then(|stats| stats.endpoint));
-        let still_there = current.is_some_and(|endpoint| self.candidates.contains(&endpoint));
-        if !self.live && !still_there {
-            self.wanted = self.candidates.first().copied();
-            self.silent_since = None;
+        // The coordinator's order decides among equals.
+        self.ranked = candidates.iter().map(|(_, addr)| *addr).collect();
+        self.name(candidates, Source::Netmap);
+        if self.way == Way::Blind {
+            let current = self.seen.as_ref().and_then(|stats| stats.endpoint);
+            self.blind.set_candidates(&self.ranked, self.live, current);
         }
         true
     }
 
-    /// Calls the peer from `now` on, unless the path works. `first`: whether the other side yields.
-    pub fn strive(&mut self, now: Instant, first: bool) {
-        let next = if first { now } else { now + YIELD };
-        let calls = Calls { next, made: 0 };
-        self.calls = (!self.live && !self.candidates.is_empty()).then_some(calls);
+    /// Whether the peer probes, from now on.
+    pub fn set_probes(&mut self, probes: bool) {
+        self.probes = probes;
     }
 
-    /// When the next call is due, if one is.
-    #[must_use]
-    pub fn next_call(&self) -> Option<Instant> {
-        self.calls.map(|calls| calls.next)
-    }
-
-    /// The call to make now, if one is due. To be asked right after [`Path::observe`], so
-    /// that no handshake that just succeeded is undone.
-    pub fn call(&mut self, now: Instant) -> Option<Call> {
-        let calls = self.calls.filter(|calls| now >= calls.next)?;
-        let called = self.candidates.len().min(CALLED);
-        if self.live || calls.made >= 2 * called + 2 {
-            self.calls = None;
-            return None;
-        }
-        self.calls = Some(Calls {
-            next: now + CALL_PAUSE,
-            made: calls.made + 1,
-        });
-        self.wanted = None;
-        self.silent_since = None;
-        let anew = std::mem::replace(&mut self.called, true);
-        let endpoint = self.candidates.get(calls.made % called).copied()?;
-        Some(Call { endpoint, anew })
-    }
-
-    /// What the kernel says of the peer now.
-    pub fn observe(&mut self, now: Instant, stats: &Stats) {
-        if self.wanted == stats.endpoint {
-            self.wanted = None;
-        }
-        let Some(before) = self.seen.replace(stats.clone()) else {
-            // First sight: of a peer just made, or of one found at start. A session that is there
-            // is believed until it proves otherwise, and its endpoint is the kernel's to know.
-            self.live = stats.last_handshake.is_some();
-            if self.live && stats.endpoint.is_some() {
-                self.wanted = None;
+    /// The peer's address on `lo` if it can be reached by relay, and whether that relay is
+    /// connected.
+    pub fn set_relay(&mut self, now: Instant, relay: Option<(SocketAddr, bool)>) {
+        let was_up = self.is_relay_up();
+        self.relay = relay.filter(|_| self.probes);
+        match (self.way, self.relay) {
+            (Way::Relay, None) => {
+                self.turn(now, Way::Blind);
+                self.blind = Blind::new(self.ranked.first().copied());
+                self.seek(now, true);
             }
+            (Way::Blind, Some(_)) if !self.live => self.turn(now, Way::Relay),
+            _ => {}
+        }
+        if self.is_relay_up() && !was_up {
+            if self.greeting == Greeting::Owed && self.way == Way::Relay {
+                self.greet(now);
+            }
+            // Whoever could not be called can be now.
+            if self.burst.is_some() || (self.way == Way::Relay && self.is_active(now)) {
+                self.burst = None;
+                self.called = None;
+                self.seek(now, false);
+            }
+        }
+    }
+
+    fn turn(&mut self, now: Instant, way: Way) {
+        if matches!(way, Way::Direct(_)) && !matches!(self.way, Way::Direct(_)) {
+            self.promoted = Some(now);
+        }
+        (self.way, self.since) = (way, Some(now));
+        self.settles = (self.yields && !self.live).then_some(now + YIELD);
+        self.silent_since = None;
+        self.heart = Heart::default();
+        self.blind = Blind::default();
+    }
+
+    /// There is news of either end: a path is looked for, or the one in use is asked. `eager`:
+    /// although nobody sends.
+    pub fn seek(&mut self, now: Instant, eager: bool) {
+        if !self.probes {
+            return;
+        }
+        if eager {
+            self.eager = EAGER_BURSTS;
+        }
+        self.tries = 0;
+        if matches!(self.way, Way::Direct(_)) {
+            self.heart.check(now);
+        }
+        self.start_burst(now);
+    }
+
+    fn start_burst(&mut self, now: Instant) {
+        if self.burst.is_none() {
+            self.burst = Some(Burst::new(now));
+        }
+        self.next_burst = None;
+    }
+
+    /// A burst that the other side asks for, by a call or by packets.
+    fn prompted(&mut self, now: Instant) {
+        let recent = |at: Instant| now.saturating_duration_since(at) < PROMPTED_PAUSE;
+        if !self.last_burst.is_some_and(recent) {
+            self.start_burst(now);
+        }
+    }
+
+    /// Packets of the peer come by relay.
+    pub fn relayed(&mut self, now: Instant) {
+        self.activate(now);
+        match self.way {
+            // The peer may know more than we do.
+            Way::Direct(_) => self.check_if_due(now),
+            Way::Relay | Way::Blind => self.prompted(now),
+        }
+    }
+
+    /// Asks the path in use, if that was not just done.
+    fn check_if_due(&mut self, now: Instant) {
+        let Way::Direct(endpoint) = self.way else {
             return;
         };
-        let answered =
-            stats.rx_bytes > before.rx_bytes || stats.last_handshake > before.last_handshake;
-        let restarted = stats.tx_bytes < before.tx_bytes;
-        if answered || restarted {
-            self.live = answered;
-            self.silent_since = None;
-            if answered && stats.endpoint.is_some() {
-                self.wanted = None;
-            }
+        let asked = self.candidates.get(&endpoint).and_then(|it| it.asked);
+        let lately = |at| now.saturating_duration_since(at) < RETURN_PAUSE;
+        if self.probes && !asked.is_some_and(lately) {
+            self.heart.check(now);
+        }
+    }
+
+    fn activate(&mut self, now: Instant) {
+        let was = self.is_active(now);
+        self.active_until = Some(now + ACTIVE);
+        if was || !self.probes {
             return;
         }
-        let sent = stats.tx_bytes.saturating_sub(before.tx_bytes);
-        // A keepalive asks for nothing.
-        if sent > 0 && sent != KEEPALIVE_BYTES && self.silent_since.is_none() {
-            self.silent_since = Some(now);
+        self.tries = 0;
+        match self.way {
+            Way::Direct(_) => self.check_if_due(now),
+            Way::Relay | Way::Blind => self.start_burst(now),
         }
-        let patience = if self.live {
-            PATIENCE_LIVE
+    }
+
+    /// The peer calls: it is about to ping us, and can be pinged here.
+    pub fn called(&mut self, now: Instant, candidates: &[(Tier, SocketAddr)]) {
+        let candidates = candidates.get(..MAX_NAMED).unwrap_or(candidates);
+        let new = candidates.iter().map(|(_, addr)| *addr);
+        let new: Vec<SocketAddr> = new.filter(|it| !self.candidates.contains_key(it)).collect();
+        self.name(candidates, Source::Call);
+        match self.way {
+            Way::Direct(_) => self.check_if_due(now),
+            Way::Relay | Way::Blind => {
+                self.urgent.extend(new);
+                self.prompted(now);
+            }
+        }
+    }
+
+    /// A ping of the peer came from there. Returns whether to answer.
+    pub fn pinged_by(&mut self, now: Instant, tier: Tier, from: SocketAddr) -> bool {
+        let is_new = !self.candidates.contains_key(&from);
+        if is_new {
+            self.see(tier, from);
+        } else if let Some(candidate) = self.candidates.get_mut(&from) {
+            candidate.sources.insert(Source::Seen);
+        }
+        let Some(candidate) = self.candidates.get(&from) else {
+            return true;
+        };
+        match candidate.fault_at(now) {
+            // An answer would say that packets pass.
+            Some(Fault::Swallows) => return false,
+            Some(Fault::Silent | Fault::Overruled) => return true,
+            None => {}
+        }
+        let lately = |at| now.saturating_duration_since(at) < RETURN_PAUSE;
+        let quiet = !candidate.asked.is_some_and(lately);
+        match self.way {
+            Way::Direct(endpoint) if endpoint == from => {}
+            Way::Direct(_) => {
+                if is_new {
+                    self.check_if_due(now);
+                    self.urgent.insert(from);
+                } else if quiet && self.heart.unanswered > 0 {
+                    self.urgent.insert(from);
+                }
+            }
+            Way::Relay | Way::Blind if quiet => {
+                self.urgent.insert(from);
+            }
+            Way::Relay | Way::Blind => {}
+        }
+        true
+    }
+
+    /// Notes an endpoint that the peer sent from; among many such, one that never answered goes.
+    fn see(&mut self, tier: Tier, from: SocketAddr) {
+        let only_seen = |it: &Candidate| it.sources.iter().all(|source| *source == Source::Seen);
+        let seen = self.candidates.iter().filter(|(_, it)| only_seen(it));
+        if seen.clone().count() >= MAX_NAMED {
+            let in_use = |addr: &SocketAddr| self.way == Way::Direct(*addr);
+            let spare = seen.filter(|(addr, _)| !in_use(addr));
+            let oldest = spare.min_by_key(|(_, it)| it.answered.map(|(at, _)| at));
+            let Some(oldest) = oldest.map(|(addr, _)| *addr) else {
+                return;
+            };
+            self.candidates.remove(&oldest);
+        }
+        self.candidates
+            .insert(from, Candidate::new(tier, Source::Seen));
+        self.rank();
+    }
+
+    /// A ping went out.
+    pub fn pinged(&mut self, now: Instant, endpoint: SocketAddr, tx: TxId) {
+        if let Some(candidate) = self.candidates.get_mut(&endpoint) {
+            candidate.pinged(now, tx);
+        }
+    }
+
+    /// An answer came from there.
+    pub fn ponged(&mut self, now: Instant, tx: TxId, from: SocketAddr) {
+        let Some(candidate) = self.candidates.get_mut(&from) else {
+            return;
+        };
+        if candidate.ponged(now, tx).is_none() || candidate.fault_at(now).is_some() {
+            return;
+        }
+        match self.way {
+            Way::Direct(endpoint) if endpoint == from => {
+                self.heart.answered(now);
+                if self.heart.next.is_some() && !self.is_active(now) {
+                    self.heart.next = None;
+                }
+            }
+            Way::Direct(endpoint) => self.compare(now, endpoint, from),
+            Way::Relay => match self.hold {
+                Some(until) if now < until => {}
+                _ => self.promote(now, from),
+            },
+            Way::Blind => self.promote(now, from),
+        }
+    }
+
+    /// Both answer, or the one in use no longer does.
+    fn compare(&mut self, now: Instant, current: SocketAddr, other: SocketAddr) {
+        let score = |addr| Some(Score::of(addr, self.candidates.get(&addr)?));
+        let (Some(old), Some(new)) = (score(current), score(other)) else {
+            return;
+        };
+        let settled = |since| now.saturating_duration_since(since) >= HOLD;
+        let settled = self.since.is_none_or(settled) || self.relay.is_none();
+        let in_doubt = self.heart.unanswered >= DOUBT;
+        let change = in_doubt || new.is_much_faster_than(old);
+        if new.class < old.class || (settled && change) {
+            self.promote(now, other);
+        }
+    }
+
+    fn promote(&mut self, now: Instant, endpoint: SocketAddr) {
+        self.turn(now, Way::Direct(endpoint));
+        self.tries = 0;
+        self.hold = None;
+        self.trial = None;
+        if self.is_active(now) {
+            self.heart.next = Some(now + probe::HEARTBEAT);
+        }
+        let unheard = !self.live && self.relay.is_none();
+        if self.greeting == Greeting::Owed || (unheard && self.greeting == Greeting::None) {
+            self.greet(now);
+        }
+    }
+
+    /// The direct path in use is no good any more.
+    fn demote(&mut self, now: Instant, endpoint: SocketAddr, fault: Fault) {
+        if self.relay.is_some() {
+            if let Some(candidate) = self.candidates.get_mut(&endpoint) {
+                candidate.fail(now, fault);
+            }
+            // What swallows packets of one path swallows those of all, most likely.
+            self.hold = match fault {
+                Fault::Swallows => Some(now + HOLD),
+                Fault::Silent | Fault::Overruled => self.promoted.map(|at| at + HOLD),
+            };
+            self.turn(now, Way::Relay);
+            // The other side must know, whatever it was told before.
+            self.called = None;
         } else {
-            PATIENCE_TRYING
+            self.turn(now, Way::Blind);
+        }
+        self.burst = None;
+        self.start_burst(now);
+    }
+
+    /// When there is something to do at the latest; `None`: not before something happens.
+    #[must_use]
+    pub fn deadline(&self, now: Instant) -> Option<Instant> {
+        let greeting = match self.greeting {
+            Greeting::Due(at) => Some(at),
+            Greeting::None | Greeting::Owed | Greeting::Now => None,
         };
-        let distress = self
-            .silent_since
-            .is_some_and(|since| now.saturating_duration_since(since) >= patience);
-        if distress {
-            self.try_next(stats.endpoint);
+        let again = self.next_burst.filter(|_| self.may_burst(now));
+        let urgent = (!self.urgent.is_empty()).then_some(now);
+        let burst = self.burst.map(|burst| burst.next);
+        let all = [
+            greeting,
+            self.settles,
+            again,
+            urgent,
+            self.heart.next,
+            burst,
+        ];
+        all.into_iter().flatten().min()
+    }
+
+    fn may_burst(&self, now: Instant) -> bool {
+        self.eager > 0 || self.is_active(now)
+    }
+
+    /// What is to be sent now.
+    pub fn poll(&mut self, now: Instant) -> Vec<Errand> {
+        let mut errands = Vec::new();
+        self.ripen(now);
+        self.beat(now, &mut errands);
+        if self.next_burst.is_some_and(|at| now >= at) {
+            self.next_burst = None;
+            if self.may_burst(now) {
+                self.start_burst(now);
+            }
+        }
+        self.burst(now, &mut errands);
+        let urgent = std::mem::take(&mut self.urgent);
+        errands.extend(urgent.into_iter().map(Errand::Ping));
+        errands
+    }
+
+    fn ripen(&mut self, now: Instant) {
+        if self.settles.is_some_and(|at| now >= at) {
+            (self.settles, self.ripe) = (None, true);
+        }
+        if matches!(self.greeting, Greeting::Due(at) if now >= at) {
+            (self.greeting, self.ripe) = (Greeting::Now, true);
         }
     }
 
-    fn try_next(&mut self, current: Option<SocketAddr>) {
-        self.live = false;
-        self.silent_since = None;
-        let position = self
+    fn beat(&mut self, now: Instant, errands: &mut Vec<Errand>) {
+        let Way::Direct(endpoint) = self.way else {
+            self.heart = Heart::default();
+            return;
+        };
+        if self.heart.next.is_none_or(|at| now < at) {
+            return;
+        }
+        if self.heart.unanswered >= DISTRESS {
+            self.demote(now, endpoint, Fault::Silent);
+            return;
+        }
+        let rtt = self.candidates.get(&endpoint).and_then(|it| it.answered);
+        self.heart.asked(now, rtt.map(|(_, rtt)| rtt));
+        errands.push(Errand::Ping(endpoint));
+        if self.heart.unanswered == DOUBT {
+            self.start_burst(now);
+        }
+    }
+
+    fn burst(&mut self, now: Instant, errands: &mut Vec<Errand>) {
+        let Some(mut burst) = self.burst else {
+            return;
+        };
+        match burst.round(now) {
+            Ok(None) => return,
+            Ok(Some(round)) => {
+                let targets = self.targets(now, burst.began);
+                let wanting = !matches!(self.way, Way::Direct(_)) || !targets.is_empty();
+                let may = |at| now.saturating_duration_since(at) >= CALL_PAUSE;
+                let may = self.is_relay_up() && self.called.is_none_or(may);
+                if round == 0 && wanting && may {
+                    self.called = Some(now);
+                    errands.push(Errand::Call);
+                }
+                errands.extend(targets.into_iter().map(Errand::Ping));
+                self.burst = Some(burst);
+            }
+            Err(probe::Over) => {
+                self.burst = None;
+                self.last_burst = Some(now);
+                self.eager = self.eager.saturating_sub(1);
+                self.next_burst = Some(match self.way {
+                    Way::Direct(_) => now + probe::UPGRADE,
+                    Way::Relay | Way::Blind => self.next_try(now),
+                });
+                if self.greeting == Greeting::Owed && !self.is_mute() {
+                    self.greet(now);
+                }
+            }
+        }
+    }
+
+    fn next_try(&mut self, now: Instant) -> Instant {
+        let last = AGAIN.len() - 1;
+        let pause = AGAIN[self.tries.min(last)];
+        self.tries += 1;
+        // A path that was just given up may be back when it may be taken again.
+        (now + pause).max(self.hold.unwrap_or(now))
+    }
+
+    /// Who is pinged in a round of a burst: those that have not answered in it and might be taken.
+    fn targets(&self, now: Instant, began: Instant) -> Vec<SocketAddr> {
+        let class = |addr: &SocketAddr| Some(Score::of(*addr, self.candidates.get(addr)?).class);
+        let better = |addr: &SocketAddr| match self.way {
+            Way::Direct(current) if self.heart.unanswered >= DOUBT => *addr != current,
+            Way::Direct(current) => class(addr) < class(&current),
+            Way::Relay | Way::Blind => true,
+        };
+        let open = |it: &Candidate| it.fault_at(now).is_none() && !it.answered_since(began);
+        let ranked = self.ranked.iter().copied();
+        ranked
+            .filter(|addr| self.candidates.get(addr).is_some_and(open) && better(addr))
+            .take(BURST_CANDIDATES)
+            .collect()
+    }
+
+    /// What the kernel says of the peer now. `tier`: how near its endpoint is, if it is one that
+    /// can be used, and not an address of ours on `lo`.
+    pub fn observe(&mut self, now: Instant, stats: &Stats, tier: Option<Tier>) {
+        let direct = stats.endpoint.zip(tier);
+        let Some(before) = self.seen.replace(stats.clone()) else {
+            self.live = stats.last_handshake.is_some();
+            self.adopt(now, stats, direct);
+            return;
+        };
+        let growth = Growth::between(&before, stats);
+        if growth.lively {
+            self.activate(now);
+        }
+        if growth.answered {
+            self.heard = Some(now);
+            self.one_way = false;
+        }
+        let was_live = self.live;
+        if growth.answered || growth.restarted {
+            self.live = growth.answered;
+        }
+        if stats.endpoint != before.endpoint && growth.answered {
+            self.roam(now, direct);
+        }
+        match self.way {
+            Way::Direct(endpoint) => self.prove(now, endpoint, stats, growth),
+            Way::Relay => self.judge(now, growth),
+            Way::Blind => {
+                let current = stats.endpoint;
+                let given_up = self
+                    .blind
+                    .observe(now, &self.ranked, was_live, current, growth);
+                self.live &= !given_up;
+                self.take_what_works(now, direct, growth);
+            }
+        }
+    }
+
+    /// First sight: of a peer just made, or of one found at start. A session that is there is
+    /// believed until it proves otherwise, and its endpoint is the kernel's to know.
+    fn adopt(&mut self, now: Instant, stats: &Stats, direct: Option<(SocketAddr, Tier)>) {
+        if self.blind.wanted == stats.endpoint {
+            self.blind.wanted = None;
+        }
+        let Some((endpoint, tier)) = direct.filter(|_| self.live) else {
+            return;
+        };
+        match self.way {
+            Way::Direct(_) => {}
+            Way::Relay | Way::Blind if self.probes => {
+                self.follow(now, endpoint, tier);
+            }
+            Way::Relay | Way::Blind => self.blind.wanted = None,
+        }
+    }
+
+    /// The kernel uses this endpoint, by its own choice; so do we, until it proves no good.
+    fn follow(&mut self, now: Instant, endpoint: SocketAddr, tier: Tier) {
+        match self.candidates.get_mut(&endpoint) {
+            Some(candidate) => {
+                candidate.sources.insert(Source::Seen);
+            }
+            None => self.see(tier, endpoint),
+        }
+        self.turn(now, Way::Direct(endpoint));
+        self.heart.check(now);
+    }
+
+    /// The kernel moved: a packet of the peer came from elsewhere.
+    fn roam(&mut self, now: Instant, direct: Option<(SocketAddr, Tier)>) {
+        let Some((endpoint, tier)) = direct.filter(|(to, _)| self.wanted() != Some(*to)) else {
+            return;
+        };
+        if !self.probes {
+            return;
+        }
+        let fault = self
             .candidates
-            .iter()
-            .position(|candidate| Some(*candidate) == current);
-        let next = position.map_or(0, |position| position + 1);
-        let next = self
-            .candidates
-            .get(next)
-            .or_else(|| self.candidates.first());
-        self.wanted = next.copied().filter(|next| Some(*next) != current);
+            .get(&endpoint)
+            .and_then(|it| it.fault_at(now));
+        match (self.way, fault) {
+            (_, Some(Fault::Swallows | Fault::Silent)) if self.relay.is_some() => return,
+            (Way::Direct(ours), _) if self.heart.unanswered == 0 => {
+                if let Some(candidate) = self.candidates.get_mut(&ours) {
+                    candidate.fail(now, Fault::Overruled);
+                }
+            }
+            (Way::Direct(_) | Way::Relay | Way::Blind, _) => {}
+        }
+        if let Some(candidate) = self.candidates.get_mut(&endpoint) {
+            candidate.forgive();
+        }
+        self.follow(now, endpoint, tier);
+    }
+
+    /// A session without a choice of ours that works becomes the path.
+    fn take_what_works(
+        &mut self,
+        now: Instant,
+        direct: Option<(SocketAddr, Tier)>,
+        growth: Growth,
+    ) {
+        if let Some((endpoint, tier)) = direct
+            && self.probes
+            && growth.answered
+        {
+            self.follow(now, endpoint, tier);
+        }
+    }
+
+    /// Whether packets pass where probes do.
+    fn prove(&mut self, now: Instant, endpoint: SocketAddr, stats: &Stats, growth: Growth) {
+        if growth.answered || growth.restarted || stats.endpoint != Some(endpoint) {
+            self.silent_since = None;
+            return;
+        }
+        let unshaken = stats.last_handshake.is_none();
+        let conversing = |at| now.saturating_duration_since(at) < CONVERSING;
+        let first = self.silent_since.is_none();
+        if first && growth.asked && (unshaken || self.heard.is_some_and(conversing)) {
+            self.silent_since = Some(now);
+            return;
+        }
+        let Some(since) = self.silent_since.filter(|_| !self.one_way) else {
+            return;
+        };
+        let long = now.saturating_duration_since(since) >= PROOF;
+        // Without another way there is nothing to gain.
+        if long && (growth.asked || unshaken) && self.relay.is_some() && self.probes {
+            self.demote(now, endpoint, Fault::Swallows);
+            let until = now + TRIAL;
+            self.trial = Some(Trial {
+                endpoint,
+                until,
+                sent: false,
+            });
+        } else if long && !growth.asked {
+            self.silent_since = None;
+        }
+    }
+
+    /// Whether the relay brings what a direct path did not.
+    fn judge(&mut self, now: Instant, growth: Growth) {
+        let Some(trial) = &mut self.trial else {
+            return;
+        };
+        trial.sent |= growth.asked;
+        if growth.answered {
+            self.trial = None;
+        } else if now >= trial.until {
+            let Trial { endpoint, sent, .. } = *trial;
+            self.trial = None;
+            if sent && self.is_relay_up() {
+                self.one_way = true;
+                if let Some(candidate) = self.candidates.get_mut(&endpoint) {
+                    candidate.forgive();
+                }
+                self.next_burst = Some(self.hold.unwrap_or(now).max(now));
+            }
+        }
     }
 }
 
 #[cfg(test)]
-#[allow(clippy::disallowed_methods, reason = "a test brings the time")]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn at(text: &str) -> SocketAddr {
-        text.parse().unwrap()
-    }
-
-    fn stats(endpoint: &str, tx_bytes: u64, rx_bytes: u64) -> Stats {
-        Stats {
-            endpoint: Some(at(endpoint)),
-            last_handshake: (rx_bytes > 0).then_some(Duration::from_secs(rx_bytes)),
-            tx_bytes,
-            rx_bytes,
-        }
-    }
-
-    const A: &str = "192.0.2.1:51820";
-    const B: &str = "192.0.2.2:51820";
-    const C: &str = "[2001:db8::3]:51820";
-
-    fn trying() -> (Path, Instant) {
-        let (mut path, start) = (Path::new(vec![at(A), at(B)]), Instant::now());
-        assert_eq!(path.wanted(), Some(at(A)));
-        path.observe(start, &stats(A, 0, 0));
-        assert_eq!(
-            path.wanted(),
-            None,
-            "once the kernel has it, nothing is left to say"
-        );
-        (path, start)
-    }
-
-    #[test]
-    fn an_idle_peer_is_left_alone_for_ever() {
-        let (mut path, start) = trying();
-        for hour in 1..100 {
-            path.observe(start + Duration::from_secs(3600 * hour), &stats(A, 0, 0));
-            assert_eq!(path.wanted(), None);
-        }
-    }
-
-    #[test]
-    fn unanswered_handshakes_rotate_through_the_candidates() {
-        let (mut path, start) = trying();
-        let second = Duration::from_secs(1);
-        path.observe(start + second, &stats(A, 148, 0));
-        path.observe(start + second * 5, &stats(A, 148, 0));
-        assert_eq!(path.wanted(), None, "not before its patience ends");
-        path.observe(start + second * 6, &stats(A, 296, 0));
-        assert_eq!(path.wanted(), Some(at(B)));
-        path.observe(start + second * 7, &stats(B, 444, 0));
-        assert_eq!(path.wanted(), None);
-        path.observe(start + second * 12, &stats(B, 592, 0));
-        assert_eq!(path.wanted(), Some(at(A)), "round and round");
-    }
-
-    #[test]
-    fn roaming_is_followed_and_not_fought() {
-        let (mut path, start) = trying();
-        path.observe(start + Duration::from_secs(1), &stats(C, 148, 92));
-        assert!(path.is_live());
-        path.set_candidates(vec![at(B), at(A)]);
-        path.observe(start + Duration::from_secs(2), &stats(C, 1000, 1000));
-        assert_eq!(path.wanted(), None);
-    }
-
-    #[test]
-    fn a_dead_session_is_given_longer_and_then_moves() {
-        let (mut path, start) = trying();
-        let second = Duration::from_secs(1);
-        path.observe(start + second, &stats(A, 148, 92));
-        path.observe(start + second * 2, &stats(A, 9000, 92));
-        path.observe(start + second * 21, &stats(A, 9148, 92));
-        assert_eq!(path.wanted(), None);
-        path.observe(start + second * 22, &stats(A, 9296, 92));
-        assert_eq!(path.wanted(), Some(at(B)));
-    }
-
-    #[test]
-    fn a_session_found_at_start_keeps_its_endpoint() {
-        let mut path = Path::new(vec![at(A)]);
-        path.observe(Instant::now(), &stats(C, 5, 5));
-        assert_eq!(path.wanted(), None);
-    }
-
-    #[test]
-    fn loops_and_unusable_candidates_are_left_out_and_near_ones_come_first() {
-        let prefix = |text: &str| Cover::from_iter([text.parse().unwrap()]);
-        let candidates = [
-            "100.64.0.1:1",
-            "198.51.100.1:1",
-            "10.1.0.1:1",
-            "127.0.0.1:1",
-            "10.1.0.1:0",
-            "172.17.0.1:1",
-            "10.1.0.1:1",
-            "[2001:db8::1]:1",
-        ];
-        let ranked = rank(
-            &candidates.map(at),
-            Surroundings {
-                own: &BTreeSet::from(["172.17.0.1".parse().unwrap()]),
-                on_link: &prefix("10.1.0.0/24"),
-                routed: &prefix("0.0.0.0/0"),
-                tunnelled: &prefix("100.64.0.0/10"),
-            },
-        );
-        let expected = ["10.1.0.1:1", "198.51.100.1:1", "[2001:db8::1]:1"];
-        assert_eq!(ranked, expected.map(at));
-    }
-
-    #[test]
-    fn calls_take_the_candidates_in_turn_until_one_answers() {
-        let (mut path, start) = trying();
-        let mut called: Vec<Call> = Vec::new();
-        path.strive(start, true);
-        let mut now = start;
-        while let Some(next) = path.next_call() {
-            now = next;
-            path.observe(now, &stats(A, 0, 0));
-            called.extend(path.call(now));
-        }
-        let anew: Vec<bool> = called.iter().map(|call| call.anew).collect();
-        assert_eq!(anew, [false, true, true, true, true, true]);
-        let called: Vec<SocketAddr> = called.iter().map(|call| call.endpoint).collect();
-        assert_eq!(called, [A, B, A, B, A, B].map(at));
-        assert!(now - start <= CALL_PAUSE * 6);
-        path.strive(now, false);
-        assert_eq!(
-            path.next_call(),
-            Some(now + YIELD),
-            "the other one goes first"
-        );
-        path.observe(now, &stats(B, 148, 92));
-        assert_eq!(path.call(now + YIELD), None);
-        assert_eq!(path.next_call(), None, "a path that works is not called");
-        path.strive(now, true);
-        assert_eq!(path.next_call(), None);
-    }
-
-    #[test]
-    fn keepalives_alone_are_no_distress() {
-        let (mut path, start) = trying();
-        path.observe(start, &stats(A, 148, 92));
-        for n in 1..20 {
-            let now = start + Duration::from_secs(25 * n);
-            path.observe(now, &stats(A, 148 + 32 * n, 92));
-            assert_eq!((path.is_live(), path.wanted()), (true, None));
-        }
-    }
-
-    proptest! {
-        /// However often news come, a path that works is never called, and calls keep their pace.
-        #[test]
-        fn calls_never_disturb_and_never_hurry(
-            steps in prop::collection::vec((0u64..900, any::<bool>(), 0u64..2), 1..80),
-        ) {
-            let (mut path, mut now) = trying();
-            let (mut tx, mut rx, mut last) = (0, 0, None::<Instant>);
-            for (millis, news, received) in steps {
-                now += Duration::from_millis(millis);
-                (tx, rx) = (tx + 148, rx + received);
-                path.observe(now, &stats(A, tx, rx));
-                if news && path.next_call().is_none() {
-                    path.strive(now, true);
-                }
-                if let Some(to) = path.call(now) {
-                    prop_assert!(!path.is_live());
-                    prop_assert!([at(A), at(B)].contains(&to.endpoint));
-                    prop_assert!(last.is_none_or(|last| now - last >= CALL_PAUSE));
-                    last = Some(now);
-                }
-            }
-        }
-
-        /// Whatever the kernel reports, the path asks only for candidates, and never for the
-        /// endpoint that is already in use, and asks for nothing while answers come.
-        #[test]
-        fn asks_only_for_other_candidates(
-            steps in prop::collection::vec((0u64..4, 0u64..3, 0u64..2, 0usize..3), 1..60),
-        ) {
-            let pool = [at(A), at(B), at(C)];
-            let mut path = Path::new(vec![pool[0], pool[1]]);
-            let (mut now, mut tx, mut rx) = (Instant::now(), 0, 0);
-            path.observe(now, &stats(A, 0, 0));
-            for (seconds, sent, received, endpoint) in steps {
-                now += Duration::from_secs(seconds * 4);
-                (tx, rx) = (tx + sent, rx + received);
-                let endpoint = pool[endpoint];
-                let report = Stats { endpoint: Some(endpoint), ..stats(A, tx, rx) };
-                path.observe(now, &report);
-                if let Some(wanted) = path.wanted() {
-                    prop_assert!(pool[..2].contains(&wanted));
-                    prop_assert_ne!(wanted, endpoint);
-                    prop_assert_eq!(received, 0);
-                }
-            }
-        }
-    }
-}
+mod tests;

@@ -85,6 +85,8 @@ pub struct WantedPeer {
     pub endpoint: Option<SocketAddr>,
     /// Persistent keepalive in seconds; 0 is off.
     pub keepalive: u16,
+    /// Whether a packet to it would be lost now: it is greeted later.
+    pub mute: bool,
 }
 
 /// Forwarding of packets that come in by one side.
@@ -244,9 +246,6 @@ pub enum Step {
     /// comes up has lost all its sessions, and peers that have not would send into nothing for 15 s
     /// (`KEEPALIVE_TIMEOUT + REKEY_TIMEOUT`) before they notice; so we call first.
     Greet(Vec<(NodeKey, u16)>),
-    /// Greets peers, most of them made anew without a session: the kernel then tries at once, and not
-    /// when 5 s (`REKEY_TIMEOUT`) have passed since it tried last. Only for peers that do not answer.
-    Call(Vec<PeerCall>),
     /// Switches forwarding on for an interface, noting what was there.
     Forward(Forwarding),
     /// Restores what was there.
@@ -269,18 +268,6 @@ pub struct PeerChange {
     pub endpoint: Option<SocketAddr>,
     /// Persistent keepalive in seconds, if that is to change.
     pub keepalive: Option<u16>,
-}
-
-/// See [`Step::Call`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PeerCall {
-    /// The whole peer.
-    pub peer: PeerChange,
-    /// What was observed of it. The hand leaves the peer alone if something came from it since, so
-    /// that no session that just began is lost.
-    pub seen: Stats,
-    /// Whether it is made anew; otherwise it is only greeted, at that endpoint.
-    pub anew: bool,
 }
 
 /// The steps that lead from `observed` to `desired`, in an order that keeps the laws above.
@@ -358,8 +345,9 @@ impl Plan<'_> {
     }
 
     fn greet(&mut self, wanted: &Wanted) {
-        let peers = wanted.peers.iter().take(MAX_GREETED);
-        let peers: Vec<_> = peers.map(|(key, peer)| (*key, peer.keepalive)).collect();
+        let peers = wanted.peers.iter().filter(|(_, peer)| !peer.mute);
+        let peers = peers.map(|(key, peer)| (*key, peer.keepalive));
+        let peers: Vec<_> = peers.take(MAX_GREETED).collect();
         self.step_if(!peers.is_empty(), Step::Greet(peers));
     }
 
@@ -502,7 +490,6 @@ impl Observed {
             | Step::Configure { .. }
             | Step::SetPeers(_)
             | Step::RemovePeers(_)
-            | Step::Call(_)
             | Step::AddAddr(_)
             | Step::RemoveAddr(..)
             | Step::AddRoute(_)
@@ -528,13 +515,6 @@ impl Present {
                 peers::apply(&mut self.peers, changes);
             }
             Step::RemovePeers(keys) => peers::remove(&mut self.peers, keys),
-            Step::Call(calls) => {
-                let peers: Vec<_> = calls.iter().map(|call| call.peer.clone()).collect();
-                let anew = calls.iter().filter(|call| call.anew);
-                let keys: Vec<NodeKey> = anew.map(|call| call.peer.key).collect();
-                peers::remove(&mut self.peers, &keys);
-                peers::apply(&mut self.peers, &peers);
-            }
             Step::AddAddr(addr) => {
                 self.addrs.insert(host(*addr));
             }
@@ -614,7 +594,6 @@ impl fmt::Display for Step {
             Self::RemoveAddr(addr, len) => write!(f, "remove address {addr}/{len}"),
             Self::AddRoute(route) => write!(f, "add route {route}"),
             Self::RemoveRoute(route) => write!(f, "remove route {route}"),
-            Self::Call(calls) => write!(f, "call {} peer(s)", calls.len()),
             Self::Greet(peers) => write!(f, "greet {} peer(s)", peers.len()),
             Self::Forward(Forwarding { side, family }) => {
                 write!(f, "forward {family} from {side}")

@@ -1,5 +1,10 @@
 //! What the engine knows, for people: read-only.
 
+mod path;
+
+pub use crate::relays::Connection;
+pub use path::{CandidateStatus, Now, PathStatus, Probe, RegionStatus};
+
 use crate::acl::{self, Acl};
 use crate::plan::{Observed, Overlap};
 use crate::trust::Distrust;

@@ -108,6 +108,7 @@ impl World {
                         allowed_ips: self.prefixes_of(*peer),
                         endpoint: None,
                         keepalive: 0,
+                        mute: false,
                     };
                     (key(*peer), wanted)
                 })
@@ -414,6 +415,7 @@ fn peer(allowed_ips: &[&str]) -> WantedPeer {
         allowed_ips: allowed_ips.iter().map(|ip| ip.parse().unwrap()).collect(),
         endpoint: Some("192.0.2.7:51820".parse().unwrap()),
         keepalive: 0,
+        mute: false,
     }
 }
 

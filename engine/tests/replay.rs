@@ -6,13 +6,15 @@
 use engine::path::PATIENCE_TRYING;
 use engine::plan::{Acl, Device, LiveRoute, Observed, Step};
 use engine::status::{Failure, FailureKind, Problem};
-use engine::{Config, DEFAULT_MTU, Engine, Input, LONGEST_PAUSE, LinkAddr, Links, Output, TICK};
+use engine::{
+    Config, DEFAULT_MTU, Engine, Input, LONGEST_PAUSE, LinkAddr, Links, Output, RelayEvent, TICK,
+};
 use proptest::prelude::*;
 use proto::filter::{Filter, Rule, Selector, Service};
-use proto::id::{Generation, NetworkId, NodeId};
+use proto::id::{Generation, NetworkId, NodeId, RegionId};
 use proto::key::{DiscoSecret, NodeKey};
 use proto::net::{PortRange, Prefix};
-use proto::netmap::{Delta, Me, Netmap, Network, Owner, Peer, Update};
+use proto::netmap::{Delta, Me, Netmap, Network, Owner, Peer, Region, RelayHost, Update};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -527,7 +529,7 @@ fn mapped(addr: &str) -> Input {
 }
 
 #[test]
-fn what_servers_see_is_told_and_peers_without_a_path_are_called() {
+fn what_servers_see_is_told_and_keeps_routers_from_forgetting() {
     let mut driver = Driver::new();
     driver.input(with_stun(1, &[2]));
     let names = vec![SERVER.to_owned()];
@@ -544,34 +546,43 @@ fn what_servers_see_is_told_and_peers_without_a_path_are_called() {
     });
     let expected = ["203.0.113.9:40001", "192.0.2.99:51820"].map(|text| text.parse().unwrap());
     assert_eq!(first.unwrap(), expected, "the mapping first");
-    driver.pass(Duration::from_secs(20));
-    let calls = |driver: &Driver| -> Vec<Option<SocketAddr>> {
-        let steps = driver.plans.iter().flatten();
-        let called = steps.filter_map(|step| match step {
-            Step::Call(calls) => Some(calls[0].peer.endpoint),
-            _ => None,
-        });
-        called.collect()
-    };
-    let (near, far) = ("192.0.2.2:51820", "198.51.100.2:51820");
-    let turns = [near, far, near, far, near, far].map(|text| Some(text.parse().unwrap()));
-    assert_eq!(calls(&driver), turns, "and then it is left to the traffic");
     let device = driver.kernel.present().unwrap();
     let peer = &device.peers[&NodeKey([2; 32])];
     assert_eq!(peer.keepalive, engine::KEEPALIVE_SECONDS);
-    assert_eq!(peer.allowed_ips, [prefix("100.64.0.2/32")].into());
+}
 
-    // A peer that answers is not called, whatever becomes known.
-    driver.plans.clear();
-    let Device::Present(device) = &mut driver.kernel.device else {
-        panic!("it is there");
+/// As [`full`], of a network with relays where peer 2 is at home, and peer 3 that probes alone.
+fn with_relays(generation: u64) -> Input {
+    let mut map = netmap(generation, &[2, 3]);
+    let host = RelayHost {
+        addr: "relay.example.com:443".to_owned(),
+        stun: None,
+        plain: false,
+        certificate: None,
     };
-    let stats = &mut device.peers.get_mut(&NodeKey([2; 32])).unwrap().stats;
-    (stats.rx_bytes, stats.last_handshake) = (92, Some(Duration::from_secs(1)));
-    driver.pass(TICK * 2);
-    driver.input(mapped("203.0.113.9:40002"));
-    driver.pass(Duration::from_secs(20));
-    assert_eq!(calls(&driver), []);
+    let region = |id: u16| Region {
+        name: format!("r{id}"),
+        hosts: vec![host.clone()],
+    };
+    map.network.relays = (1..3).map(|id| (RegionId(id), region(id))).collect();
+    for (id, peer) in &mut map.peers {
+        peer.disco = Some(DiscoSecret::from_bytes([id.0 as u8; 32]).public());
+        peer.home = (id.0 == 2).then_some(RegionId(2));
+    }
+    Input::Netmap(Update::Full(Box::new(map)))
+}
+
+fn relay_event() -> impl Strategy<Value = RelayEvent> {
+    let node = (1u8..5).prop_map(|id| NodeKey([id; 32]));
+    prop_oneof![
+        Just(RelayEvent::Up),
+        Just(RelayEvent::Down("no".to_owned())),
+        (0u64..500).prop_map(|millis| RelayEvent::Latency(Duration::from_millis(millis))),
+        node.clone().prop_map(RelayEvent::PeerGone),
+        node.clone().prop_map(|from| RelayEvent::Data { from }),
+        (node, prop::collection::vec(any::<u8>(), 0..200))
+            .prop_map(|(from, bytes)| RelayEvent::Disco { from, bytes }),
+    ]
 }
 
 /// Any input, legal or not.
@@ -609,6 +620,12 @@ fn input() -> impl Strategy<Value = Input> {
         )),
         Just(mapped("203.0.113.9:40001")),
         Just(mapped("203.0.113.9:40002")),
+        prop::collection::vec(any::<u8>(), 0..200).prop_map(|bytes| Input::Disco {
+            from: "203.0.113.7:51820".parse().unwrap(),
+            bytes,
+        }),
+        (0u16..3, relay_event()).prop_map(|(region, event)| Input::Relay(RegionId(region), event)),
+        (0u64..9).prop_map(with_relays),
         Just(Input::Forget),
         Just(Input::Links(links(HOME))),
         Just(Input::Links(links(&[("100.64.0.0/16", "eth1")]))),
@@ -646,7 +663,7 @@ proptest! {
                 in_flight &= !matches!(input, Input::Applied | Input::Failed(_));
                 engine.handle(now, input.clone());
                 for turn in 0.. {
-                    assert!(turn < 50, "the engine does not come to rest");
+                    assert!(turn < 200, "the engine does not come to rest");
                     let output = engine.poll(now);
                     if matches!(output, Output::Apply(_)) {
                         assert!(!in_flight, "two plans at once");

@@ -236,6 +236,7 @@ fn many_peers() -> BTreeMap<NodeKey, WantedPeer> {
             allowed_ips: [Prefix::host(v4), Prefix::host(v6)].into(),
             endpoint: Some(([192, 0, 2, 1], 1000).into()),
             keepalive: 0,
+            mute: false,
         };
         (key(n.into()), wanted)
     };
@@ -302,6 +303,7 @@ fn a_peer_with_the_most_routes_is_whole_and_loses_one_without_a_gap() {
             allowed_ips: (0..MAX_ROUTES_PER_NODE).map(route).collect(),
             endpoint: None,
             keepalive: 25,
+            mute: false,
         };
         let mut wanted = wanted([(key(1), peer)].into());
         let all = plan(&wanted, &Observed::default());

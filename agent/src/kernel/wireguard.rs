@@ -118,21 +118,6 @@ impl WireGuard {
         self.write_peers(index, keys, put_removal)
     }
 
-    /// Removes peers and makes them again, each in one message: nobody is scheduled in between.
-    ///
-    /// # Errors
-    /// What the kernel says; the messages before it are done.
-    pub fn remake_peers(&mut self, index: u32, changes: &[PeerChange]) -> io::Result<()> {
-        let twice = changes
-            .iter()
-            .flat_map(|change| [(true, change), (false, change)]);
-        let items: Vec<(bool, &PeerChange)> = twice.collect();
-        self.write_peers(index, &items, |message, (removal, change)| match removal {
-            true => put_removal(message, &change.key),
-            false => put_change(message, change),
-        })
-    }
-
     /// Reads the device: one dump.
     ///
     /// # Errors

@@ -1,0 +1,410 @@
+//! [`Paths`]: the paths of all peers, and what they say to each other: seals and opens discovery
+//! packets, wakes each path in time, and keeps all of them together within one budget.
+//!
+//! What a packet says of its sender is believed as far as its box proves it: the disco key that
+//! opened it belongs to one peer of the netmap, and to that peer's path alone it goes. Packets that
+//! nobody's box opens cost an agreement of keys at most once for each peer, and change nothing.
+
+use crate::Via;
+use crate::dice::Dice;
+use crate::path::probe::{Budget, MAX_TRANSMITS};
+use crate::path::{Errand, Path, Surroundings};
+use crate::plan::{PeerState, Stats};
+use crate::relays::{Relays, is_loopback};
+use proto::disco::{self, DiscoBox, Message, TxId};
+use proto::key::{DiscoKey, DiscoSecret, NodeKey};
+use proto::netmap::Peer;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
+use std::time::Instant;
+
+/// With at most so many peers, news alone makes paths, so that the first packet finds one. With
+/// more, or where a relay carries the first packets anyway, traffic does.
+pub const EAGER_PEERS: usize = 128;
+/// Answers to one peer in a second, at most.
+const MAX_ANSWERS: u32 = 50;
+
+/// All peers' paths.
+pub(crate) struct Paths {
+    me: NodeKey,
+    secret: DiscoSecret,
+    dice: Dice,
+    all: BTreeMap<NodeKey, Entry>,
+    by_disco: BTreeMap<DiscoKey, NodeKey>,
+    /// When each path wants to be asked: at most one entry each.
+    timers: BTreeSet<(Instant, NodeKey)>,
+    budget: Budget,
+    ground: Surroundings,
+    /// Where we can be reached, for calls.
+    endpoints: Vec<SocketAddr>,
+    outbox: VecDeque<(Via, Vec<u8>)>,
+    /// Whether what is wanted of kernel or relays may have changed.
+    moved: bool,
+}
+
+struct Entry {
+    path: Path,
+    disco: Option<DiscoKey>,
+    /// Made when it is first needed: an agreement of keys takes its time.
+    seal: Option<DiscoBox>,
+    timer: Option<Instant>,
+    answers: Budget,
+}
+
+impl Paths {
+    pub(crate) fn new(me: NodeKey, secret: DiscoSecret, seed: [u8; 32]) -> Self {
+        Self {
+            me,
+            secret,
+            dice: Dice::new(seed),
+            all: BTreeMap::new(),
+            by_disco: BTreeMap::new(),
+            timers: BTreeSet::new(),
+            budget: Budget::default(),
+            ground: Surroundings::default(),
+            endpoints: Vec::new(),
+            outbox: VecDeque::new(),
+            moved: false,
+        }
+    }
+
+    pub(crate) fn disco_key(&self) -> DiscoKey {
+        self.secret.public()
+    }
+
+    pub(crate) fn get(&self, key: &NodeKey) -> Option<&Path> {
+        self.all.get(key).map(|entry| &entry.path)
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&NodeKey, &Path)> {
+        self.all.iter().map(|(key, entry)| (key, &entry.path))
+    }
+
+    /// Whether anything changed that plans or relays depend on, since this was last asked.
+    pub(crate) fn take_moved(&mut self) -> bool {
+        std::mem::take(&mut self.moved)
+    }
+
+    pub(crate) fn is_moved(&self) -> bool {
+        self.moved
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.all.clear();
+        self.by_disco.clear();
+        self.timers.clear();
+        self.outbox.clear();
+    }
+
+    /// Where we can be reached. Paths that are not direct yet may become so if that is news.
+    pub(crate) fn set_endpoints(&mut self, now: Instant, endpoints: &[SocketAddr]) {
+        if self.endpoints == endpoints {
+            return;
+        }
+        self.endpoints = endpoints.to_vec();
+        for key in self.keys() {
+            self.news(now, key);
+        }
+    }
+
+    fn keys(&self) -> Vec<NodeKey> {
+        self.all.keys().copied().collect()
+    }
+
+    /// The peers and the host are these. Candidates are ranked anew; new peers get a path, gone ones
+    /// lose it.
+    pub(crate) fn refresh<'a>(
+        &mut self,
+        now: Instant,
+        peers: impl Iterator<Item = &'a Peer>,
+        ground: Surroundings,
+        relays: &Relays,
+    ) {
+        self.ground = ground;
+        let mut before = std::mem::take(&mut self.all);
+        self.by_disco.clear();
+        let mut news = Vec::new();
+        for peer in peers {
+            let candidates = self.ground.rank(&peer.endpoints);
+            let relay = relays.way_to(now, &peer.key);
+            let entry = match before.remove(&peer.key) {
+                Some(mut entry) => {
+                    if entry.path.set_candidates(&candidates) {
+                        news.push(peer.key);
+                    }
+                    if entry.disco != peer.disco {
+                        (entry.disco, entry.seal) = (peer.disco, None);
+                        entry.path.set_probes(peer.disco.is_some());
+                    }
+                    entry.path.set_relay(now, relay);
+                    entry
+                }
+                None => {
+                    news.push(peer.key);
+                    let (probes, yields) = (peer.disco.is_some(), self.me > peer.key);
+                    Entry {
+                        path: Path::new(probes, yields, &candidates, relay),
+                        disco: peer.disco,
+                        seal: None,
+                        timer: None,
+                        answers: Budget::default(),
+                    }
+                }
+            };
+            if let Some(disco) = entry.disco {
+                self.by_disco.entry(disco).or_insert(peer.key);
+            }
+            self.all.insert(peer.key, entry);
+        }
+        self.timers.retain(|(_, key)| self.all.contains_key(key));
+        for key in news {
+            self.news(now, key);
+        }
+        for key in self.keys() {
+            self.reschedule(now, key);
+        }
+        self.moved = true;
+    }
+
+    /// The host's links changed: every path that is in use is asked, the others are looked for.
+    pub(crate) fn shaken(&mut self, now: Instant) {
+        for key in self.keys() {
+            self.news(now, key);
+        }
+    }
+
+    /// There is news of one end of a path.
+    fn news(&mut self, now: Instant, key: NodeKey) {
+        let few = self.all.len() <= EAGER_PEERS;
+        self.touch(now, key, |path| {
+            let relayed = matches!(path.way(), crate::path::Way::Relay);
+            if few || !relayed || path.is_active(now) {
+                path.seek(now, few || !relayed);
+            }
+        });
+    }
+
+    /// Relays came or went.
+    pub(crate) fn refresh_relays(&mut self, now: Instant, relays: &Relays) {
+        for key in self.keys() {
+            let relay = relays.way_to(now, &key);
+            self.touch(now, key, |path| path.set_relay(now, relay));
+        }
+    }
+
+    /// A device came up: who can be greeted only later is remembered.
+    pub(crate) fn owe_greetings(&mut self) {
+        for entry in self.all.values_mut() {
+            if entry.path.is_mute() {
+                entry.path.owe_greeting();
+            }
+        }
+    }
+
+    /// Peers that are to be greeted now. Each is said once.
+    pub(crate) fn take_greetings(&mut self) -> Vec<NodeKey> {
+        let mut due = Vec::new();
+        for (key, entry) in &mut self.all {
+            if entry.path.take_greeting() {
+                due.push(*key);
+            }
+        }
+        due
+    }
+
+    pub(crate) fn observe(&mut self, now: Instant, peers: &BTreeMap<NodeKey, PeerState>) {
+        for key in self.keys() {
+            let Some(peer) = peers.get(&key) else {
+                continue;
+            };
+            let tier = self.tier_of(&peer.stats);
+            self.touch(now, key, |path| path.observe(now, &peer.stats, tier));
+        }
+    }
+
+    fn tier_of(&self, stats: &Stats) -> Option<crate::path::Tier> {
+        let endpoint = stats.endpoint.filter(|it| !is_loopback(*it))?;
+        self.ground.tier(endpoint)
+    }
+
+    /// Whether packets to some peer have no answer, so that the kernel should be read soon.
+    pub(crate) fn is_anxious(&self) -> bool {
+        self.all.values().any(|entry| entry.path.is_anxious())
+    }
+
+    /// Packets of this peer come by relay.
+    pub(crate) fn relayed(&mut self, now: Instant, from: NodeKey) {
+        self.touch(now, from, |path| path.relayed(now));
+    }
+
+    /// A discovery packet came.
+    pub(crate) fn receive(&mut self, now: Instant, from: Via, bytes: &[u8], relays: &Relays) {
+        let Some((key, message)) = self.open(bytes) else {
+            tracing::debug!("a discovery packet of nobody is dropped");
+            return;
+        };
+        match (message, from) {
+            (Message::Ping { tx, node, .. }, from) => {
+                if node.is_none_or(|node| node == key) {
+                    self.answer(now, key, tx, from, relays);
+                }
+            }
+            (Message::Pong { tx, .. }, Via::Direct(addr)) => {
+                let addr = canonical(addr);
+                self.touch(now, key, |path| path.ponged(now, tx, addr));
+            }
+            (Message::CallMeMaybe { endpoints }, Via::Relay(_, node)) if node == key => {
+                let candidates = self.ground.rank(&endpoints);
+                self.touch(now, key, |path| path.called(now, &candidates));
+            }
+            (Message::Pong { .. }, Via::Relay(..))
+            | (Message::CallMeMaybe { .. }, Via::Direct(_) | Via::Relay(..))
+            | (Message::Unknown(_), _) => {}
+        }
+    }
+
+    fn open(&mut self, bytes: &[u8]) -> Option<(NodeKey, Message)> {
+        let sender = disco::sender(bytes)?;
+        let key = *self.by_disco.get(&sender)?;
+        let entry = self.all.get_mut(&key)?;
+        let message = entry.seal(&self.secret)?.open(bytes).ok()?;
+        Some((key, message))
+    }
+
+    fn answer(&mut self, now: Instant, key: NodeKey, tx: TxId, from: Via, relays: &Relays) {
+        let Some(entry) = self.all.get_mut(&key) else {
+            return;
+        };
+        let (via, seen) = match from {
+            Via::Direct(addr) => {
+                let addr = canonical(addr);
+                let Some(tier) = self.ground.tier(addr) else {
+                    return;
+                };
+                let answers = entry.path.pinged_by(now, tier, addr);
+                self.reschedule(now, key);
+                if !answers {
+                    return;
+                }
+                (Via::Direct(addr), addr)
+            }
+            Via::Relay(..) => {
+                let Some(region) = relays.region_of(&key) else {
+                    return;
+                };
+                let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
+                (Via::Relay(region, key), nowhere)
+            }
+        };
+        let may = self
+            .all
+            .get_mut(&key)
+            .is_some_and(|entry| entry.answers.take(now, MAX_ANSWERS));
+        if may && self.budget.take(now, MAX_TRANSMITS) {
+            self.send(key, via, &Message::Pong { tx, seen });
+        }
+    }
+
+    fn send(&mut self, key: NodeKey, via: Via, message: &Message) {
+        let nonce = self.dice.draw();
+        let entry = self.all.get_mut(&key);
+        if let Some(seal) = entry.and_then(|entry| entry.seal(&self.secret)) {
+            self.outbox.push_back((via, seal.seal(nonce, message)));
+        }
+    }
+
+    /// What is to be sent now.
+    pub(crate) fn poll(&mut self, now: Instant, relays: &Relays) -> Option<(Via, Vec<u8>)> {
+        while self.outbox.is_empty() {
+            let (at, key) = *self.timers.first()?;
+            if at > now {
+                return None;
+            }
+            self.timers.pop_first();
+            let Some(entry) = self.all.get_mut(&key) else {
+                continue;
+            };
+            entry.timer = None;
+            let way = entry.path.way();
+            let errands = entry.path.poll(now);
+            self.moved |= entry.path.take_ripe() || way != entry.path.way();
+            for errand in errands {
+                self.run(now, key, errand, relays);
+            }
+            self.reschedule(now, key);
+        }
+        self.outbox.pop_front()
+    }
+
+    fn run(&mut self, now: Instant, key: NodeKey, errand: Errand, relays: &Relays) {
+        if !self.budget.take(now, MAX_TRANSMITS) {
+            return;
+        }
+        match errand {
+            Errand::Ping(endpoint) => {
+                let tx = TxId(self.dice.draw());
+                if let Some(entry) = self.all.get_mut(&key) {
+                    entry.path.pinged(now, endpoint, tx);
+                }
+                let node = Some(self.me);
+                let ping = Message::Ping {
+                    tx,
+                    node,
+                    padding: 0,
+                };
+                self.send(key, Via::Direct(endpoint), &ping);
+            }
+            Errand::Call => {
+                if let Some(region) = relays.region_of(&key) {
+                    let endpoints = self.endpoints.clone();
+                    let call = Message::CallMeMaybe { endpoints };
+                    self.send(key, Via::Relay(region, key), &call);
+                }
+            }
+        }
+    }
+
+    /// When there is something to do at the latest.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.timers.first().map(|(at, _)| *at)
+    }
+
+    /// Does something with one path, and notes what that changes.
+    fn touch(&mut self, now: Instant, key: NodeKey, act: impl FnOnce(&mut Path)) {
+        let Some(entry) = self.all.get_mut(&key) else {
+            return;
+        };
+        let before = entry.path.wanted();
+        act(&mut entry.path);
+        self.moved |= entry.path.wanted() != before;
+        self.reschedule(now, key);
+    }
+
+    fn reschedule(&mut self, now: Instant, key: NodeKey) {
+        let Some(entry) = self.all.get_mut(&key) else {
+            return;
+        };
+        let at = entry.path.deadline(now);
+        if entry.timer == at {
+            return;
+        }
+        if let Some(old) = std::mem::replace(&mut entry.timer, at) {
+            self.timers.remove(&(old, key));
+        }
+        self.timers.extend(at.map(|at| (at, key)));
+    }
+}
+
+impl Entry {
+    fn seal(&mut self, secret: &DiscoSecret) -> Option<&DiscoBox> {
+        if self.seal.is_none() {
+            self.seal = DiscoBox::new(secret, self.disco?);
+        }
+        self.seal.as_ref()
+    }
+}
+
+/// Sockets of both families say IPv4 addresses in two ways.
+fn canonical(addr: SocketAddr) -> SocketAddr {
+    SocketAddr::new(addr.ip().to_canonical(), addr.port())
+}
