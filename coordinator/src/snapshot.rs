@@ -12,7 +12,9 @@ use proto::filter::Filter;
 use proto::id::{Generation, NetworkId, NodeId};
 use proto::net::Prefix;
 use proto::netmap::{self, Delta, MAX_ENDPOINTS_PER_NODE, Me, Netmap, Peer};
-use proto::policy::{self, Compiled, Diagnostics, Directory, DirectoryNode, DirectoryUser};
+use proto::policy::{
+    self, Compiled, Diagnostics, Directory, DirectoryNode, DirectoryUser, RelayChange,
+};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -43,6 +45,7 @@ struct Access {
     text: Option<String>,
     /// `None`: there is no policy, so nobody may.
     compiled: Option<Compiled>,
+    relays: RelayChange,
 }
 
 /// One change, from the generation before.
@@ -67,6 +70,7 @@ impl Snapshot {
                 users: Vec::new(),
                 text: None,
                 compiled: None,
+                relays: RelayChange::default(),
             }),
             steps: VecDeque::new(),
         };
@@ -118,20 +122,27 @@ impl Snapshot {
         Ok(next)
     }
 
-    /// The same with these relays, which no row holds.
+    /// The same with these relays, which no row holds, as far as policy leaves them.
     #[must_use]
     pub fn with_relays(mut self, relays: &Relays) -> Self {
-        self.network.stun.clone_from(&relays.stun);
-        self.network.relays.clone_from(&relays.regions);
+        let Relays { stun, regions } = relays;
+        self.network.stun.clone_from(stun);
+        self.network.relays.clone_from(regions);
+        let network = &mut self.network;
+        self.policy
+            .relays
+            .apply(&mut network.relays, &mut network.stun);
         self
     }
 
     fn compile(&self, news: Option<(Vec<String>, Option<String>)>) -> Result<Access, Diagnostics> {
         let old = || (self.policy.users.clone(), self.policy.text.clone());
         let (users, text) = news.unwrap_or_else(old);
+        let mut relays = RelayChange::default();
         let compiled = match &text {
             Some(text) => {
                 let policy = policy::parse(text)?;
+                relays.clone_from(&policy.relays);
                 Some(Compiled::new(&policy, &self.directory_with(&users))?)
             }
             None => None,
@@ -140,6 +151,7 @@ impl Snapshot {
             users,
             text,
             compiled,
+            relays,
         })
     }
 

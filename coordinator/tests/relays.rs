@@ -1,7 +1,7 @@
 //! What nodes are told of relays, what they tell of themselves, and their permits.
 
 use crate::client::{At, Machine};
-use crate::place::{Place, ask};
+use crate::place::{ALLOW_ALL, Place, ask};
 use crate::postgres::Postgres;
 use coordinator::config::Relays;
 use coordinator::http::admin::{Answer, Verb};
@@ -174,4 +174,41 @@ async fn replicas_sign_permits_with_one_key() {
     let first = Place::with_network(Some(postgres.url())).await;
     let second = Place::start(Some(postgres.url())).await;
     assert_eq!(key(&first, "home").await, key(&second, "home").await);
+}
+
+#[tokio::test]
+async fn policy_adds_its_own_relays_and_leaves_others_out() {
+    let mut place = Place::with_network(None).await;
+    let token = place.token("home", "tag:web").await;
+    let (addr, _) = place.at();
+    place.stop().await;
+    place.relays = relays(1);
+    place.resume(addr).await;
+    let a = Machine::new();
+    a.join(&token, "a").await;
+    let mut stream = a.connect(token.at()).await.poll(None).await.unwrap();
+    let mut netmap = stream.full().await;
+    assert_eq!(netmap.network.relays, relays(1).regions);
+    for (map, ids) in [
+        (
+            r#"{"Regions": {"9": {"Nodes": [{"HostName": "b"}]}}}"#,
+            &[1, 9][..],
+        ),
+        (r#"{"Regions": {"1": null}}"#, &[]),
+        ("{}", &[1]),
+    ] {
+        let policy = ALLOW_ALL.replacen('{', &format!("{{\"derpMap\": {map},"), 1);
+        place.policy("home", &policy).await.unwrap();
+        let fits = |ids: &[u16], netmap: &proto::netmap::Netmap| {
+            netmap
+                .network
+                .relays
+                .keys()
+                .map(|id| id.0)
+                .eq(ids.iter().copied())
+        };
+        stream.until(&mut netmap, |netmap| fits(ids, netmap)).await;
+    }
+    let wrong = r#"{"acls": [], "derpMap": {"Regions": {"x": {}}}}"#;
+    assert!(place.policy("home", wrong).await.is_err());
 }

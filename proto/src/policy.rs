@@ -55,8 +55,8 @@ pub use compile::{Change, Compiled, Diff, Effect, Endpoint, Pairs, TooLarge, dif
 pub use diagnostic::{Code, Diagnostic, Diagnostics, MAX_DIAGNOSTICS};
 pub use directory::{Directory, DirectoryNode, DirectoryUser};
 pub use document::{
-    Access, AutoApprovers, Destination, IpService, IpsetItem, NodeAttr, Options, Policy, Section,
-    Span, Spanned, SshAction, SshRule, SshTest, SshUser, Test,
+    Access, AutoApprovers, Destination, IpService, IpsetItem, NodeAttr, Options, Policy,
+    RelayChange, Section, Span, Spanned, SshAction, SshRule, SshTest, SshUser, Test,
 };
 pub use explain::{Explainer, Explanation, Flow, NearMiss, RuleMatch, RulePlace, explain};
 pub use format::format;

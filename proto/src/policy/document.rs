@@ -6,7 +6,9 @@
 use super::addrset::AddrSet;
 use super::diagnostic::{Code, Diagnostic, window};
 use super::selector::{Protocols, Target};
+use crate::id::RegionId;
 use crate::net::{PortRange, Prefix};
+use crate::netmap::Region;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -127,6 +129,8 @@ pub struct Policy {
     pub ssh_tests: Vec<SshTest>,
     /// The network-wide options, as written.
     pub options: Options,
+    /// `derpMap`: what is other than in the coordinator's configuration.
+    pub relays: RelayChange,
 }
 
 /// Where an access rule was written.
@@ -302,6 +306,17 @@ pub struct SshTest {
 pub struct Options {
     /// Every option that the file sets, by its written name.
     pub values: BTreeMap<String, Value>,
+}
+
+/// How a network's relays differ from those that the coordinator's configuration names.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RelayChange {
+    /// Whether those of the configuration are left out.
+    pub replaces: bool,
+    /// Regions that are added or replaced; `None`: left out.
+    pub regions: BTreeMap<RegionId, Option<Region>>,
+    /// STUN servers beside the relays.
+    pub stun: Vec<String>,
 }
 
 impl Policy {

@@ -14,6 +14,7 @@ use jsonc_parser::{CollectOptions, ParseOptions, ParseResult, parse_to_ast};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
+mod relays;
 mod sections;
 
 pub(super) use sections::split_ports;

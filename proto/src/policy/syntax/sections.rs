@@ -6,6 +6,7 @@ use super::super::document::{
     Source, Spanned, SshAction, SshRule, SshTest, SshUser, Test,
 };
 use super::super::selector::{Protocols, Target, parse_ports};
+use super::relays::derp_map;
 use super::{Fields, Reader, json, nearest, span};
 use crate::net::{Prefix, PrefixError};
 use jsonc_parser::ast;
@@ -64,6 +65,10 @@ pub(super) fn policy(reader: &mut Reader<'_>, root: &ast::Value<'_>) -> Option<P
         tests: list(reader, &fields, "tests", test),
         ssh_tests: list(reader, &fields, "sshTests", ssh_test),
         options: options(reader, &fields),
+        relays: fields
+            .get("derpMap")
+            .map(|value| derp_map(reader, value))
+            .unwrap_or_default(),
     })
 }
 
@@ -689,9 +694,8 @@ fn options(reader: &mut Reader<'_>, fields: &Fields<'_>) -> Options {
             "disableIPv4" | "randomizeClientPort" => {
                 reader.boolean(value, &what);
             }
-            "derpMap" => {
-                reader.entries(value, &what);
-            }
+            // Read in whole as `relays`.
+            "derpMap" => {}
             _ => {
                 reader.string(value, &what);
             }
