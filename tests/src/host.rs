@@ -203,7 +203,7 @@ impl Host {
         let mut words = line.split_whitespace();
         let program = words.next().context("an empty command line")?;
         let program = match program {
-            "weir" | "weir-coordinator" => crate::binary(program)?,
+            "weir" | "weir-coordinator" | "weir-relay" => crate::binary(program)?,
             other => PathBuf::from(other),
         };
         let mut command = Command::new(program);

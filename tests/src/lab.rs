@@ -153,7 +153,7 @@ impl Lab {
         use std::os::unix::fs::PermissionsExt;
         let folder = self.folder.join("bin");
         std::fs::create_dir_all(&folder)?;
-        for binary in ["weir", "weir-coordinator"] {
+        for binary in ["weir", "weir-coordinator", "weir-relay"] {
             if let (Ok(file), link) = (crate::binary(binary), folder.join(binary))
                 && !link.exists()
             {

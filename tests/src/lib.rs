@@ -6,7 +6,8 @@
 //! agents into a lab, and drives them only by their command lines. [`probe`] asks whether a
 //! connection is possible, [`stream`] counts what is lost while something else happens,
 //! [`packet`] forges what no honest host would send. A lab that did not end well leaves a folder
-//! of evidence ([`evidence`]). [`nat`] makes routers that translate addresses.
+//! of evidence ([`evidence`]). [`nat`] makes routers that translate addresses, [`relay`] runs
+//! relays.
 //!
 //! Nothing here waits by the clock: [`wait_until`] polls a condition with a bound.
 
@@ -24,6 +25,7 @@ pub mod nat;
 pub mod packet;
 pub mod probe;
 pub mod process;
+pub mod relay;
 pub mod snapshot;
 pub mod stream;
 pub mod topology;

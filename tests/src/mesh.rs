@@ -131,7 +131,7 @@ impl Coordinator {
         self.current().kill();
     }
 
-    /// Starts it again after a kill.
+    /// Starts it again after it ended.
     ///
     /// # Errors
     /// If it does not come up.
@@ -139,6 +139,16 @@ impl Coordinator {
         let process = Self::serve(&self.host, self.listen)?;
         *self.process.lock().unwrap_or_else(PoisonError::into_inner) = process;
         Ok(())
+    }
+
+    /// Restarts it with a configuration file of this text.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn configure(&self, config: &str) -> anyhow::Result<()> {
+        std::fs::write(self.host.folder.join(CONFIG), config)?;
+        self.current().stop()?;
+        self.restart()
     }
 
     fn current(&self) -> Arc<Process> {
