@@ -8,19 +8,26 @@
 //! | [`verdict`] | [`verdict::decide`]: flow state and policy to a verdict |
 //! | [`refuse`] | what is answered to a packet that is refused on its way out |
 //! | [`reason`] | why a packet passed or not, with stable names |
+//! | [`classify`] | what a datagram on WireGuard's UDP port is |
+//! | [`guard`] | which of them pass the underlay's guard; its map layouts |
 //! | `src/bin/acl.rs` | the two classifiers on the WireGuard device (built for BPF alone) |
+//! | `src/bin/steer.rs` | the guard on the underlay's interfaces (likewise) |
 //!
-//! The programs know no default but drop: no active word, no table, no entry, no state, or bytes
+//! The ACL's programs know no default but drop: no active word, no table, no entry, no state, or bytes
 //! that cannot be read, and the packet is gone, with a counter that says why. User space fills the
 //! policy tables of the idle slot and then stores one word; a packet reads that word once and looks
 //! only into the slot that it names, so it meets the old policy or the new one and never a mixture.
 //!
-//! The object that agents embed is `ebpf/acl.bpf.o`, built by `cargo xtask ebpf`, which also proves
-//! (`--check`) that it comes from this source, bit for bit.
+//! The guard fails open and says why ([`guard`]).
+//!
+//! The objects that agents embed are `ebpf/acl.bpf.o` and `ebpf/steer.bpf.o`, built by `cargo xtask
+//! ebpf`, which also proves (`--check`) that they come from this source, bit for bit.
 #![no_std]
 
 pub mod abi;
+pub mod classify;
 pub mod event;
+pub mod guard;
 pub mod packet;
 pub mod reason;
 pub mod refuse;

@@ -1,9 +1,10 @@
-//! `cargo xtask ebpf [--check]`: builds the eBPF programs into the committed object.
+//! `cargo xtask ebpf [--check]`: builds the eBPF programs into the committed objects.
 //!
-//! The agent embeds `ebpf/acl.bpf.o`, so that a plain `cargo build` needs no BPF toolchain. This
-//! verb makes that file, and with `--check` makes it again elsewhere and compares bit for bit: what
-//! is committed is what the source says. `ebpf/acl.bpf.stamp` names the source and the compiler
-//! that it was made from; [`needs_rebuild`] compares it with what is there now.
+//! The agent embeds `ebpf/acl.bpf.o` and `ebpf/steer.bpf.o`, so that a plain `cargo build` needs no
+//! BPF toolchain. This verb makes those files, and with `--check` makes them again elsewhere and
+//! compares bit for bit: what is committed is what the source says. `ebpf/NAME.bpf.stamp` names the
+//! source and the compiler that one was made from; [`needs_rebuild`] compares it with what is there
+//! now.
 //!
 //! Bit for bit asks for one compiler. It is Debian's `rustc-web` with its prebuilt `core` for BPF,
 //! unpacked (not installed) into the cache, and `bpf-linker`, built by cargo into the cache.
@@ -31,6 +32,8 @@ const PACKAGES: [&str; 5] = [
     "libstd-rust-web-dev",
     "libstd-rust-web-dev-bpf",
 ];
+/// The objects, each of a binary of that name.
+const OBJECTS: [&str; 2] = ["acl", "steer"];
 const TARGET: &str = "bpfel-unknown-none";
 /// Instructions of Linux 5.1 and later; headers are read by word, wherever they lie, which all
 /// supported processors can.
@@ -42,10 +45,10 @@ const FLAGS: [&str; 5] = [
     "-Clink-arg=--cpu-features=+allows-misaligned-mem-access",
 ];
 
-/// Builds the object, or with `check` builds it elsewhere and compares with the committed one.
+/// Builds the objects, or with `check` builds them elsewhere and compares with the committed ones.
 pub fn run(check: bool) -> anyhow::Result<()> {
     if let Some(reason) = cannot_rebuild() {
-        bail!("this machine cannot rebuild the eBPF object: {reason}");
+        bail!("this machine cannot rebuild the eBPF objects: {reason}");
     }
     let toolchain = Toolchain::ready()?;
     let folder = if check { "bpf-check" } else { "bpf-target" };
@@ -54,40 +57,62 @@ pub fn run(check: bool) -> anyhow::Result<()> {
         // From nothing, so that nothing of an earlier build can hide a difference.
         let _ = fs::remove_dir_all(&target);
     }
-    let built = toolchain.build(&target)?;
-    if check {
-        let committed =
-            fs::read(object()).with_context(|| format!("cannot read {}", object().display()))?;
-        let rebuilt = fs::read(&built)?;
-        ensure!(
-            committed == rebuilt,
-            "ebpf/acl.bpf.o is not what its source builds to ({} bytes committed, {} rebuilt): run \
-             `cargo xtask ebpf` and commit the result",
-            committed.len(),
-            rebuilt.len()
-        );
-        ensure!(
-            !needs_rebuild()?,
-            "ebpf/acl.bpf.stamp does not name this source: run `cargo xtask ebpf` and commit it"
-        );
-        println!("ebpf/acl.bpf.o is bit for bit what its source builds to");
-        return Ok(());
+    toolchain.build(&target)?;
+    for name in OBJECTS {
+        let linked = target.join(TARGET).join("release").join(name);
+        let built = target.join(format!("{name}.bpf.o"));
+        strip(&linked, &built)?;
+        if check {
+            compare(name, &built)?;
+            println!("ebpf/{name}.bpf.o is bit for bit what its source builds to");
+        } else {
+            let object = object(name);
+            fs::copy(&built, &object)?;
+            fs::write(stamp_file(name), stamp()?)?;
+            println!("ebpf/{name}.bpf.o: {} bytes", fs::metadata(&object)?.len());
+        }
     }
-    fs::copy(&built, object())?;
-    fs::write(stamp_file(), stamp()?)?;
-    println!("ebpf/acl.bpf.o: {} bytes", fs::metadata(object())?.len());
     Ok(())
 }
 
-/// Whether the committed object was made from other sources or by another compiler.
-pub fn needs_rebuild() -> anyhow::Result<bool> {
-    Ok(fs::read_to_string(stamp_file()).unwrap_or_default() != stamp()?)
+/// Fails if the committed object is another than the one just built.
+fn compare(name: &str, built: &Path) -> anyhow::Result<()> {
+    let object = object(name);
+    let committed =
+        fs::read(&object).with_context(|| format!("cannot read {}", object.display()))?;
+    let rebuilt = fs::read(built)?;
+    ensure!(
+        committed == rebuilt,
+        "ebpf/{name}.bpf.o is not what its source builds to ({} bytes committed, {} rebuilt): run \
+         `cargo xtask ebpf` and commit the result",
+        committed.len(),
+        rebuilt.len()
+    );
+    ensure!(
+        is_stamped(name)?,
+        "ebpf/{name}.bpf.stamp does not name this source: run `cargo xtask ebpf` and commit it"
+    );
+    Ok(())
 }
 
-/// Why this machine cannot rebuild the object, if so.
+/// Whether a committed object was made from other sources or by another compiler.
+pub fn needs_rebuild() -> anyhow::Result<bool> {
+    for name in OBJECTS {
+        if !is_stamped(name)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn is_stamped(name: &str) -> anyhow::Result<bool> {
+    Ok(fs::read_to_string(stamp_file(name)).unwrap_or_default() == stamp()?)
+}
+
+/// Why this machine cannot rebuild the objects, if so.
 pub fn cannot_rebuild() -> Option<String> {
     if cfg!(not(target_arch = "x86_64")) {
-        return Some("the committed object is built on x86-64".to_owned());
+        return Some("the committed objects are built on x86-64".to_owned());
     }
     let ready = house::cache().is_ok_and(|cache| Toolchain::in_cache(&cache).is_some());
     if ready {
@@ -106,15 +131,16 @@ pub fn cannot_rebuild() -> Option<String> {
     }
 }
 
-fn object() -> PathBuf {
-    house::root().join("ebpf/acl.bpf.o")
+fn object(name: &str) -> PathBuf {
+    house::root().join(format!("ebpf/{name}.bpf.o"))
 }
 
-fn stamp_file() -> PathBuf {
-    house::root().join("ebpf/acl.bpf.stamp")
+fn stamp_file(name: &str) -> PathBuf {
+    house::root().join(format!("ebpf/{name}.bpf.stamp"))
 }
 
-/// Compiler, flags, linker, and a hash over everything that the object is built from.
+/// Compiler, flags, linker, and a hash over everything that the objects are built from: they share
+/// one library.
 fn stamp() -> anyhow::Result<String> {
     let root = house::root();
     let mut files = vec![root.join("ebpf/Cargo.toml")];
@@ -191,8 +217,8 @@ impl Toolchain {
         self.compiler.join("usr/lib/x86_64-linux-gnu")
     }
 
-    /// Builds the programs and strips what only a debugger reads; BTF stays.
-    fn build(&self, target: &Path) -> anyhow::Result<PathBuf> {
+    /// Builds the programs.
+    fn build(&self, target: &Path) -> anyhow::Result<()> {
         let registry = home_of_cargo()?.join("registry/src");
         let mut flags = FLAGS.map(str::to_owned).to_vec();
         flags.extend([
@@ -204,7 +230,8 @@ impl Toolchain {
         let mut cargo = build::cargo();
         cargo
             .args(["build", "--quiet", "--locked", "--release", "-p", "ebpf"])
-            .args(["--bin", "acl", "--features", "programs", "--target", TARGET])
+            .args(OBJECTS.into_iter().flat_map(|name| ["--bin", name]))
+            .args(["--features", "programs", "--target", TARGET])
             .arg("--target-dir")
             .arg(target)
             .env("RUSTC", self.compiler.join("usr/bin/rustc"))
@@ -225,11 +252,7 @@ impl Toolchain {
         ] {
             cargo.env(format!("CARGO_PROFILE_RELEASE_{name}"), value);
         }
-        run_command(&mut cargo, "build the programs")?;
-        let linked = target.join(TARGET).join("release/acl");
-        let stripped = target.join("acl.bpf.o");
-        strip(&linked, &stripped)?;
-        Ok(stripped)
+        run_command(&mut cargo, "build the programs")
     }
 }
 
@@ -317,7 +340,7 @@ fn build_linker(cache: &Path) -> anyhow::Result<()> {
     run_command(&mut install, "build bpf-linker")
 }
 
-/// Removes debug sections, by the objcopy that comes with the compiler that builds xtask, or by an
+/// Removes what only a debugger reads; BTF stays. By the objcopy that comes with the compiler that builds xtask, or by an
 /// LLVM of the machine; all of them write the same bytes.
 fn strip(from: &Path, to: &Path) -> anyhow::Result<()> {
     let mut command = match sysroot_objcopy() {
