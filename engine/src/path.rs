@@ -397,9 +397,7 @@ impl Path {
         let named = |it: &Candidate| it.sources.contains(&Source::Netmap);
         let before = self.candidates.iter().filter(|(_, it)| named(it));
         let before: BTreeSet<_> = before.map(|(addr, it)| (it.tier, *addr)).collect();
-        if before == candidates.iter().copied().collect() {
-            return false;
-        }
+        let is_news = before != candidates.iter().copied().collect();
         // The coordinator's order decides among equals.
         self.ranked = candidates.iter().map(|(_, addr)| *addr).collect();
         self.name(candidates, Source::Netmap);
@@ -407,7 +405,7 @@ impl Path {
             let current = self.seen.as_ref().and_then(|stats| stats.endpoint);
             self.blind.set_candidates(&self.ranked, self.live, current);
         }
-        true
+        is_news
     }
 
     /// Whether the peer probes, from now on.
