@@ -1,8 +1,8 @@
 //! [`Kernel`]: the hands. Reads what the kernel holds of ours and carries steps out.
 //!
 //! Only this module and those below it know netlink and aya: [`wireguard`] peers and keys,
-//! [`route`] links, addresses, routes and forwarding, [`bpf`] programs and maps, [`watch`] what
-//! changes on the host. They decide nothing: every decision was made by the engine, and what
+//! [`route`] links, addresses, routes and forwarding, [`bpf`] programs and maps, [`underlay`] the
+//! interfaces under the tunnel, [`watch`] what changes on the host. They decide nothing: every decision was made by the engine, and what
 //! cannot be done is an [`ApplyError`] with the kernel's own words.
 //!
 //! A [`Kernel`] lives in a thread of its own ([`spawn`]) and takes one [`Job`] at a time, so that
@@ -10,9 +10,11 @@
 
 pub mod bpf;
 pub mod route;
+pub mod underlay;
 pub mod watch;
 pub mod wireguard;
 
+use bpf::guard::{self, Guard};
 use engine::plan::{Acl, Device, Observed, PeerChange, Policy, Present, Step};
 use engine::status::FailureKind;
 use proto::key::{KEY_BYTES, NodeKey};
@@ -21,6 +23,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
 use tokio::sync::{mpsc, oneshot};
+use underlay::Guarding;
 use wireguard::{WireGuard, Written};
 
 /// The oldest kernel that is supported.
@@ -114,6 +117,13 @@ pub enum Job {
     Observe(oneshot::Sender<Result<Observed, ObserveError>>),
     /// Answer refused packets from now on, or drop them in silence.
     AnswerRefusals(bool, oneshot::Sender<Result<(), bpf::AclError>>),
+    /// Guard WireGuard's port there, or nowhere.
+    Guard(
+        Option<Guarding>,
+        oneshot::Sender<Result<guard::Report, StepError>>,
+    ),
+    /// Count what the guard passed and dropped.
+    CountGuarded(oneshot::Sender<Result<Vec<(guard::Outcome, u64)>, bpf::AclError>>),
     /// Answer a question about the programs and their maps.
     Ask(Question),
 }
@@ -126,6 +136,9 @@ pub struct Kernel {
     wireguard: Option<WireGuard>,
     switches: Switches,
     acl: Option<bpf::Acl>,
+    guard: Guard,
+    /// What the guard was told last.
+    orders: Option<guard::Orders>,
     /// Whether refused packets are answered; `None` until somebody said.
     answer_refusals: Option<bool>,
     /// The policy that this process wrote into the maps.
@@ -189,6 +202,8 @@ impl Kernel {
             wireguard: None,
             switches: Switches::new(&config.interface, config.switches.clone()),
             acl: None,
+            guard: Guard::beside(&config.bpf_dir),
+            orders: None,
             answer_refusals: None,
             policy: None,
             peers: 0,
@@ -211,6 +226,12 @@ impl Kernel {
                 self.answer_refusals = Some(answer);
                 let acl = self.acl.as_ref();
                 let _ = reply.send(acl.map_or(Ok(()), |acl| acl.answer_refusals(answer)));
+            }
+            Job::Guard(wanted, reply) => {
+                let _ = reply.send(self.guard(wanted.as_ref()).await);
+            }
+            Job::CountGuarded(reply) => {
+                let _ = reply.send(self.guard.counters());
             }
             Job::Ask(question) => question(self.acl.as_mut()),
         }
@@ -250,6 +271,7 @@ impl Kernel {
     async fn observe_device(&mut self, link: Link) -> io::Result<Present> {
         let dump = self.wireguard()?.dump(link.index)?;
         self.peers = dump.peers.len();
+        self.inform_guard(&dump.peers);
         Ok(Present {
             key: dump.key,
             listen_port: dump.listen_port,

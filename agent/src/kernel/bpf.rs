@@ -15,8 +15,9 @@
 //! programs are replaced; until then the old ones decide.
 //!
 //! A policy is written into the idle slot and made to count by one store ([`policy`]). `explain` and
-//! dumps read the same maps ([`view`]), and [`events`] what the programs tell of drops. [`place`] refuses a folder whose pins would die with the
-//! agent's own mount namespace.
+//! dumps read the same maps ([`view`]), and [`events`] what the programs tell of drops. [`place`]
+//! refuses a folder whose pins would die with the agent's own mount namespace. [`guard`] is the
+//! other object, on the underlay's interfaces.
 //!
 //! Everything unsafe of the agent's BPF is in this file: map access by `bpf(2)` ([`RawMap`]), and
 //! the mapped active word ([`ActiveWord`]).
@@ -28,6 +29,7 @@
 mod acl;
 mod attach;
 mod events;
+pub mod guard;
 mod place;
 mod policy;
 mod recount;
@@ -289,7 +291,7 @@ struct MapInfo {
     map_flags: u32,
 }
 
-/// The head of `struct bpf_link_info`, with the union's `tcx`.
+/// The head of `struct bpf_link_info`, with the union's `tcx`; `xdp` has the index there too.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 struct LinkInfo {
@@ -342,8 +344,8 @@ fn c_path(path: &Path) -> io::Result<std::ffi::CString> {
     Ok(std::ffi::CString::new(path.as_os_str().as_bytes())?)
 }
 
-/// Runs `program` on `packet`.
-fn test_run(program: &OwnedFd, packet: &[u8], repeat: u32) -> io::Result<Run> {
+/// Runs `program`, which returns `passed` for what may go on, on `packet`.
+fn test_run(program: &OwnedFd, passed: u32, packet: &[u8], repeat: u32) -> io::Result<Run> {
     let mut attr = RunAttr {
         program: fd_number(program),
         data_size_in: u32::try_from(packet.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
@@ -354,12 +356,12 @@ fn test_run(program: &OwnedFd, packet: &[u8], repeat: u32) -> io::Result<Run> {
     // SAFETY: the packet lives through the call; no output is asked for.
     unsafe { bpf(command::PROG_TEST_RUN, &mut attr) }?;
     Ok(Run {
-        passes: attr.result == PASSED,
+        passes: attr.result == passed,
         mean_ns: attr.duration_ns,
     })
 }
 
-/// The interface that a pinned tcx link is attached to; 0 after that is gone.
+/// The interface that a pinned tcx or XDP link is attached to; 0 after that is gone.
 fn link_ifindex(path: &Path) -> io::Result<u32> {
     let link = object_get(path)?;
     let mut info = LinkInfo::default();

@@ -12,10 +12,13 @@ use engine::plan::{Family, Forwarding, Side};
 use futures_util::{StreamExt, TryStreamExt};
 use proto::net::Prefix;
 use rtnetlink::packet_route::address::AddressAttribute;
-use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use rtnetlink::packet_route::link::{
+    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol,
 };
+use rtnetlink::packet_route::tc::TcHandle;
 use rtnetlink::packet_route::{AddressFamily, route::RouteScope};
 use rtnetlink::{Handle, LinkUnspec, LinkWireguard, RouteMessageBuilder};
 use std::collections::{BTreeMap, BTreeSet};
@@ -37,6 +40,12 @@ pub struct Link {
     pub up: bool,
     /// Its MTU in bytes.
     pub mtu: u32,
+    /// Whether it is this host's loopback.
+    pub loopback: bool,
+    /// Whether its packets have Ethernet headers.
+    pub ethernet: bool,
+    /// Whether it is a driver's own, and not made of others or of nothing.
+    pub card: bool,
 }
 
 /// A way to the links, addresses and routes of the network namespace that it was opened in.
@@ -118,6 +127,24 @@ impl Routes {
         let message = if up { message.up() } else { message.down() };
         let request = self.handle.link().set(message.build());
         request.execute().await.map_err(errno)
+    }
+
+    /// Deletes a link's clsact qdisc, unless somebody has filters there.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub async fn remove_clsact(&self, index: u32) -> io::Result<()> {
+        let index = i32::try_from(index).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let mut filters = self.handle.traffic_filter(index);
+        for request in [filters.get().ingress(), filters.get().egress()] {
+            let mut answers = std::pin::pin!(request.execute());
+            if answers.try_next().await.map_err(errno)?.is_some() {
+                return Ok(());
+            }
+        }
+        let mut request = self.handle.qdisc().del(index);
+        request.message_mut().header.parent = TcHandle::CLSACT;
+        done(request.execute().await, libc::ENOENT)
     }
 
     /// The addresses of a link.
@@ -244,12 +271,17 @@ fn read_link(message: &LinkMessage) -> Link {
         wireguard: false,
         up: message.header.flags.contains(LinkFlags::Up),
         mtu: 0,
+        loopback: message.header.flags.contains(LinkFlags::Loopback),
+        ethernet: message.header.link_layer_type == LinkLayerType::Ether,
+        card: true,
     };
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::LinkInfo(infos) => {
                 link.wireguard = infos.contains(&LinkInfo::Kind(InfoKind::Wireguard));
+                // Only the drivers of software devices say a kind.
+                link.card = !infos.iter().any(|info| matches!(info, LinkInfo::Kind(_)));
             }
             _ => {}
         }

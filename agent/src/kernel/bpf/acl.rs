@@ -2,7 +2,9 @@
 
 use super::events::Events;
 use super::policy::{self, Slot};
-use super::{AclError, ActiveWord, How, Options, RawMap, Run, attach, now_ns, test_run, view};
+use super::{
+    AclError, ActiveWord, How, Options, PASSED, RawMap, Run, attach, now_ns, test_run, view,
+};
 use ebpf::abi::{Active, Counter, Direction, Dropped, Flow, FlowKey};
 use ebpf::packet::{Packet, Tuple, What, protocol, tcp};
 use ebpf::reason::OUTCOMES;
@@ -182,7 +184,8 @@ impl Acl {
     /// What the kernel says.
     pub fn run(&self, direction: Direction, packet: &[u8], repeat: u32) -> io::Result<Run> {
         let program = self.programs[direction as usize].as_ref();
-        test_run(program.ok_or(io::ErrorKind::NotFound)?, packet, repeat)
+        let program = program.ok_or(io::ErrorKind::NotFound)?;
+        test_run(program, PASSED, packet, repeat)
     }
 
     /// Known flows, at most `limit`.

@@ -141,17 +141,9 @@ pub(super) fn remove(interface: &str, folder: &Path) -> Result<(), AclError> {
     if !folder.exists() {
         return Ok(());
     }
-    for (_, kind) in BOTH {
-        // The filter goes with its device; that it is gone already is fine.
-        let filter =
-            SchedClassifierLink::attached(interface, kind, CLSACT_PRIORITY, CLSACT_HANDLE, None);
-        if let Ok(filter) = filter {
-            use aya::programs::links::Link as _;
-            if clsact_pinned(folder) {
-                let _ = filter.detach();
-            } else {
-                std::mem::forget(filter);
-            }
+    if clsact_pinned(folder) {
+        for (_, kind) in BOTH {
+            remove_filter(interface, kind, CLSACT_PRIORITY);
         }
     }
     fs::remove_dir_all(folder).map_err(pin_error(folder))?;
@@ -307,14 +299,15 @@ fn attach_both(
             )?,
             How::Clsact => {
                 let pin = filter_pin(folder, direction, index);
-                by_filter(program, interface, &pin, kind)?;
+                by_filter(program, interface, &pin, kind, CLSACT_PRIORITY)?;
             }
         }
     }
     Ok(())
 }
 
-fn by_link(
+/// By a link that is pinned, or by replacing the program behind the one that is.
+pub(super) fn by_link(
     program: &mut SchedClassifier,
     interface: &str,
     index: u32,
@@ -342,17 +335,20 @@ fn by_link(
     Ok(())
 }
 
-fn by_filter(
+/// By a filter of the clsact qdisc, or by changing the one that is there. Returns whether the qdisc
+/// was made for it.
+pub(super) fn by_filter(
     program: &mut SchedClassifier,
     interface: &str,
     pin: &Path,
     kind: TcAttachType,
-) -> Result<(), AclError> {
+    priority: u16,
+) -> Result<bool, AclError> {
     let error = |error: &dyn std::error::Error| attach_error(interface, error);
     // It may be there already; if it is not, attaching says so.
-    let _ = qdisc_add_clsact(interface);
+    let made_qdisc = qdisc_add_clsact(interface).is_ok();
     let options = NlOptions {
-        priority: CLSACT_PRIORITY,
+        priority,
         handle: CLSACT_HANDLE,
         classid: None,
     };
@@ -361,13 +357,8 @@ fn by_filter(
         Ok(id) => id,
         // Ours is there: change it, which the kernel does in one step.
         Err(_) if pin.exists() => {
-            let there = SchedClassifierLink::attached(
-                interface,
-                kind,
-                CLSACT_PRIORITY,
-                CLSACT_HANDLE,
-                None,
-            );
+            let there =
+                SchedClassifierLink::attached(interface, kind, priority, CLSACT_HANDLE, None);
             let there = there.map_err(|e| error(&e))?;
             program.attach_to_link(there).map_err(|e| error(&e))?
         }
@@ -377,7 +368,16 @@ fn by_filter(
     std::mem::forget(program.take_link(id).map_err(|e| error(&e))?);
     let _ = fs::remove_file(pin);
     program.pin(pin).map_err(|e| error(&e))?;
-    Ok(())
+    Ok(made_qdisc)
+}
+
+/// Takes a filter of ours off again; one that is gone already is fine.
+pub(super) fn remove_filter(interface: &str, kind: TcAttachType, priority: u16) {
+    use aya::programs::links::Link as _;
+    let filter = SchedClassifierLink::attached(interface, kind, priority, CLSACT_HANDLE, None);
+    if let Ok(filter) = filter {
+        let _ = filter.detach();
+    }
 }
 
 /// Copies flows that the new maps do not have. A flow that cannot be read is picked up later by its
@@ -429,12 +429,12 @@ fn forget(former: &[PathBuf]) {
     }
 }
 
-fn pin_error(path: &Path) -> impl FnOnce(std::io::Error) -> AclError {
+pub(super) fn pin_error(path: &Path) -> impl FnOnce(std::io::Error) -> AclError {
     let path = path.to_owned();
     move |source| AclError::Pin { path, source }
 }
 
-fn attach_error(interface: &str, error: &dyn std::error::Error) -> AclError {
+pub(super) fn attach_error(interface: &str, error: &dyn std::error::Error) -> AclError {
     AclError::Attach {
         interface: interface.to_owned(),
         text: chain(error),
@@ -455,7 +455,7 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-fn verifier(error: &ProgramError) -> String {
+pub(super) fn verifier(error: &ProgramError) -> String {
     let ProgramError::LoadError {
         io_error,
         verifier_log,
