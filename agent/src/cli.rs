@@ -20,6 +20,7 @@ mod arguments;
 mod doctor;
 mod monitor;
 mod netcheck;
+mod path;
 mod ping;
 mod policy;
 mod set;
@@ -249,7 +250,12 @@ pub fn run(arguments: Arguments) -> ExitCode {
         Verb::Set(set) => set::set(&agent, &console, &set),
         Verb::Status => show::status(&agent, &console),
         Verb::Peers => show::peers(&agent, &console),
-        Verb::Ping { peer, count } => ping::ping(&agent, &console, &peer, count),
+        Verb::Ping {
+            peer,
+            count,
+            until_direct,
+        } => ping::ping(&agent, &console, &peer, count, until_direct),
+        Verb::Path { peer } => path::path(&agent, &console, &peer),
         Verb::Explain(explain) if explain.policy.is_some() => policy::offline(&console, &explain),
         Verb::Explain(explain) => show::explain(&agent, &console, &explain),
         Verb::Counters => show::counters(&agent, &console),

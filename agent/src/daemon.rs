@@ -21,6 +21,7 @@ mod join;
 mod monitor;
 mod netcheck;
 mod paths;
+mod reach;
 mod settings;
 
 use crate::config::Config;
@@ -30,12 +31,12 @@ use crate::kernel::{self, Job, OpenError};
 use crate::local::{BindError, Call, Refused, RefusedCode, Request, Response, Server};
 use crate::state::{Settings, StateDir, StateError};
 use engine::status::Failure;
-use engine::{DEFAULT_MTU, Engine, Input, Output, RelayEvent};
+use engine::{DEFAULT_MTU, Engine, Input, Output};
 use join::Link;
 use monitor::{Look, Monitor};
 use paths::{Port, Relayed};
-use proto::id::RegionId;
 use proto::netmap::Netmap;
+use reach::Rates;
 use sd_notify::NotifyState;
 use settings::Setting;
 use std::collections::VecDeque;
@@ -86,7 +87,6 @@ pub enum DaemonError {
 /// Something that woke the loop.
 enum Event {
     Input(Input),
-    Relay(RegionId, RelayEvent),
     Control(control::Event),
     Call(Call),
     /// What the programs told of dropped packets, while somebody follows.
@@ -137,6 +137,7 @@ struct Daemon {
     /// To the sockets beside WireGuard's; or why there are none.
     port: Port,
     relayed: Relayed,
+    rates: Rates,
     /// Not ready before this, as long as the node is not up.
     ready_by: Option<Instant>,
 }
@@ -190,6 +191,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
         netmaps,
         port,
         relayed,
+        rates: Rates::default(),
         ready_by: Some(Instant::now() + READY_PATIENCE),
         config,
     };
@@ -203,7 +205,9 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
             Some(call) = calls.recv() => Event::Call(call),
             Some(look) = looks.recv() => Event::Looked(look),
             Some(event) = seen.recv() => Event::Input(paths::seen(event)),
-            Some((region, event)) = relay_events.recv() => Event::Relay(region, event),
+            Some((region, event)) = relay_events.recv() => {
+                Event::Input(Input::Relay(region, event))
+            }
             Some(result) = kept.recv() => Event::Kept(result),
             () = tick(&mut watchdog) => Event::Tick,
             _ = terminate.recv() => Event::Stop,
@@ -262,8 +266,12 @@ impl Daemon {
     /// Takes in what woke the loop, which may be its end.
     fn handle(&mut self, event: Event) -> ControlFlow<()> {
         match event {
-            Event::Input(input) => self.engine.handle(Instant::now(), input),
-            Event::Relay(region, event) => self.handle_relay(region, event),
+            Event::Input(input) => {
+                if let Input::Observed(observed) = &input {
+                    self.rates.note(Instant::now(), observed);
+                }
+                self.engine.handle(Instant::now(), input);
+            }
             Event::Control(event) => self.handle_control(event),
             Event::Call(call) => self.handle_call(call),
             Event::Looked(look) => self.looked(look),
@@ -350,6 +358,7 @@ impl Daemon {
             Request::Status => self.answer_status(reply),
             Request::Peers => send(reply, Response::Peers(self.peers())),
             Request::Ping { peer } => self.answer_ping(&peer, reply),
+            Request::Path { peer } => send(reply, self.path(&peer)),
             Request::Explain(explain) => self.answer_explain(&explain, reply),
             Request::Counters => self.answer_counters(reply),
             Request::Netcheck => send(reply, Response::Netcheck(Box::new(self.netcheck()))),

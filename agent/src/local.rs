@@ -30,7 +30,9 @@ pub use server::{BindError, Server};
 
 use proto::control::{JoinToken, ParseTokenError};
 use proto::net::{Prefix, Protocol};
-use report::{Counters, Explanation, Netcheck, PeerStatus, PingTarget, Refuse, Seen, Status};
+use report::{
+    Counters, Explanation, Netcheck, PeerPath, PeerStatus, PingTarget, Refuse, Seen, Status,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use tokio::sync::{mpsc, oneshot};
@@ -85,6 +87,11 @@ pub enum Request {
     /// Who `peer` is, how it is reached, and whether policy lets an echo request out to it. The
     /// client sends the echo requests.
     Ping {
+        /// A peer's name or one of its addresses.
+        peer: String,
+    },
+    /// How a peer is reached, and why so.
+    Path {
         /// A peer's name or one of its addresses.
         peer: String,
     },
@@ -178,6 +185,8 @@ pub enum Response {
     Peers(Vec<PeerStatus>),
     /// To [`Request::Ping`].
     Ping(Box<PingTarget>),
+    /// To [`Request::Path`].
+    Path(Box<PeerPath>),
     /// To [`Request::Explain`].
     Explanation(Box<Explanation>),
     /// To [`Request::Counters`], by direction, verdict and reason.
@@ -243,6 +252,7 @@ impl Request {
             Self::Status
             | Self::Peers
             | Self::Ping { .. }
+            | Self::Path { .. }
             | Self::Explain(_)
             | Self::Counters
             | Self::Netcheck => Access::Read,

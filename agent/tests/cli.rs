@@ -135,6 +135,7 @@ fn status(phase: Phase) -> Status {
             refuse: Refuse::Answer,
         },
         peers: 0,
+        active: Vec::new(),
         problems: Vec::new(),
     }
 }
@@ -320,7 +321,7 @@ fn another_user_may_read_but_neither_change_nor_watch() {
         Request::Peers => Response::Peers(Vec::new()),
         Request::Counters => Response::Counters(Counters::default()),
         Request::Monitor(_) => Response::Seen(Seen::Begun),
-        Request::Ping { .. } | Request::Explain(_) | Request::Netcheck => {
+        Request::Ping { .. } | Request::Path { .. } | Request::Explain(_) | Request::Netcheck => {
             refused(RefusedCode::UnknownPeer)
         }
     });

@@ -63,9 +63,17 @@ pub enum Verb {
     Ping {
         /// A peer's name or address
         peer: String,
-        /// How often
-        #[arg(short, long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..))]
-        count: u16,
+        /// How often [default: 4, or 60 with --until-direct]
+        #[arg(short, long, value_parser = clap::value_parser!(u16).range(1..))]
+        count: Option<u16>,
+        /// Go on until the answers come by a direct path, or the count is over
+        #[arg(long)]
+        until_direct: bool,
+    },
+    /// How a peer is reached, where else it might be, and why not there
+    Path {
+        /// A peer's name or address
+        peer: String,
     },
     /// What the programs do with a connection, and which rule says so
     Explain(Explain),

@@ -38,7 +38,7 @@ fn text(check: &Netcheck) -> String {
             "The network has no STUN servers: name some in the coordinator's configuration \
              (`[relays]`, `stun`).\n",
         );
-        return text + &unreached(check);
+        return text + &regions(check) + &unreached(check);
     }
     let mut table = Table::headed(["SERVER", "ADDRESS", "SEES", "TIME"]);
     for server in &check.servers {
@@ -51,7 +51,35 @@ fn text(check: &Netcheck) -> String {
             time.as_deref().unwrap_or("-"),
         ]);
     }
-    text + &table.print() + &unreached(check)
+    text + &table.print() + &regions(check) + &unreached(check)
+}
+
+/// The network's relays, and which of them is home.
+fn regions(check: &Netcheck) -> String {
+    if check.regions.is_empty() {
+        return "The network has no relays: peers without a direct path cannot be reached.\n"
+            .to_owned();
+    }
+    let mut table = Table::headed(["", "REGION", "NAME", "AWAY", "CONNECTION"]);
+    for region in &check.regions {
+        let away = region.latency_us.map(super::path::millis);
+        let connection = match &region.why {
+            Some(why) => format!("{}: {why}", region.connection),
+            None => region.connection.clone(),
+        };
+        table.row([
+            if region.home { "*" } else { "" },
+            &region.id.to_string(),
+            &region.name,
+            away.as_deref().unwrap_or("-"),
+            &connection,
+        ]);
+    }
+    let home = match &check.home {
+        Some(home) => format!("Peers find this machine at relay {home}.\n"),
+        None => "No relay is this machine's home yet.\n".to_owned(),
+    };
+    table.print() + &home
 }
 
 /// Why some peers have no path, as far as this end can tell.
@@ -78,7 +106,7 @@ fn unreached(check: &Netcheck) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::local::report::{Family, StunServer};
+    use crate::local::report::{Family, Region, StunServer};
 
     #[test]
     fn it_says_what_the_nat_is_like_and_why_there_is_no_path() {
@@ -99,6 +127,15 @@ mod tests {
                 mapped: None,
                 rtt_ms: None,
             }],
+            home: Some("near".to_owned()),
+            regions: vec![Region {
+                id: proto::id::RegionId(7),
+                name: "near".to_owned(),
+                home: true,
+                connection: "down".to_owned(),
+                why: Some("it fell silent".to_owned()),
+                latency_us: Some(1_240),
+            }],
             unreached: vec!["web".to_owned()],
         };
         let hard = text(&check);
@@ -107,6 +144,9 @@ mod tests {
             "IPv4: hard.",
             "no answer",
             "No packets from web: this",
+            "1.24 ms",
+            "down: it fell silent",
+            "at relay near",
         ] {
             assert!(hard.contains(part), "{part}: {hard}");
         }

@@ -4,8 +4,8 @@
 //! the agent needs no right to raw sockets. A datagram socket for ICMP is tried first (Linux gives
 //! it to the groups in `net.ipv4.ping_group_range`), a raw one, for root, second.
 
-use super::{Agent, Console, Failure, PATIENCE, astray, show};
-use crate::local::report::{PingTarget, Verdict};
+use super::{Agent, Console, Failure, PATIENCE, astray, path, show};
+use crate::local::report::{PeerStatus, PingTarget, Verdict, Way};
 use crate::local::{Request, Response};
 use rustix::net::{AddressFamily, SocketType, ipproto, socket};
 use serde::Serialize;
@@ -23,6 +23,10 @@ const PAUSE: Duration = Duration::from_millis(250);
 const PAYLOAD_BYTES: usize = 56;
 const HEADER_BYTES: usize = 8;
 
+/// How often, unless it is said.
+const COUNT: u16 = 4;
+const COUNT_UNTIL_DIRECT: u16 = 60;
+
 /// What came of it.
 #[derive(Serialize)]
 struct Summary {
@@ -31,14 +35,29 @@ struct Summary {
     received: u16,
     /// Of each answer, in milliseconds.
     rtt_ms: Vec<f64>,
+    /// The way of each answer, as `weir path` has it right after.
+    ways: Vec<Way>,
+    /// How long it took from the first echo to the first one with a direct path; `null` if there
+    /// was none.
+    direct_after_ms: Option<f64>,
 }
 
 pub(super) fn ping(
     agent: &Agent,
     console: &Console,
     peer: &str,
-    count: u16,
+    count: Option<u16>,
+    until_direct: bool,
 ) -> Result<(), Failure> {
+    let usual = if until_direct {
+        COUNT_UNTIL_DIRECT
+    } else {
+        COUNT
+    };
+    let plan = Plan {
+        count: count.unwrap_or(usual),
+        until_direct,
+    };
     let request = Request::Ping {
         peer: peer.to_owned(),
     };
@@ -61,24 +80,27 @@ pub(super) fn ping(
     if !console.json {
         console.say(&opening(&target))?;
     }
-    let summary = echo(console, *target, count)?;
+    let summary = echo(agent, console, *target, &plan)?;
     if console.json {
         console.document(&summary)?;
     } else {
         console.say(&closing(&summary))?;
     }
-    if summary.received == 0 {
+    if summary.received == 0 || until_direct && summary.direct_after_ms.is_none() {
         return Err(Failure::Told);
     }
     Ok(())
 }
 
+/// How many echoes there are to be.
+struct Plan {
+    count: u16,
+    until_direct: bool,
+}
+
 fn opening(target: &PingTarget) -> String {
     let PingTarget { peer, addr, .. } = target;
-    let by = peer.endpoint.map_or_else(
-        || "no endpoint known yet".to_owned(),
-        |endpoint| format!("by {endpoint}"),
-    );
+    let by = path::by(peer);
     let handshake = peer.handshake_seconds.map_or_else(
         || "no handshake yet".to_owned(),
         |seconds| format!("last handshake {seconds} s ago"),
@@ -92,6 +114,8 @@ fn closing(summary: &Summary) -> String {
         sent,
         received,
         rtt_ms,
+        ways: _,
+        direct_after_ms,
     } = summary;
     if rtt_ms.is_empty() {
         let hint = match target.peer.handshake_seconds {
@@ -106,13 +130,27 @@ fn closing(summary: &Summary) -> String {
     let least = rtt_ms.iter().copied().fold(f64::INFINITY, f64::min);
     let most = rtt_ms.iter().copied().fold(0.0, f64::max);
     let mean = rtt_ms.iter().sum::<f64>() / f64::from(*received);
+    let direct = match direct_after_ms {
+        Some(ms) => format!("direct after {ms:.0} ms\n"),
+        None => format!("not direct: `weir path {}` tells why\n", target.peer.name),
+    };
     format!(
         "{sent} sent, {received} answered; least {least:.2} ms, mean {mean:.2} ms, \
-         most {most:.2} ms\n"
+         most {most:.2} ms\n{direct}"
     )
 }
 
-fn echo(console: &Console, target: PingTarget, count: u16) -> Result<Summary, Failure> {
+/// How the peer is reached now.
+fn now(agent: &Agent, target: &PingTarget) -> Result<PeerStatus, Failure> {
+    Ok(path::ask(agent, &target.peer.name)?.peer)
+}
+
+fn echo(
+    agent: &Agent,
+    console: &Console,
+    target: PingTarget,
+    plan: &Plan,
+) -> Result<Summary, Failure> {
     let addr = target.addr;
     let pinger = Pinger::open(addr).map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied => Failure::new(
@@ -131,8 +169,11 @@ fn echo(console: &Console, target: PingTarget, count: u16) -> Result<Summary, Fa
         sent: 0,
         received: 0,
         rtt_ms: Vec::new(),
+        ways: Vec::new(),
+        direct_after_ms: None,
     };
-    for sequence in 1..=count {
+    let begin = Instant::now();
+    for sequence in 1..=plan.count {
         let patience = if sequence == 1 { FIRST_ECHO } else { ECHO };
         summary.sent += 1;
         let line = match pinger.echo(sequence, patience) {
@@ -140,14 +181,23 @@ fn echo(console: &Console, target: PingTarget, count: u16) -> Result<Summary, Fa
                 let ms = rtt.as_secs_f64() * 1000.0;
                 summary.received += 1;
                 summary.rtt_ms.push(ms);
-                format!("answer {sequence} from {addr} in {ms:.2} ms\n")
+                let peer = now(agent, &summary.target)?;
+                summary.ways.push(peer.way);
+                if peer.way == Way::Direct && summary.direct_after_ms.is_none() {
+                    summary.direct_after_ms = Some(begin.elapsed().as_secs_f64() * 1000.0);
+                }
+                let by = path::by(&peer);
+                format!("answer {sequence} from {addr} in {ms:.2} ms, {by}\n")
             }
             Err(error) => format!("no answer {sequence} from {addr}: {}\n", why(&error)),
         };
         if !console.json {
             console.say(&line)?;
         }
-        if sequence < count {
+        if plan.until_direct && summary.direct_after_ms.is_some() {
+            break;
+        }
+        if sequence < plan.count {
             std::thread::sleep(PAUSE);
         }
     }

@@ -103,6 +103,7 @@ fn status_text(status: &Status) -> String {
         epoch,
         acl,
         peers,
+        active,
         problems,
     } = status;
     let device = &interface.name;
@@ -157,8 +158,33 @@ fn status_text(status: &Status) -> String {
     }
     table.row(["  coordinator", &coordinator_text(coordinator)]);
     text.push_str(&table.print());
+    text.push_str(&active_text(active));
     text.push_str(&problems_text(problems));
     text
+}
+
+/// The peers in use, and how they are reached.
+fn active_text(active: &[PeerStatus]) -> String {
+    /// More would push everything else off the screen; `weir peers` has all.
+    const MOST: usize = 20;
+    if active.is_empty() {
+        return String::new();
+    }
+    let mut table = Table::headed(["  IN USE", "PATH", "RX/S", "TX/S"]);
+    for peer in active.iter().take(MOST) {
+        table.row([
+            &format!("  {}", peer.name),
+            &super::path::by(peer),
+            &bytes(peer.rx_bytes_per_second),
+            &bytes(peer.tx_bytes_per_second),
+        ]);
+    }
+    let more = active.len().saturating_sub(MOST);
+    let rest = match more {
+        0 => String::new(),
+        more => format!("  and {more} more: `weir peers`\n"),
+    };
+    table.print() + &rest
 }
 
 fn coordinator_text(coordinator: &Coordinator) -> String {
@@ -228,9 +254,11 @@ fn peers_text(peers: &[PeerStatus]) -> String {
         "ROUTES",
     ]);
     for peer in peers {
-        let endpoint = peer
-            .endpoint
-            .map_or("-".to_owned(), |addr| addr.to_string());
+        let endpoint = match (&peer.relay, peer.endpoint) {
+            (Some(relay), _) => format!("relay {relay}"),
+            (None, Some(endpoint)) => endpoint.to_string(),
+            (None, None) => "-".to_owned(),
+        };
         let handshake = match (peer.handshake_seconds, peer.online) {
             (Some(seconds), _) => format!("{} ago", age(seconds)),
             (None, true) => "none yet".to_owned(),

@@ -243,6 +243,7 @@ mod tests {
                 refuse: Refuse::Answer,
             },
             peers: 0,
+            active: Vec::new(),
             problems: Vec::new(),
         }
     }

@@ -1,11 +1,11 @@
 //! What the agent answers: the documents of the local API, from the engine's view and the maps.
 
 use super::explain::{same_family, way};
-use super::{Daemon, refused, send};
+use super::{Daemon, reach, refused, send};
 use crate::kernel::{Job, bpf};
 use crate::local::report::{
     Acl, Answers, Coordinator, Counter, Counters, Interface, Node, PeerStatus, Phase, PingTarget,
-    Problem, Refuse, Status, Verdict,
+    Problem, Refuse, Status, Verdict, Way,
 };
 use crate::local::{RefusedCode, Response};
 use ebpf::abi;
@@ -62,6 +62,7 @@ impl Daemon {
                 },
             },
             peers: engine.netmap.map_or(0, |netmap| netmap.peers.len()),
+            active: self.active(),
             problems: self.own_problems().chain(problems).collect(),
         };
         status.phase = match (&self.settings.coordinator, self.settings.up) {
@@ -196,11 +197,14 @@ impl Daemon {
         peers
     }
 
-    fn peer(&self, peer: &Peer) -> PeerStatus {
+    pub(super) fn peer(&self, peer: &Peer) -> PeerStatus {
         let engine = self.engine.status_of(&peer.key);
         let stats = engine.cloned().unwrap_or_default();
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let now = now.unwrap_or(Duration::ZERO);
+        let (rx_rate, tx_rate) = self.rates.of(Instant::now(), &peer.key);
+        let path = self.engine.path_of(Instant::now(), &peer.key);
+        let (way, region, rtt) = path.map_or((Way::None, None, None), |path| reach::way(&path.now));
         PeerStatus {
             id: peer.id,
             name: peer.name.clone(),
@@ -215,6 +219,11 @@ impl Daemon {
                 .map(|at| now.saturating_sub(at).as_secs()),
             rx_bytes: stats.rx_bytes,
             tx_bytes: stats.tx_bytes,
+            rx_bytes_per_second: rx_rate,
+            tx_bytes_per_second: tx_rate,
+            way,
+            relay: region.map(|region| self.region_name(region)),
+            rtt_us: rtt.map(reach::micros),
         }
     }
 
@@ -305,7 +314,7 @@ fn problem(problem: &EngineProblem) -> Problem {
     }
 }
 
-fn unknown(name: &str) -> Response {
+pub(super) fn unknown(name: &str) -> Response {
     refused(
         RefusedCode::UnknownPeer,
         &format!("no node called {name} is known here"),

@@ -67,6 +67,7 @@ impl Daemon {
                 .rtt
                 .map(|rtt| rtt.as_millis().try_into().unwrap_or(u64::MAX)),
         });
+        let regions = self.regions();
         let engine = self.engine.status();
         let peers = engine
             .netmap
@@ -81,6 +82,11 @@ impl Daemon {
             v4: family(true),
             v6: family(false),
             servers: servers.collect(),
+            home: regions
+                .iter()
+                .find(|region| region.home)
+                .map(|region| region.name.clone()),
+            regions,
             unreached,
         }
     }

@@ -12,7 +12,6 @@ use engine::relays::RelayTable;
 use engine::{Input, RelayEvent, Via};
 use proto::id::RegionId;
 use proto::permit::{Permit, VALIDITY};
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
@@ -23,23 +22,12 @@ const NO_PERMIT_PAUSE: Duration = Duration::from_secs(600);
 /// Where words for the port go, or why nothing can be sent from it.
 pub(super) type Port = Result<mpsc::Sender<port::Word>, String>;
 
-/// How the connection to a region is.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Standing {
-    pub(super) up: bool,
-    /// Why it is not.
-    pub(super) why: Option<String>,
-    /// How long its relay's last answer took.
-    pub(super) latency: Option<Duration>,
-}
-
 /// Relayed paths.
 pub(super) struct Relayed {
     relays: Relays,
     shim: Result<Arc<Shim>, String>,
     outboxes: Outboxes,
     events: mpsc::Sender<(RegionId, RelayEvent)>,
-    pub(super) standings: BTreeMap<RegionId, Standing>,
     permit: Option<Permit>,
     /// The coordinator was asked for a permit and has not answered.
     asked: bool,
@@ -85,7 +73,6 @@ impl Relayed {
             shim,
             outboxes,
             events,
-            standings: BTreeMap::new(),
             permit: None,
             asked: false,
             ask_after: None,
@@ -95,7 +82,6 @@ impl Relayed {
     /// The node is somebody else from now on.
     pub(super) fn change_identity(&mut self, identity: &Arc<Identity>) {
         self.relays = connections(identity, &self.shim, &self.outboxes, &self.events);
-        self.standings.clear();
         self.hold(None);
     }
 
@@ -118,8 +104,6 @@ impl Relayed {
     }
 
     fn set(&mut self, table: &RelayTable) {
-        self.standings
-            .retain(|region, _| table.regions.contains_key(region));
         if let Ok(shim) = &self.shim {
             shim.set(table);
             self.relays.set(table.home, &table.regions);
@@ -183,26 +167,6 @@ impl Daemon {
     /// Relayed packets go by these rules from now on.
     pub(super) fn set_relays(&mut self, table: &RelayTable) {
         self.relayed.set(table);
-    }
-
-    /// Something happened at a connection to a relay.
-    pub(super) fn handle_relay(&mut self, region: RegionId, event: RelayEvent) {
-        let standing = self.relayed.standings.entry(region).or_default();
-        match &event {
-            RelayEvent::Up => {
-                standing.up = true;
-                standing.why = None;
-            }
-            RelayEvent::Down(why) => {
-                standing.up = false;
-                standing.latency = None;
-                standing.why = Some(why.clone());
-            }
-            RelayEvent::Latency(latency) => standing.latency = Some(*latency),
-            _ => {}
-        }
-        let now = Instant::now();
-        self.engine.handle(now, Input::Relay(region, event));
     }
 
     /// Asks for a permit if it is time; returns when to think of it again.

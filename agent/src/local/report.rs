@@ -5,7 +5,7 @@
 //! lists stand under their name (`{"version":1,"peers":[…]}`).
 
 use proto::filter::Direction;
-use proto::id::{Generation, NodeId};
+use proto::id::{Generation, NodeId, RegionId};
 use proto::key::NodeKey;
 use proto::net::{Prefix, Protocol};
 use proto::netmap::Owner;
@@ -32,6 +32,8 @@ pub struct Status {
     pub acl: Acl,
     /// How many peers this node has.
     pub peers: usize,
+    /// The peers with which packets were exchanged lately, by name.
+    pub active: Vec<PeerStatus>,
     /// What is wrong, worst first; empty when all is well.
     pub problems: Vec<Problem>,
 }
@@ -174,6 +176,84 @@ pub struct PeerStatus {
     pub rx_bytes: u64,
     /// Bytes sent to it through the tunnel.
     pub tx_bytes: u64,
+    /// The same for the last seconds.
+    pub rx_bytes_per_second: u64,
+    /// Likewise.
+    pub tx_bytes_per_second: u64,
+    /// The way that its packets take.
+    pub way: Way,
+    /// The region whose relay they take; `null` unless they are relayed.
+    pub relay: Option<String>,
+    /// How long the last probe of a direct path took, or the relay's last answer; `null` if unknown.
+    pub rtt_us: Option<u64>,
+}
+
+/// The way of packets to a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Way {
+    /// From kernel to kernel.
+    Direct,
+    /// By a relay, sealed.
+    Relayed,
+    /// None is known to work.
+    None,
+}
+
+/// `weir path`: how a peer is reached, and why so.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerPath {
+    /// The peer.
+    pub peer: PeerStatus,
+    /// Why its packets go as they go, as a clause.
+    pub why: String,
+    /// For how long they have; `null`: since there is a path.
+    pub since_seconds: Option<u64>,
+    /// Whether packets were exchanged lately.
+    pub active: bool,
+    /// Whether direct paths are being looked for right now.
+    pub probing: bool,
+    /// The region where the peer can be found; `null` if no relay leads to it.
+    pub region: Option<String>,
+    /// Everywhere it may be reached directly: the one in use first, then best first.
+    pub candidates: Vec<Candidate>,
+}
+
+/// An endpoint that a peer may be reached at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Candidate {
+    /// Where.
+    pub endpoint: SocketAddr,
+    /// How near: `on_link`, `private`, `public`, or `unrouted` while no route leads there. Stable.
+    pub tier: String,
+    /// Who named it: `netmap`, `call` (the peer, by relay), `seen` (its packets came from there).
+    pub sources: Vec<String>,
+    /// Time since it was last probed; `null`: never.
+    pub probed_ms_ago: Option<u64>,
+    /// What came of it: `never`, `waiting`, `answered`, `silent`, `swallows` (it answers probes and
+    /// carries no packets), `overruled` (the peer prefers another). Stable.
+    pub result: String,
+    /// How long the answer took; `null` without one.
+    pub rtt_us: Option<u64>,
+    /// Whether packets go there now.
+    pub in_use: bool,
+}
+
+/// One region of the network's relay map.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Region {
+    /// Its id.
+    pub id: RegionId,
+    /// Its name.
+    pub name: String,
+    /// Whether peers find this node there.
+    pub home: bool,
+    /// `up`, `connecting`, `down`, or `unused` while nobody needs it. Stable.
+    pub connection: String,
+    /// Why it is down, as a clause; `null` unless it is.
+    pub why: Option<String>,
+    /// How far it is; `null` if that was not measured.
+    pub latency_us: Option<u64>,
 }
 
 /// Whom `weir ping` is about to ask.
@@ -356,6 +436,10 @@ pub struct Netcheck {
     pub v6: Family,
     /// What each server said, by address.
     pub servers: Vec<StunServer>,
+    /// The region where peers find this node; `null` while it has none.
+    pub home: Option<String>,
+    /// The network's relays, by id.
+    pub regions: Vec<Region>,
     /// Peers that are on line and from which no packet came by the endpoint in use, by name.
     pub unreached: Vec<String>,
 }

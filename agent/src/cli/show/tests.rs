@@ -1,5 +1,5 @@
 use super::*;
-use crate::local::report::{Acl, Counter, Interface, Matched, RuleRef};
+use crate::local::report::{Acl, Counter, Interface, Matched, RuleRef, Way};
 use proto::id::{Generation, NodeId};
 use proto::key::NodeKey;
 use proto::net::Protocol;
@@ -47,6 +47,11 @@ fn up() -> Status {
             refuse: Refuse::Answer,
         },
         peers: 1,
+        active: vec![PeerStatus {
+            way: Way::Relayed,
+            relay: Some("near".to_owned()),
+            ..peer()
+        }],
         problems: vec![Problem {
             code: "route_overlap".to_owned(),
             message: "10.9.0.0/24 of lab-r overlaps a route of this machine".to_owned(),
@@ -68,6 +73,11 @@ fn peer() -> PeerStatus {
         handshake_seconds: Some(65),
         rx_bytes: 1536,
         tx_bytes: 12,
+        rx_bytes_per_second: 2_048,
+        tx_bytes_per_second: 0,
+        way: Way::Direct,
+        relay: None,
+        rtt_us: Some(1_240),
     }
 }
 
@@ -82,6 +92,8 @@ web-1 is up in network home.
   policy       enforced by tcx programs, epoch 2
   netmap       generation 17, 1 peer
   coordinator  192.0.2.1:8443, not connected: the coordinator fell silent (again in 4 s)
+  IN USE  PATH                         RX/S     TX/S
+  db      by relay near, 1.24 ms away  2.0 KiB  0 B
 
 Problems:
   - 10.9.0.0/24 of lab-r overlaps a route of this machine
@@ -118,6 +130,7 @@ fn a_status_before_joining_reads_like_this() {
             refuse: Refuse::Drop,
         },
         peers: 0,
+        active: Vec::new(),
         problems: Vec::new(),
     };
     let want = "\
