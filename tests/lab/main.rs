@@ -16,6 +16,7 @@ mod main_job;
 mod monitor;
 mod nats;
 mod refusal;
+mod relays;
 mod revocation;
 mod sites;
 mod state;

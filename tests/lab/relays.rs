@@ -1,0 +1,260 @@
+//! Nodes that no direct path joins: by relay, back to a direct path when there is one, and on when
+//! coordinator, relay or agent die.
+//!
+//! ```text
+//!  hub   a   b   near   far
+//!   │    │   │    │      │       near and far: weir-relay, a region each
+//!  ─┴────┴───┴────┴──────┴── internet      a's host may drop UDP between a and b
+//! ```
+//!
+//! Every host has strict `rp_filter`, as hardened servers do.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use serde_json::Value;
+use tests::lab::Lab;
+use tests::mesh::{Coordinator, Join, Mesh, Node, SPREAD_BOUND};
+use tests::probe::{PASS_BOUND, Question, Talk, passes};
+use tests::relay::{Relay, relays_section};
+use tests::stream::{Losses, Numbered};
+use tests::topology::Topology;
+use tests::wait_until;
+
+const POLICY: &str = r#"{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"]}]}"#;
+/// The first packet by a relay: 300 ms on a machine of its own, and this in an emulator.
+const FIRST_PACKET: Duration = Duration::from_millis(1_500);
+/// From the moment that a direct path is possible to its use: two probes apart at most.
+const DIRECT_BOUND: Duration = Duration::from_secs(30);
+/// Longest outage when a direct path breaks: six seconds, and this in an emulator.
+const DEMOTED: Duration = Duration::from_secs(9);
+/// Longest outage when a region is lost: five seconds, and this in an emulator.
+const MOVED: Duration = Duration::from_secs(9);
+/// Between two datagrams of a stream.
+const PACE: Duration = Duration::from_millis(5);
+
+/// Which UDP between a and b passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Udp {
+    Nothing,
+    V4,
+    V6,
+}
+
+struct World {
+    lab: Lab,
+    mesh: Mesh,
+    relays: [Relay; 2],
+}
+
+/// The topology with two relays, a coordinator that names them, and a and b joined, between which
+/// no UDP passes.
+fn world(name: &str) -> anyhow::Result<World> {
+    let lab = Lab::new(name, &Topology::star(&["a", "b", "near", "far"]))?;
+    for host in lab.hosts().values() {
+        host.run("sysctl -q -w net.ipv4.conf.all.rp_filter=1")?;
+    }
+    let coordinator = Coordinator::start(&lab.host("hub"))?;
+    coordinator.admin("network create home")?;
+    coordinator.admin("user create ana@example.com --network home")?;
+    coordinator.set_policy(POLICY)?;
+    let start = |name: &str| Relay::start(&lab.host(name), name, &coordinator);
+    let relays = [start("near")?, start("far")?];
+    coordinator.configure(&relays_section(&[&relays[0], &relays[1]]))?;
+    let mut mesh = Mesh::new(coordinator);
+    pass(&lab, Udp::Nothing)?;
+    let join = |host| Join {
+        host,
+        owner: "--user ana@example.com",
+        routes: "",
+    };
+    mesh.join(&lab, &[join("a"), join("b")])?;
+    mesh.settled(&[("a", 1), ("b", 1)])?;
+    Ok(World { lab, mesh, relays })
+}
+
+/// Lets this UDP pass between a and b, and no other.
+fn pass(lab: &Lab, udp: Udp) -> anyhow::Result<()> {
+    let (a, b) = (lab.host("a"), lab.host("b"));
+    let rule = |family: &str, side: &str, addr: std::net::IpAddr, through: bool| match through {
+        true => String::new(),
+        false => format!("  {family} {side} {addr} meta l4proto udp drop\n"),
+    };
+    let chain = |hook: &str, side: &str| {
+        let rules =
+            rule("ip", side, b.v4(), udp == Udp::V4) + &rule("ip6", side, b.v6(), udp == Udp::V6);
+        format!(" chain {hook} {{ type filter hook {hook} priority -200;\n{rules} }}\n")
+    };
+    let (into, out) = (chain("input", "saddr"), chain("output", "daddr"));
+    let table =
+        format!("table inet cut\ndelete table inet cut\ntable inet cut {{\n{into}{out}}}\n");
+    a.run_with("nft -f -", &table).map(drop)
+}
+
+fn echo(from: &Node, to: &Node, dst: std::net::IpAddr) -> Question {
+    Question {
+        from: Arc::clone(&from.host),
+        to: Arc::clone(&to.host),
+        dst,
+        talk: Talk::Ping,
+    }
+}
+
+/// Where the kernel of `node` sends its one peer's packets.
+fn endpoint(node: &Node) -> anyhow::Result<String> {
+    let shown = node.host.run("wg show weir0 endpoints")?.stdout;
+    let endpoint = shown.split_whitespace().nth(1);
+    Ok(endpoint.unwrap_or_default().to_owned())
+}
+
+/// When it last agreed on keys with that peer.
+fn handshake(node: &Node) -> anyhow::Result<String> {
+    let shown = node.host.run("wg show weir0 latest-handshakes")?.stdout;
+    Ok(shown.split_whitespace().nth(1).unwrap_or("0").to_owned())
+}
+
+/// Waits until both send to such endpoints; returns how long that took.
+fn until(what: &str, nodes: [&Node; 2], fits: impl Fn(&str) -> bool) -> anyhow::Result<Duration> {
+    let start = Instant::now();
+    let mut last = Vec::new();
+    let all = || {
+        let endpoints = nodes.map(endpoint).map(Result::unwrap_or_default);
+        let fit = endpoints.iter().all(|endpoint| fits(endpoint));
+        last = endpoints.to_vec();
+        fit
+    };
+    let waited = wait_until(what, DIRECT_BOUND, all);
+    let paths = || {
+        let path = |node: &Node| node.weir("path --json").map(|out| out.stdout);
+        nodes.map(|node| path(node).unwrap_or_default()).join("\n")
+    };
+    waited.with_context(|| format!("endpoints {last:?}\n{}", paths()))?;
+    Ok(start.elapsed())
+}
+
+fn is_relayed(endpoint: &str) -> bool {
+    endpoint.starts_with("127.")
+}
+
+/// The longest time in which nothing came back.
+fn outage(losses: &Losses) -> Duration {
+    let mut longest = 0;
+    let mut run: Option<(u64, u64)> = None;
+    for number in &losses.lost {
+        run = match run {
+            Some((first, last)) if last + 1 == *number => Some((first, *number)),
+            _ => Some((*number, *number)),
+        };
+        let (first, last) = run.unwrap_or_default();
+        longest = longest.max(last - first + 1);
+    }
+    PACE * u32::try_from(longest).unwrap_or(u32::MAX)
+}
+
+fn stream(from: &Node, to: &Node) -> anyhow::Result<Numbered> {
+    Numbered::start(&from.host, &to.host, to.v4()?, 80)
+}
+
+/// The first packet goes by relay at once, both families inside the tunnel; then a direct path
+/// opens, in IPv6 and in IPv4, and is taken without a lost packet and without a new handshake; and
+/// when it closes again the relay is back.
+fn there_and_back(name: &str, udp: Udp, direct: [&str; 2]) -> anyhow::Result<()> {
+    let world = world(name)?;
+    let (a, b) = (world.mesh.node("a"), world.mesh.node("b"));
+    let start = Instant::now();
+    ensure!(passes(&echo(&a, &b, b.v4()?), PASS_BOUND)?, "no relay");
+    let first = start.elapsed();
+    println!("{name}: first packet by relay {first:?}");
+    ensure!(first <= FIRST_PACKET, "the first packet took {first:?}");
+    ensure!(
+        passes(&echo(&b, &a, a.v6()?), PASS_BOUND)?,
+        "no IPv6 inside"
+    );
+    until("both are relayed", [&a, &b], is_relayed)?;
+
+    let numbered = stream(&a, &b)?;
+    numbered.flows(100)?;
+    let before = [handshake(&a)?, handshake(&b)?];
+    pass(&world.lab, udp)?;
+    let is_direct = |endpoint: &str| direct.contains(&endpoint);
+    let took = until("both are direct", [&a, &b], is_direct)?;
+    numbered.flows(200)?;
+    let losses = numbered.end()?;
+    println!("{name}: direct after {took:?}, {losses:?}");
+    ensure!(
+        losses.lost.is_empty(),
+        "going direct lost packets: {losses:?}"
+    );
+    let after = [handshake(&a)?, handshake(&b)?];
+    ensure!(before == after, "a new handshake: {before:?} {after:?}");
+
+    let numbered = stream(&a, &b)?;
+    numbered.flows(100)?;
+    pass(&world.lab, Udp::Nothing)?;
+    until("both are relayed again", [&a, &b], is_relayed)?;
+    numbered.flows(200)?;
+    let gone = outage(&numbered.end()?);
+    println!("{name}: back by relay after an outage of {gone:?}");
+    ensure!(gone <= DEMOTED, "an outage of {gone:?}");
+    world.lab.passed();
+    Ok(())
+}
+
+#[test]
+fn blocked_nodes_talk_by_relay_and_go_direct_over_ipv4_when_they_can() -> anyhow::Result<()> {
+    let direct = ["192.0.2.11:51820", "192.0.2.12:51820"];
+    there_and_back("relay_v4", Udp::V4, direct)
+}
+
+#[test]
+fn blocked_nodes_talk_by_relay_and_go_direct_over_ipv6_when_they_can() -> anyhow::Result<()> {
+    let direct = ["[2001:db8::11]:51820", "[2001:db8::12]:51820"];
+    there_and_back("relay_v6", Udp::V6, direct)
+}
+
+/// The region that a node calls its home.
+fn home(node: &Node) -> Value {
+    let check = node.weir("netcheck --json").and_then(|out| out.json());
+    check.unwrap_or_default()["home"].clone()
+}
+
+/// With the coordinator dead, the agent restarted and the home region lost, in this order, traffic
+/// goes on by relay.
+#[test]
+fn relayed_traffic_survives_coordinator_agent_and_region() -> anyhow::Result<()> {
+    let world = world("relay_faults")?;
+    let (a, b) = (world.mesh.node("a"), world.mesh.node("b"));
+    ensure!(passes(&echo(&a, &b, b.v4()?), PASS_BOUND)?, "no relay");
+    let settled = || home(&a).is_string() && home(&b).is_string();
+    wait_until("both have a home", SPREAD_BOUND, settled)?;
+    world.mesh.coordinator.kill();
+
+    let numbered = stream(&a, &b)?;
+    numbered.flows(200)?;
+    a.kill();
+    a.restart()?;
+    numbered.flows(200)?;
+    let losses = numbered.end()?;
+    let gone = outage(&losses);
+    println!("agent killed and restarted: an outage of {gone:?}");
+    ensure!(gone <= MOVED, "an outage of {gone:?}");
+
+    let numbered = stream(&a, &b)?;
+    numbered.flows(200)?;
+    let at = home(&b);
+    let relay = world.relays.iter().find(|relay| at == *relay.name);
+    relay.with_context(|| format!("no relay {at}"))?.kill();
+    numbered.flows(400)?;
+    let gone = outage(&numbered.end()?);
+    println!("the home region is gone: an outage of {gone:?}");
+    ensure!(gone <= MOVED, "an outage of {gone:?}");
+    let moved = || {
+        [home(&a), home(&b)]
+            .iter()
+            .all(|home| home.is_string() && *home != at)
+    };
+    wait_until("both have another home", SPREAD_BOUND, moved)?;
+    world.lab.passed();
+    Ok(())
+}
