@@ -203,7 +203,11 @@ impl Engine {
                 Wish::Ask(servers) => Output::Ask(servers),
             });
         }
-        let (via, bytes) = self.paths.poll(now, &self.relays)?;
+        let transmit = self.paths.poll(now, &self.relays);
+        if self.paths.take_look() {
+            self.observe_at = Some(now);
+        }
+        let (via, bytes) = transmit?;
         Some(Output::Transmit { via, bytes })
     }
 
@@ -506,6 +510,11 @@ impl Engine {
     /// The world sees us elsewhere: peers are told, and those that do not answer yet may now.
     fn handle_mapped(&mut self, now: Instant, server: SocketAddr, addr: SocketAddr) {
         if !self.netcheck.answered(now, server, addr) {
+            // It may have told how far a region is, all the same.
+            let home = self.relays.home();
+            if home.is_some_and(|home| netcheck::better_home(home, &self.near()) != home) {
+                self.refresh_relays(now);
+            }
             return;
         }
         self.report();
@@ -536,15 +545,20 @@ impl Engine {
         self.refresh_relays(now);
     }
 
+    /// How far regions are: by the same measure for all of them.
+    fn near(&self) -> BTreeMap<RegionId, Duration> {
+        let near = self.netcheck.regions();
+        if near.is_empty() {
+            return self.relays.latencies();
+        }
+        near
+    }
+
     /// Home, the regions to be connected to, and the rules for relayed packets.
     fn refresh_relays(&mut self, now: Instant) {
-        let mut near = self.netcheck.regions();
-        if near.is_empty() {
-            near = self.relays.latencies();
-        }
-        let moved = self
-            .relays
-            .choose_home(now, &near, self.netcheck.is_measuring());
+        let near = self.near();
+        let measuring = self.netcheck.is_measuring();
+        let moved = self.relays.choose_home(now, &near, measuring);
         self.paths.refresh_relays(now, &self.relays);
         let ways = self.paths.iter().map(|(key, path)| match path.way() {
             Way::Relay => (key, true, None),

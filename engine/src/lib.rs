@@ -82,7 +82,8 @@ pub struct Config {
     pub interface: String,
     /// Its UDP port.
     pub listen_port: u16,
-    /// The UDP port of the shim, which carries relayed packets, on addresses of `lo`.
+    /// The UDP port of the shim, which carries relayed packets, on addresses of `lo`; 0 if there is
+    /// none, and nothing can be relayed.
     pub shim_port: u16,
     /// Largest packet inside the tunnel, in bytes.
     pub mtu: u32,

@@ -17,7 +17,7 @@
 
 use proto::id::RegionId;
 use proto::netmap::Network;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -41,6 +41,8 @@ pub const MAX_SERVERS: usize = 16;
 pub const HOME_GAIN: Duration = Duration::from_millis(10);
 /// and takes at most this part of the time: two thirds.
 const HOME_RATIO: (u32, u32) = (2, 3);
+/// Answers of a server that count for how far it is.
+const RECENT: usize = 3;
 /// Rounds without an answer after which a server's last word no longer counts.
 const PATIENCE_ROUNDS: u32 = 2;
 
@@ -70,6 +72,8 @@ pub struct Server {
     pub mapped: Option<SocketAddr>,
     /// How long the last answer took.
     pub rtt: Option<Duration>,
+    /// How long the last few answers took.
+    recent: VecDeque<Duration>,
     answered: bool,
     asked: Option<Instant>,
     misses: u32,
@@ -148,6 +152,10 @@ impl Netcheck {
         };
         let mapped = SocketAddr::new(mapped.ip().to_canonical(), mapped.port());
         server.rtt = server.asked.map(|at| now.saturating_duration_since(at));
+        if server.recent.len() == RECENT {
+            server.recent.pop_front();
+        }
+        server.recent.extend(server.rtt);
         (server.answered, server.misses) = (true, 0);
         let changed = server.mapped.replace(mapped) != Some(mapped);
         if self.servers.values().all(|server| server.answered) {
@@ -196,6 +204,7 @@ impl Netcheck {
                 server.misses = server.misses.saturating_add(1);
                 if server.misses >= PATIENCE_ROUNDS {
                     (server.mapped, server.rtt) = (None, None);
+                    server.recent.clear();
                 }
             }
         }
@@ -264,9 +273,10 @@ impl Netcheck {
         let mut near = BTreeMap::new();
         for server in self.servers.values() {
             let region = self.names.get(&server.name).copied().flatten();
-            if let (Some(region), Some(rtt)) = (region, server.rtt) {
-                let best = near.entry(region).or_insert(rtt);
-                *best = rtt.min(*best);
+            // The best of the last few: a single late answer must not move anybody.
+            if let (Some(region), Some(rtt)) = (region, server.recent.iter().min()) {
+                let best = near.entry(region).or_insert(*rtt);
+                *best = (*best).min(*rtt);
             }
         }
         near
@@ -297,6 +307,7 @@ impl Server {
             name,
             mapped: None,
             rtt: None,
+            recent: VecDeque::new(),
             answered: false,
             asked: None,
             misses: 0,

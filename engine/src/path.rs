@@ -25,6 +25,8 @@
 //! are answered, something on the way swallows WireGuard, and the path is given up as well. Then we
 //! do not answer the peer's pings there either, so that it comes to the same end; and if the relay
 //! brings no answers either, the peer had just nothing to say, and the path is forgiven.
+//! The other way round, packets that come from there are a better proof than any probe: whose agent
+//! is dead, or just starts anew, still has a kernel that answers, and keeps its path.
 //! A path idle for [`ACTIVE`] is left as it is, and nothing is sent.
 //!
 //! **Nothing flaps.** After a return to the relay the next direct path is taken [`HOLD`] later at
@@ -66,6 +68,10 @@ pub const HOLD: Duration = Duration::from_secs(10);
 pub const YIELD: Duration = Duration::from_millis(300);
 /// Bursts that news start, with nobody sending.
 const EAGER_BURSTS: u32 = 3;
+/// Pings that are waited for longer while the kernel's counters are not known yet.
+const WITNESS: u32 = 3;
+/// News of relayed packets come at least so often while there are any.
+const WITNESSED: Duration = Duration::from_millis(2_500);
 /// Most candidates of each source but the netmap, which has its own limit.
 const MAX_NAMED: usize = 16;
 /// A ping back to where a ping came from, at most so often.
@@ -113,6 +119,12 @@ pub struct Path {
     heard: Option<Instant>,
     active_until: Option<Instant>,
     heart: Heart,
+    doubt: Option<Doubt>,
+    /// Whether the kernel is to be looked at now.
+    look: bool,
+    /// When packets last came by relay.
+    relayed: Option<Instant>,
+    last_direct: Option<SocketAddr>,
     burst: Option<Burst>,
     last_burst: Option<Instant>,
     next_burst: Option<Instant>,
@@ -143,6 +155,17 @@ struct Trial {
     endpoint: SocketAddr,
     until: Instant,
     sent: bool,
+}
+
+/// A direct path whose probes have no answer, while its packets are looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Doubt {
+    /// What comes from now on counts.
+    Raised,
+    /// The counters are known, as of then.
+    Noted(Instant),
+    /// Nothing came.
+    Confirmed,
 }
 
 /// An empty packet that makes a session.
@@ -217,6 +240,10 @@ impl Path {
             heard: None,
             active_until: None,
             heart: Heart::default(),
+            doubt: None,
+            look: false,
+            relayed: None,
+            last_direct: None,
             burst: None,
             last_burst: None,
             next_burst: None,
@@ -295,7 +322,13 @@ impl Path {
     /// Whether the kernel's counters should be looked at soon: packets have no answer.
     #[must_use]
     pub fn is_anxious(&self) -> bool {
-        self.silent_since.is_some() && matches!(self.way, Way::Direct(_)) && self.relay.is_some()
+        let unanswered = self.silent_since.is_some() || self.doubt.is_some();
+        unanswered && matches!(self.way, Way::Direct(_)) && self.relay.is_some()
+    }
+
+    /// Whether the kernel's counters should be looked at now. Said once.
+    pub fn take_look(&mut self) -> bool {
+        std::mem::take(&mut self.look)
     }
 
     /// The candidates.
@@ -421,7 +454,9 @@ impl Path {
         match (self.way, self.relay) {
             (Way::Relay, None) => {
                 self.turn(now, Way::Blind);
-                self.blind = Blind::new(self.ranked.first().copied());
+                // What worked last may work still: the peer's agent may be all that is gone.
+                let best = self.ranked.first().copied();
+                self.blind = Blind::new(self.last_direct.or(best));
                 self.seek(now, true);
             }
             (Way::Blind, Some(_)) if !self.live => self.turn(now, Way::Relay),
@@ -447,8 +482,11 @@ impl Path {
         (self.way, self.since) = (way, Some(now));
         self.settles = (self.yields && !self.live).then_some(now + YIELD);
         self.silent_since = None;
-        self.heart = Heart::default();
+        (self.heart, self.doubt) = (Heart::default(), None);
         self.blind = Blind::default();
+        if let Way::Direct(endpoint) = way {
+            self.last_direct = Some(endpoint);
+        }
     }
 
     /// There is news of either end: a path is looked for, or the one in use is asked. `eager`:
@@ -484,6 +522,7 @@ impl Path {
 
     /// Packets of the peer come by relay.
     pub fn relayed(&mut self, now: Instant) {
+        self.relayed = Some(now);
         self.activate(now);
         match self.way {
             // The peer may know more than we do.
@@ -594,6 +633,13 @@ impl Path {
         }
     }
 
+    /// A ping that was asked for could not go out: there was no budget for it.
+    pub fn unsent(&mut self, endpoint: SocketAddr) {
+        if self.way == Way::Direct(endpoint) {
+            self.heart.unanswered = self.heart.unanswered.saturating_sub(1);
+        }
+    }
+
     /// An answer came from there.
     pub fn ponged(&mut self, now: Instant, tx: TxId, from: SocketAddr) {
         let Some(candidate) = self.candidates.get_mut(&from) else {
@@ -605,6 +651,7 @@ impl Path {
         match self.way {
             Way::Direct(endpoint) if endpoint == from => {
                 self.heart.answered(now);
+                self.doubt = None;
                 if self.heart.next.is_some() && !self.is_active(now) {
                     self.heart.next = None;
                 }
@@ -727,7 +774,9 @@ impl Path {
         if self.heart.next.is_none_or(|at| now < at) {
             return;
         }
-        if self.heart.unanswered >= DISTRESS {
+        let waits = self.doubt != Some(Doubt::Confirmed) && self.relay.is_some();
+        let patience = if waits { DISTRESS + WITNESS } else { DISTRESS };
+        if self.heart.unanswered >= patience {
             self.demote(now, endpoint, Fault::Silent);
             return;
         }
@@ -736,6 +785,8 @@ impl Path {
         errands.push(Errand::Ping(endpoint));
         if self.heart.unanswered == DOUBT {
             self.start_burst(now);
+            self.doubt = Some(Doubt::Raised);
+            self.look = true;
         }
     }
 
@@ -908,6 +959,7 @@ impl Path {
 
     /// Whether packets pass where probes do.
     fn prove(&mut self, now: Instant, endpoint: SocketAddr, stats: &Stats, growth: Growth) {
+        self.witness(now, growth.answered && stats.endpoint == Some(endpoint));
         if growth.answered || growth.restarted || stats.endpoint != Some(endpoint) {
             self.silent_since = None;
             return;
@@ -934,6 +986,22 @@ impl Path {
             });
         } else if long && !growth.asked {
             self.silent_since = None;
+        }
+    }
+
+    /// Whether packets come where probes have no answer. What the relay brings does not count.
+    fn witness(&mut self, now: Instant, heard: bool) {
+        match self.doubt {
+            None | Some(Doubt::Confirmed) => {}
+            Some(Doubt::Raised) => self.doubt = Some(Doubt::Noted(now)),
+            Some(Doubt::Noted(since)) => {
+                if heard && self.relayed.is_none_or(|at| at + WITNESSED < since) {
+                    self.heart.answered(now);
+                    self.doubt = None;
+                } else {
+                    self.doubt = Some(Doubt::Confirmed);
+                }
+            }
         }
     }
 

@@ -40,6 +40,7 @@ pub(crate) struct Paths {
     outbox: VecDeque<(Via, Vec<u8>)>,
     /// Whether what is wanted of kernel or relays may have changed.
     moved: bool,
+    look: bool,
 }
 
 struct Entry {
@@ -65,6 +66,7 @@ impl Paths {
             endpoints: Vec::new(),
             outbox: VecDeque::new(),
             moved: false,
+            look: false,
         }
     }
 
@@ -227,6 +229,11 @@ impl Paths {
         self.ground.tier(endpoint)
     }
 
+    /// Whether the kernel should be read now, to decide on some path. Said once.
+    pub(crate) fn take_look(&mut self) -> bool {
+        std::mem::take(&mut self.look)
+    }
+
     /// Whether packets to some peer have no answer, so that the kernel should be read soon.
     pub(crate) fn is_anxious(&self) -> bool {
         self.all.values().any(|entry| entry.path.is_anxious())
@@ -300,7 +307,7 @@ impl Paths {
             .all
             .get_mut(&key)
             .is_some_and(|entry| entry.answers.take(now, MAX_ANSWERS));
-        if may && self.budget.take(now, MAX_TRANSMITS) {
+        if may && self.may_send(now) {
             self.send(key, via, &Message::Pong { tx, seen });
         }
     }
@@ -328,6 +335,7 @@ impl Paths {
             let way = entry.path.way();
             let errands = entry.path.poll(now);
             self.moved |= entry.path.take_ripe() || way != entry.path.way();
+            self.look |= entry.path.take_look();
             for errand in errands {
                 self.run(now, key, errand, relays);
             }
@@ -336,8 +344,17 @@ impl Paths {
         self.outbox.pop_front()
     }
 
+    /// Many peers in use need a heartbeat each in two seconds.
+    fn may_send(&mut self, now: Instant) -> bool {
+        let peers = u32::try_from(self.all.len()).unwrap_or(u32::MAX);
+        self.budget.take(now, MAX_TRANSMITS.max(peers))
+    }
+
     fn run(&mut self, now: Instant, key: NodeKey, errand: Errand, relays: &Relays) {
-        if !self.budget.take(now, MAX_TRANSMITS) {
+        if !self.may_send(now) {
+            if let (Errand::Ping(endpoint), Some(entry)) = (errand, self.all.get_mut(&key)) {
+                entry.path.unsent(endpoint);
+            }
             return;
         }
         match errand {

@@ -29,6 +29,10 @@ pub const GRACE: Duration = Duration::from_secs(2);
 const NEWS_PAUSE: Duration = Duration::from_secs(2);
 /// How long a first connection may take, while packets are sent to it already.
 const CONNECTING: Duration = Duration::from_secs(5);
+/// How long the first choice of a home waits for what servers of regions say.
+const MEASURING: Duration = Duration::from_secs(4);
+/// A peer that no region has is not sought again for this long, unless there is news.
+const ABSENT: Duration = Duration::from_secs(30);
 /// How long a region is kept connected that nobody needs any more.
 pub const LINGER: Duration = Duration::from_secs(60);
 /// A peer that its relay does not have is looked for elsewhere at most so often.
@@ -95,6 +99,8 @@ struct Place {
     /// Regions that did not have it.
     skipped: usize,
     searched: Option<Instant>,
+    /// Until when it is taken for reachable by no relay at all.
+    absent: Option<Instant>,
 }
 
 /// Relays and who is found where.
@@ -104,6 +110,8 @@ pub(crate) struct Relays {
     map: BTreeMap<RegionId, Region>,
     known: BTreeMap<RegionId, Known>,
     home: Option<RegionId>,
+    /// Since when there is no home because more will be known in a moment.
+    undecided: Option<Instant>,
     places: BTreeMap<NodeKey, Place>,
     taken: BTreeSet<u32>,
     table: Arc<RelayTable>,
@@ -132,6 +140,9 @@ impl Relays {
         map: &BTreeMap<RegionId, Region>,
         peers: impl Iterator<Item = (NodeKey, Option<RegionId>)>,
     ) {
+        // Without a shim nothing can be relayed.
+        let none = BTreeMap::new();
+        let map = if self.shim_port == 0 { &none } else { map };
         if self.map != *map {
             let before = std::mem::replace(&mut self.map, map.clone());
             // Another server is another place: what was known does not hold for it.
@@ -139,6 +150,9 @@ impl Relays {
             self.known.retain(|id, _| stays(id));
         }
         self.home = self.home.filter(|home| self.map.contains_key(home));
+        if self.map.is_empty() {
+            self.undecided = None;
+        }
         let mut before = std::mem::take(&mut self.places);
         for (key, home) in peers {
             let Some(home) = home.filter(|home| self.map.contains_key(home)) else {
@@ -188,7 +202,10 @@ impl Relays {
             }
             RelayEvent::Latency(latency) => known.latency = Some(*latency),
             RelayEvent::PeerGone(peer) => self.search(now, region, *peer),
-            RelayEvent::Data { .. } => {
+            RelayEvent::Data { from } => {
+                if let Some(place) = self.places.get_mut(from) {
+                    place.absent = None;
+                }
                 self.again.get_or_insert(now + NEWS_PAUSE);
             }
             RelayEvent::Disco { .. } => {}
@@ -208,6 +225,9 @@ impl Relays {
         if !place.searched.is_some_and(lately) {
             place.skipped = (place.skipped + 1) % regions;
             place.searched = Some(now);
+            if place.skipped == 0 {
+                place.absent = Some(now + ABSENT);
+            }
         }
     }
 
@@ -241,6 +261,9 @@ impl Relays {
     /// A peer's address on `lo` if a relay can carry packets to it, and whether that is connected.
     pub(crate) fn way_to(&self, now: Instant, peer: &NodeKey) -> Option<(SocketAddr, bool)> {
         let place = self.places.get(peer)?;
+        if place.absent.is_some_and(|until| now < until) {
+            return None;
+        }
         let known = self.known.get(&self.reckon(now, place));
         let up = known.is_some_and(|known| known.up);
         let waited = |at: Instant| now.saturating_duration_since(at);
@@ -268,6 +291,7 @@ impl Relays {
         wait: bool,
     ) -> bool {
         let before = self.home;
+        let waits = wait && before.is_none() && self.may_wait(now);
         let open = |id: &RegionId| !self.is_lost(now, *id);
         let near: BTreeMap<RegionId, Duration> = near
             .iter()
@@ -278,7 +302,7 @@ impl Relays {
             // Others reckon so too.
             Some(home) if !open(&home) => Some(self.at_or_after(now, home)),
             Some(home) => Some(crate::netcheck::better_home(home, &near)),
-            None if wait => None,
+            None if waits => None,
             None => {
                 let nearest = near.iter().min_by_key(|(id, latency)| (**latency, **id));
                 let any = self.map.keys().find(|id| open(id));
@@ -286,6 +310,11 @@ impl Relays {
             }
         };
         self.home != before
+    }
+
+    fn may_wait(&mut self, now: Instant) -> bool {
+        let since = *self.undecided.get_or_insert(now);
+        now.saturating_duration_since(since) < MEASURING
     }
 
     /// The table to publish, if it is another one, or asked for again. `ways`: for each peer whether
@@ -366,7 +395,11 @@ impl Relays {
             [lost, hopeless, unneeded.map(|at| at + LINGER)]
         };
         let all = self.known.iter().flat_map(of).flatten();
-        all.chain(self.again).filter(|at| *at > now).min()
+        let undecided = self.undecided.filter(|_| self.home.is_none());
+        let undecided = undecided.map(|since| since + MEASURING);
+        let absent = self.places.values().filter_map(|place| place.absent);
+        let all = all.chain(self.again).chain(undecided).chain(absent);
+        all.filter(|at| *at > now).min()
     }
 
     /// What is known of a region's relay connection, for people.
@@ -402,6 +435,7 @@ impl Place {
             loopback,
             skipped: 0,
             searched: None,
+            absent: None,
         }
     }
 }

@@ -126,6 +126,9 @@ impl Rig {
                 break;
             }
         }
+        if self.path.take_look() {
+            self.observe_at = self.now;
+        }
         if self.ways.last().unwrap().1 != self.path.way() {
             self.ways.push((self.now, self.path.way()));
         }
@@ -245,6 +248,44 @@ fn a_path_that_falls_silent_is_given_up_in_time_and_taken_again_when_it_is_back(
     rig.open(WAN, 30);
     rig.pass(AGAIN[3]);
     assert_eq!(rig.path.way(), Way::Direct(at(WAN)));
+}
+
+#[test]
+fn a_peer_whose_agent_is_dead_keeps_the_path_that_its_kernel_answers_on() {
+    let mut rig = Rig::new(&[WAN], true).works(WAN, 30);
+    rig.sending = true;
+    rig.pass(seconds(30));
+    rig.answers.clear();
+    rig.carries.remove(&at(LOOPBACK));
+    rig.pass(seconds(300));
+    assert_eq!(rig.path.way(), Way::Direct(at(WAN)), "{:?}", rig.ways);
+    assert_eq!(rig.ways.len(), 2, "{:?}", rig.ways);
+}
+
+#[test]
+fn packets_that_the_relay_brings_are_no_proof_of_a_direct_path() {
+    let mut rig = Rig::new(&[WAN], true).works(WAN, 30);
+    rig.sending = true;
+    rig.pass(seconds(30));
+    rig.answers.clear();
+    for _ in 0..40 {
+        rig.path.relayed(rig.now);
+        rig.pass(Duration::from_millis(100));
+    }
+    assert_eq!(rig.path.way(), Way::Relay);
+}
+
+#[test]
+fn a_peer_that_no_relay_has_is_tried_where_it_was_last() {
+    let mut rig = Rig::new(&[LAN, WAN], true).works(WAN, 30);
+    rig.sending = true;
+    rig.pass(seconds(30));
+    rig.answers.clear();
+    rig.carries.clear();
+    rig.pass(seconds(10));
+    assert_eq!(rig.path.way(), Way::Relay);
+    rig.path.set_relay(rig.now, None);
+    assert_eq!(rig.path.wanted(), Some(at(WAN)));
 }
 
 #[test]
