@@ -22,7 +22,7 @@ use crate::plan::{
 use crate::relays::Relays;
 use crate::status::{Failure, PathStatus, Problem, RegionStatus, Status};
 use crate::trust::{Distrust, VerifiedNetmap, allowed_ips, verify};
-use crate::{Config, Input, LinkAddr, Links, Output, RelayEvent, Via};
+use crate::{Config, Input, LinkAddr, Links, Output, RelayEvent, Router, Via};
 use proto::control::Report;
 use proto::filter::Filter;
 use proto::id::RegionId;
@@ -76,6 +76,8 @@ pub struct Engine {
     /// When what relays are to do changes by itself.
     relays_at: Option<Instant>,
     netcheck: Netcheck,
+    /// The router that is asked for a port.
+    router: Option<Router>,
     in_flight: Option<Vec<Step>>,
     observing: bool,
     /// Whether desired or observed state changed since the last comparison.
@@ -115,6 +117,7 @@ impl Engine {
             links: None,
             observed: None,
             netcheck: Netcheck::default(),
+            router: None,
             in_flight: None,
             observing: false,
             dirty: false,
@@ -135,6 +138,7 @@ impl Engine {
         match input {
             Input::Up(up) => {
                 self.up = Some(up);
+                self.refresh_router();
                 self.refresh_paths(now);
                 self.hurry();
             }
@@ -167,6 +171,7 @@ impl Engine {
                     .receive(now, Via::Direct(from), &bytes, &self.relays);
             }
             Input::Relay(region, event) => self.handle_relay(now, region, event),
+            Input::PortMapped(addr) => self.handle_port(now, addr),
             Input::Timeout => {}
         }
     }
@@ -499,12 +504,30 @@ impl Engine {
             return;
         }
         self.links = Some(links);
+        self.refresh_router();
         self.netcheck.hurry(now);
         self.refresh_paths(now);
         self.paths.shaken(now);
         self.report();
         self.tell_paths(now);
         self.dirty = true;
+    }
+
+    fn handle_port(&mut self, now: Instant, addr: Option<SocketAddr>) {
+        if self.netcheck.set_port_mapped(addr) {
+            self.report();
+            self.tell_paths(now);
+        }
+    }
+
+    /// The router to ask for a port is another, or there is none any more.
+    fn refresh_router(&mut self) {
+        let wanted = self.links.as_ref().filter(|_| self.up == Some(true));
+        let wanted = wanted.and_then(netcheck::router);
+        if self.router != wanted {
+            self.router = wanted;
+            self.outbox.push_back(Output::Router(wanted));
+        }
     }
 
     /// The world sees us elsewhere: peers are told, and those that do not answer yet may now.

@@ -68,7 +68,7 @@ use proto::net::Prefix;
 use proto::netmap::{Netmap, Update};
 use status::Failure;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -132,6 +132,8 @@ pub enum Input {
     },
     /// Something happened at the connection to a region's relay.
     Relay(RegionId, RelayEvent),
+    /// The router opened WireGuard's port to the world under this address, or no longer does.
+    PortMapped(Option<SocketAddr>),
     /// The deadline of [`Output::Timeout`] has passed.
     Timeout,
 }
@@ -189,6 +191,9 @@ pub enum Output {
     },
     /// These relays are to be connected to, and relayed packets go by these rules from now on.
     Relays(Arc<RelayTable>),
+    /// Ask this router to open WireGuard's port to the world, from now on; each news of it is an
+    /// [`Input::PortMapped`]. `None`: give back what was opened.
+    Router(Option<Router>),
     /// Nothing more to do until then. Always last.
     Timeout(Instant),
 }
@@ -209,6 +214,17 @@ pub struct Links {
     pub addrs: BTreeSet<LinkAddr>,
     /// Unicast routes of the main table, and those that lead nowhere.
     pub routes: BTreeSet<LiveRoute>,
+    /// The gateway of the IPv4 default route, the best of them.
+    pub gateway: Option<Ipv4Addr>,
+}
+
+/// The router between a private IPv4 network and the world.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Router {
+    /// Its address in our network.
+    pub gateway: Ipv4Addr,
+    /// Ours.
+    pub own: Ipv4Addr,
 }
 
 /// An address of this host.

@@ -12,10 +12,15 @@
 //! The servers of regions that have relays are asked too: how long they take to answer says which
 //! region is near ([`better_home`]).
 //!
+//! A router that opens a port on request makes the best address of all, also behind a hard NAT
+//! ([`router`]).
+//!
 //! Random transaction numbers and the matching of answers are the hand's; DNS too. Without servers
 //! nothing is asked at all.
 
+use crate::{Links, Router};
 use proto::id::RegionId;
+use proto::net::Prefix;
 use proto::netmap::Network;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -101,6 +106,24 @@ pub struct Netcheck {
     attempt: usize,
     /// Whether a round has ended since the servers became known.
     concluded: bool,
+    /// Under which address the router opened WireGuard's port, if it did.
+    port: Option<SocketAddr>,
+}
+
+/// The router that may open a port for us: of a host whose IPv4 default route leads out of a
+/// private network (RFC 1918, RFC 6598). Others have nothing to gain, and are not bothered.
+#[must_use]
+pub fn router(links: &Links) -> Option<Router> {
+    let gateway = links.gateway?;
+    let own = links.addrs.iter().find_map(|own| match own.addr {
+        IpAddr::V4(addr) => {
+            let around = Prefix::containing(own.addr, own.prefix_len).ok()?;
+            around.contains(gateway.into()).then_some(addr)
+        }
+        IpAddr::V6(_) => None,
+    })?;
+    let shared = own.octets()[0] == 100 && (64..128).contains(&own.octets()[1]);
+    (own.is_private() || shared).then_some(Router { gateway, own })
 }
 
 impl Netcheck {
@@ -110,6 +133,7 @@ impl Netcheck {
             *self = Self {
                 resolve_at: (!names.is_empty()).then_some(now),
                 names,
+                port: self.port,
                 ..Self::default()
             };
         }
@@ -219,17 +243,28 @@ impl Netcheck {
         self.next.into_iter().chain(self.resolve_at).min()
     }
 
-    /// Addresses of ours that peers elsewhere can send to: what all servers of a family agree on.
+    /// The router opened WireGuard's port under this address, or none. Returns whether that is news.
+    pub fn set_port_mapped(&mut self, addr: Option<SocketAddr>) -> bool {
+        std::mem::replace(&mut self.port, addr) != addr
+    }
+
+    /// Under which address the router opened WireGuard's port.
+    #[must_use]
+    pub fn port_mapped(&self) -> Option<SocketAddr> {
+        self.port
+    }
+
+    /// Addresses of ours that peers elsewhere can send to: what all servers of a family agree on,
+    /// and the port that the router opened.
     #[must_use]
     pub fn reflexive(&self) -> Vec<SocketAddr> {
         let agreed = |v4| {
             let seen = self.seen(v4);
             (seen.len() == 1).then(|| seen.first().copied()).flatten()
         };
-        [agreed(true), agreed(false)]
-            .into_iter()
-            .flatten()
-            .collect()
+        let agreed = [agreed(true), agreed(false)];
+        let port = self.port.filter(|port| !agreed.contains(&Some(*port)));
+        agreed.into_iter().chain([port]).flatten().collect()
     }
 
     fn seen(&self, v4: bool) -> BTreeSet<SocketAddr> {
@@ -407,6 +442,46 @@ mod tests {
             Nat::Unknown,
             "nobody was asked there"
         );
+    }
+
+    #[test]
+    fn only_who_is_in_a_private_network_asks_its_router_for_a_port() {
+        let links = |addr: &str, len, gateway: Option<&str>| Links {
+            addrs: BTreeSet::from([crate::LinkAddr {
+                interface: "eth0".to_owned(),
+                addr: addr.parse().unwrap(),
+                prefix_len: len,
+            }]),
+            routes: BTreeSet::new(),
+            gateway: gateway.map(|gateway| gateway.parse().unwrap()),
+        };
+        let found = router(&links("10.1.0.2", 24, Some("10.1.0.1"))).unwrap();
+        assert_eq!(
+            (found.own, found.gateway),
+            ([10, 1, 0, 2].into(), [10, 1, 0, 1].into())
+        );
+        assert!(router(&links("100.64.3.2", 16, Some("100.64.0.1"))).is_some());
+        assert_eq!(router(&links("10.1.0.2", 24, None)), None);
+        assert_eq!(
+            router(&links("10.1.0.2", 24, Some("10.2.0.1"))),
+            None,
+            "another network's"
+        );
+        assert_eq!(
+            router(&links("198.51.100.2", 24, Some("198.51.100.1"))),
+            None
+        );
+    }
+
+    #[test]
+    fn a_port_that_the_router_opened_is_told_once() {
+        let mut check = Netcheck::default();
+        let port = Some(at("192.0.2.1:51820"));
+        assert!(check.set_port_mapped(port));
+        assert!(!check.set_port_mapped(port));
+        assert_eq!(check.reflexive(), [at("192.0.2.1:51820")]);
+        assert!(check.set_port_mapped(None));
+        assert_eq!(check.reflexive(), []);
     }
 
     #[test]

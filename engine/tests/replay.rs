@@ -92,6 +92,7 @@ fn links(routes: &[(&str, &str)]) -> Links {
                 interface: (*interface).to_owned(),
             })
             .collect(),
+        gateway: None,
     }
 }
 

@@ -644,7 +644,7 @@ impl World {
             }
             Output::Transmit { via, bytes } => self.transmit(index, via, bytes),
             Output::Relays(table) => self.set_table(index, table),
-            Output::Timeout(_) => {}
+            Output::Router(_) | Output::Timeout(_) => {}
         }
     }
 
@@ -684,6 +684,7 @@ impl World {
         Links {
             addrs: BTreeSet::from([addr]),
             routes: BTreeSet::from([default]),
+            gateway: None,
         }
     }
 
@@ -977,4 +978,29 @@ fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
+}
+
+impl World {
+    /// What is known of a pair, for a failed test.
+    #[must_use]
+    pub fn describe(&self, from: usize, to: usize) -> String {
+        let one = |from: usize, to: usize| {
+            let node = &self.nodes[from];
+            let peer = &self.nodes[to].key;
+            format!(
+                "{from}: home {:?}, connected {:?}, endpoint {:?}, relayed {:?}, handshakes {}",
+                node.table.home,
+                node.connected,
+                node.kernel.endpoint(peer),
+                node.table.peers.get(peer),
+                node.kernel.handshakes(peer),
+            )
+        };
+        format!(
+            "at {:?}\n  {}\n  {}",
+            self.now,
+            one(from, to),
+            one(to, from)
+        )
+    }
 }
