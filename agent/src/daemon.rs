@@ -17,6 +17,7 @@
 
 mod answer;
 mod explain;
+mod guard;
 mod join;
 mod monitor;
 mod netcheck;
@@ -32,6 +33,7 @@ use crate::local::{BindError, Call, Refused, RefusedCode, Request, Response, Ser
 use crate::state::{Settings, StateDir, StateError};
 use engine::status::Failure;
 use engine::{DEFAULT_MTU, Engine, Input, Output};
+use guard::Guard;
 use join::Link;
 use monitor::{Look, Monitor};
 use paths::{Port, Relayed};
@@ -137,6 +139,7 @@ struct Daemon {
     /// To the sockets beside WireGuard's; or why there are none.
     port: Port,
     relayed: Relayed,
+    guard: Guard,
     rates: Rates,
     /// Not ready before this, as long as the node is not up.
     ready_by: Option<Instant>,
@@ -191,6 +194,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
         netmaps,
         port,
         relayed,
+        guard: Guard::idle(),
         rates: Rates::default(),
         ready_by: Some(Instant::now() + READY_PATIENCE),
         config,
@@ -244,6 +248,7 @@ impl Daemon {
             return;
         }
         self.recall_permit();
+        self.guard = Guard::default();
         self.engine
             .handle(now, Input::ShieldsUp(self.settings.shields_up));
         self.engine
@@ -269,6 +274,9 @@ impl Daemon {
             Event::Input(input) => {
                 if let Input::Observed(observed) = &input {
                     self.rates.note(Instant::now(), observed);
+                }
+                if let Input::Links(links) = &input {
+                    self.guard.see(links);
                 }
                 self.engine.handle(Instant::now(), input);
             }
@@ -315,6 +323,7 @@ impl Daemon {
                 Output::Timeout(at) => break at,
             }
         };
+        self.keep_guard();
         let now = Instant::now();
         let waiting = self.answer_waiters(now);
         let permit = self.keep_permitted(now);
@@ -457,7 +466,7 @@ impl Daemon {
             *state = Logout::Failed("it did not answer in time".to_owned());
         }
         let told = !matches!(leaving.logout, Some((_, Logout::Waiting)));
-        let gone = self.engine.status().converged;
+        let gone = self.engine.status().converged && self.guard_is_settled();
         if gone && told {
             let remarks = match leaving.logout {
                 None => Ok(Vec::new()),

@@ -31,7 +31,8 @@ pub use server::{BindError, Server};
 use proto::control::{JoinToken, ParseTokenError};
 use proto::net::{Prefix, Protocol};
 use report::{
-    Counters, Explanation, Netcheck, PeerPath, PeerStatus, PingTarget, Refuse, Seen, Status,
+    Counters, Explanation, GuardMode, Netcheck, PeerPath, PeerStatus, PingTarget, Refuse, Seen,
+    Status,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -135,6 +136,8 @@ pub struct Set {
     pub shields_up: Option<bool>,
     /// What becomes of packets that this node refuses to send.
     pub refuse: Option<Refuse>,
+    /// Whether and how WireGuard's port is guarded.
+    pub guard: Option<GuardMode>,
 }
 
 /// See [`Request::Explain`].

@@ -53,6 +53,12 @@ pub struct Settings {
     /// Whether packets that this node refuses to send are dropped without an answer.
     #[serde(default, skip_serializing_if = "is_default")]
     pub silent: bool,
+    /// Whether WireGuard's port is left to WireGuard alone.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub unguarded: bool,
+    /// Whether nothing of ours may run in a network card's driver.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub no_xdp: bool,
 }
 
 /// What was never said is not written, so that an older agent can read the file.

@@ -2,7 +2,7 @@
 
 use super::target::{Port, parse_protocol};
 use crate::config::{DEFAULT_INTERFACE, DEFAULT_LISTEN_PORT, InterfaceName};
-use crate::local::report::Refuse;
+use crate::local::report::{GuardMode, Refuse};
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
 use ebpf::reason::Reason;
@@ -200,6 +200,10 @@ pub struct Set {
     /// sent them, `drop` does not
     #[arg(long, value_name = "HOW", value_parser = parse_refuse)]
     pub refuse: Option<Refuse>,
+    /// Whether floods to WireGuard's port are held off before it sees them: `on`; `tc`, but never in
+    /// the driver of a network card; or `off`
+    #[arg(long, value_name = "HOW", value_parser = parse_guard)]
+    pub guard: Option<GuardMode>,
 }
 
 /// Subnets, as given on the command line.
@@ -274,6 +278,15 @@ fn parse_refuse(text: &str) -> Result<Refuse, String> {
         "answer" => Ok(Refuse::Answer),
         "drop" => Ok(Refuse::Drop),
         _ => Err("`answer` or `drop`".to_owned()),
+    }
+}
+
+fn parse_guard(text: &str) -> Result<GuardMode, String> {
+    match text {
+        "on" => Ok(GuardMode::On),
+        "tc" => Ok(GuardMode::Tc),
+        "off" => Ok(GuardMode::Off),
+        _ => Err("`on`, `tc` or `off`".to_owned()),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::arguments::Set as Arguments;
 use super::{Agent, Console, Failure, astray};
-use crate::local::report::Refuse;
+use crate::local::report::{GuardMode, Refuse};
 use crate::local::{Request, Response, Set};
 use serde::Serialize;
 use std::time::Duration;
@@ -14,6 +14,7 @@ pub(super) fn set(agent: &Agent, console: &Console, arguments: &Arguments) -> Re
     let set = Set {
         shields_up: arguments.shields_up,
         refuse: arguments.refuse,
+        guard: arguments.guard,
     };
     let Response::Done(remarks) = agent.ask(Request::Set(set), SET)? else {
         return Err(astray());
@@ -37,7 +38,15 @@ pub(super) fn set(agent: &Agent, console: &Console, arguments: &Arguments) -> Re
         Refuse::Answer => "Whoever sends from here what policy does not permit is told at once.",
         Refuse::Drop => "What policy does not permit to leave here is dropped without a word.",
     });
-    let said = shields.into_iter().chain(refuse).map(str::to_owned);
+    let guard = set.guard.map(|guard| match guard {
+        GuardMode::On => {
+            "Floods to WireGuard's port are held off, in the driver of a network card that takes it."
+        }
+        GuardMode::Tc => "Floods to WireGuard's port are held off, and never in a driver.",
+        GuardMode::Off => "WireGuard's port is not guarded: WireGuard itself sorts what it is sent.",
+    });
+    let said = shields.into_iter().chain(refuse).chain(guard);
+    let said = said.map(str::to_owned);
     let lines: Vec<String> = said.chain(remarks).collect();
     console.say(&format!("{}\n", lines.join("\n")))
 }

@@ -6,8 +6,8 @@ use super::arguments::Explain as Arguments;
 use super::target::{choose, first_packet};
 use super::{Agent, Console, Failure, PATIENCE, astray};
 use crate::local::report::{
-    Answers, Coordinator, Counters, End, Explanation, Node, PeerStatus, Phase, Problem, Refuse,
-    Status, Verdict,
+    Answers, Coordinator, Counters, End, Explanation, Guarded, Node, PeerStatus, Phase, Problem,
+    Refuse, Status, Verdict,
 };
 use crate::local::{Explain, Request, Response};
 use proto::filter::Direction;
@@ -102,6 +102,7 @@ fn status_text(status: &Status) -> String {
         generation,
         epoch,
         acl,
+        guard,
         peers,
         active,
         problems,
@@ -151,6 +152,11 @@ fn status_text(status: &Status) -> String {
     }
     if acl.refuse == Refuse::Drop {
         table.row(["  refusals", "silent (`weir set --refuse=answer`)"]);
+    }
+    if !guard.is_empty() {
+        let places = guard.iter();
+        let places = places.map(|Guarded { interface, hook }| format!("{interface} ({hook})"));
+        table.row(["  guard", &format!("on {}", list(places))]);
     }
     if let Some(generation) = generation {
         let netmap = format!("generation {generation}, {}", count(*peers, "peer"));
@@ -320,7 +326,12 @@ pub(super) fn explanation_text(explanation: &Explanation) -> String {
     text
 }
 
-fn counters_text(Counters { counters, answers }: &Counters) -> String {
+fn counters_text(counters: &Counters) -> String {
+    let Counters {
+        counters,
+        answers,
+        guard,
+    } = counters;
     let mut table = Table::headed(["DIRECTION", "VERDICT", "REASON", "PACKETS"]);
     let mut seen = false;
     for counter in counters.iter().filter(|counter| counter.packets > 0) {
@@ -329,13 +340,9 @@ fn counters_text(Counters { counters, answers }: &Counters) -> String {
             Direction::Ingress => "ingress",
             Direction::Egress => "egress",
         };
-        let verdict = match counter.verdict {
-            Verdict::Accept => "accept",
-            Verdict::Deny => "deny",
-        };
         table.row([
             direction,
-            verdict,
+            verdict_word(counter.verdict),
             &counter.reason,
             &counter.packets.to_string(),
         ]);
@@ -343,10 +350,22 @@ fn counters_text(Counters { counters, answers }: &Counters) -> String {
     for Answers { outcome, packets } in answers.iter().filter(|answers| answers.packets > 0) {
         table.row(["egress", "answer", outcome, &packets.to_string()]);
     }
+    for count in guard.iter().filter(|count| count.packets > 0) {
+        seen = true;
+        let verdict = verdict_word(count.verdict);
+        table.row(["guard", verdict, &count.outcome, &count.packets.to_string()]);
+    }
     if seen {
         table.print()
     } else {
         "No packet has met the programs yet.\n".to_owned()
+    }
+}
+
+fn verdict_word(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Accept => "accept",
+        Verdict::Deny => "deny",
     }
 }
 

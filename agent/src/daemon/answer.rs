@@ -1,7 +1,7 @@
 //! What the agent answers: the documents of the local API, from the engine's view and the maps.
 
 use super::explain::{same_family, way};
-use super::{Daemon, reach, refused, send};
+use super::{Daemon, guard, reach, refused, send};
 use crate::kernel::{Job, bpf};
 use crate::local::report::{
     Acl, Answers, Coordinator, Counter, Counters, Interface, Node, PeerStatus, Phase, PingTarget,
@@ -61,6 +61,7 @@ impl Daemon {
                     Refuse::Answer
                 },
             },
+            guard: self.guard.places(),
             peers: engine.netmap.map_or(0, |netmap| netmap.peers.len()),
             active: self.active(),
             problems: self.own_problems().chain(problems).collect(),
@@ -127,6 +128,7 @@ impl Daemon {
         });
         refusal
             .chain(trouble)
+            .chain(self.guard.problem())
             .chain(self.port_problem())
             .chain(self.relay_problem())
     }
@@ -146,14 +148,19 @@ impl Daemon {
     }
 
     pub(super) fn answer_counters(&self, reply: oneshot::Sender<Response>) {
+        let jobs = self.jobs.clone();
         self.ask_maps(
             |acl| acl.map(|acl| Ok((acl.counters()?, acl.answers()?))),
             move |counters| {
                 let response = match counters {
-                    Some(Ok((counters, answers))) => Response::Counters(Counters {
-                        counters: counters.into_iter().map(counter).collect(),
-                        answers: answers.into_iter().map(answered).collect(),
-                    }),
+                    Some(Ok((counters, answers))) => {
+                        let counters = Counters {
+                            counters: counters.into_iter().map(counter).collect(),
+                            answers: answers.into_iter().map(answered).collect(),
+                            guard: Vec::new(),
+                        };
+                        return guard::answer_with_counts(jobs, counters, reply);
+                    }
                     Some(Err(error)) => failed(&error),
                     None => not_attached(),
                 };
@@ -279,7 +286,7 @@ impl Daemon {
     }
 }
 
-fn failed(error: &bpf::AclError) -> Response {
+pub(super) fn failed(error: &bpf::AclError) -> Response {
     let message = super::chain(error);
     refused(RefusedCode::Failed, &message, "Run weir doctor.")
 }

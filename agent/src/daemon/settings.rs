@@ -6,7 +6,7 @@
 
 use super::{Daemon, Waiter, chain, refused, send};
 use crate::kernel::{Job, bpf::AclError};
-use crate::local::report::Refuse;
+use crate::local::report::{GuardMode, Refuse};
 use crate::local::{RefusedCode, Response, Set};
 use engine::Input;
 use std::time::{Duration, Instant};
@@ -31,6 +31,10 @@ impl Daemon {
         }
         if let Some(refuse) = set.refuse {
             settings.silent = refuse == Refuse::Drop;
+        }
+        if let Some(guard) = set.guard {
+            settings.unguarded = guard == GuardMode::Off;
+            settings.no_xdp = guard == GuardMode::Tc;
         }
         if let Err(error) = self.state.keep_settings(&settings) {
             let next = "Nothing has changed. Make room or access for the state folder, then try \
@@ -98,7 +102,7 @@ impl Daemon {
                 Some(Ok(Ok(()))) => setting.switched = None,
                 Some(Err(_)) | None => {}
             }
-            let done = settled && setting.switched.is_none();
+            let done = settled && setting.switched.is_none() && self.guard_is_settled();
             if done || now >= setting.waiter.deadline {
                 send(setting.waiter.reply, Response::Done(remarks.clone()));
             } else {

@@ -30,6 +30,8 @@ pub struct Status {
     pub epoch: Option<u32>,
     /// Enforcement.
     pub acl: Acl,
+    /// Where floods to WireGuard's port are held off; empty while that is switched off.
+    pub guard: Vec<Guarded>,
     /// How many peers this node has.
     pub peers: usize,
     /// The peers with which packets were exchanged lately, by name.
@@ -138,6 +140,28 @@ pub enum Refuse {
     Answer,
     /// Nothing.
     Drop,
+}
+
+/// An interface where the guard stands before WireGuard's port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Guarded {
+    /// Its name.
+    pub interface: String,
+    /// How: `xdp` in its driver, `tcx` or `clsact` behind it.
+    pub hook: String,
+}
+
+/// Whether and how the guard stands before WireGuard's port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GuardMode {
+    /// In the driver of a network card that takes it, elsewhere behind it.
+    #[default]
+    On,
+    /// Never in a driver.
+    Tc,
+    /// Not at all.
+    Off,
 }
 
 /// Something that is wrong.
@@ -496,6 +520,20 @@ pub struct Counters {
     /// Packets that this machine refused to send and that were due an answer, by what became of
     /// that. Each is also counted as dropped, under its reason.
     pub answers: Vec<Answers>,
+    /// Datagrams that WireGuard's port was sent from the underlay, by what the guard made of them;
+    /// empty while it is switched off.
+    pub guard: Vec<GuardCount>,
+}
+
+/// What the guard made of datagrams.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuardCount {
+    /// Whether they were let through.
+    pub verdict: Verdict,
+    /// What they were, or which limit they were over: stable, snake_case.
+    pub outcome: String,
+    /// How many, since the programs were loaded.
+    pub packets: u64,
 }
 
 /// Answers to refused packets.

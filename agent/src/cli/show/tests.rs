@@ -1,5 +1,5 @@
 use super::*;
-use crate::local::report::{Acl, Counter, Interface, Matched, RuleRef, Way};
+use crate::local::report::{Acl, Counter, GuardCount, Interface, Matched, RuleRef, Way};
 use proto::id::{Generation, NodeId};
 use proto::key::NodeKey;
 use proto::net::Protocol;
@@ -46,6 +46,10 @@ fn up() -> Status {
             shields_up: false,
             refuse: Refuse::Answer,
         },
+        guard: vec![Guarded {
+            interface: "eth0".to_owned(),
+            hook: "xdp".to_owned(),
+        }],
         peers: 1,
         active: vec![PeerStatus {
             way: Way::Relayed,
@@ -90,6 +94,7 @@ web-1 is up in network home.
   owner        tag:web
   routes       10.1.0.0/24, 10.2.0.0/24 (waits for `weir-coordinator route approve web-1 10.2.0.0/24`)
   policy       enforced by tcx programs, epoch 2
+  guard        on eth0 (xdp)
   netmap       generation 17, 1 peer
   coordinator  192.0.2.1:8443, not connected: the coordinator fell silent (again in 4 s)
   IN USE  PATH                         RX/S     TX/S
@@ -129,6 +134,7 @@ fn a_status_before_joining_reads_like_this() {
             shields_up: true,
             refuse: Refuse::Drop,
         },
+        guard: Vec::new(),
         peers: 0,
         active: Vec::new(),
         problems: Vec::new(),
@@ -204,7 +210,7 @@ fn counters_that_never_counted_are_left_out() {
 DIRECTION  VERDICT  REASON  PACKETS
 ingress    deny     policy  5
 ";
-    let some = |counters: &[Counter], sent| {
+    let some = |counters: &[Counter], sent, guarded| {
         let answers = [("sent", sent), ("limited", 0)].map(|(outcome, packets)| Answers {
             outcome: outcome.to_owned(),
             packets,
@@ -212,12 +218,18 @@ ingress    deny     policy  5
         counters_text(&Counters {
             counters: counters.to_vec(),
             answers: answers.to_vec(),
+            guard: vec![GuardCount {
+                verdict: Verdict::Deny,
+                outcome: "prefix_limit".to_owned(),
+                packets: guarded,
+            }],
         })
     };
     let both = [counter("policy", 5), counter("spoofed", 0)];
-    assert_eq!(some(&both, 0), want);
-    assert!(some(&both, 7).ends_with("egress     answer   sent    7\n"));
-    assert!(some(&[counter("policy", 0)], 0).starts_with("No packet"));
+    assert_eq!(some(&both, 0, 0), want);
+    assert!(some(&both, 7, 0).ends_with("egress     answer   sent    7\n"));
+    assert!(some(&both, 0, 9).ends_with("guard      deny     prefix_limit  9\n"));
+    assert!(some(&[counter("policy", 0)], 0, 0).starts_with("No packet"));
 }
 
 #[test]
