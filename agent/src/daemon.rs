@@ -30,9 +30,10 @@ use crate::control;
 use crate::identity::{Identity, IdentityError};
 use crate::kernel::{self, Job, OpenError};
 use crate::local::{BindError, Call, Refused, RefusedCode, Request, Response, Server};
+use crate::portmap;
 use crate::state::{Settings, StateDir, StateError};
 use engine::status::Failure;
-use engine::{DEFAULT_MTU, Engine, Input, Output};
+use engine::{DEFAULT_MTU, Engine, Input, Output, Router};
 use guard::Guard;
 use join::Link;
 use monitor::{Look, Monitor};
@@ -139,6 +140,8 @@ struct Daemon {
     /// To the sockets beside WireGuard's; or why there are none.
     port: Port,
     relayed: Relayed,
+    /// The router that is asked for a port.
+    routers: watch::Sender<Option<Router>>,
     guard: Guard,
     rates: Rates,
     /// Not ready before this, as long as the node is not up.
@@ -178,6 +181,8 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     let relayed = Relayed::new(&config, &identity.borrow(), relays_in);
     let engine = new_engine(&config, &identity.borrow(), relayed.shim_port())?;
     let (port, mut seen) = paths::share_port(&config);
+    let (routers, router) = watch::channel(None);
+    let port_of = portmap::spawn(config.listen_port, router, inputs.clone());
     let mut daemon = Daemon {
         engine,
         state,
@@ -194,6 +199,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
         netmaps,
         port,
         relayed,
+        routers,
         guard: Guard::idle(),
         rates: Rates::default(),
         ready_by: Some(Instant::now() + READY_PATIENCE),
@@ -225,6 +231,8 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     notify(&[NotifyState::Stopping]);
     // Whatever is on its way to the disk arrives before the process ends.
     drop(daemon);
+    // Likewise a port of the router that is to be given back; it takes a second at most.
+    let _ = port_of.await;
     while kept.recv().await.is_some() {}
     Ok(())
 }
@@ -320,6 +328,9 @@ impl Daemon {
                 Output::Ask(servers) => self.ask_servers(&servers),
                 Output::Transmit { via, bytes } => self.transmit(via, bytes),
                 Output::Relays(table) => self.set_relays(&table),
+                Output::Router(router) => {
+                    self.routers.send_replace(router);
+                }
                 Output::Timeout(at) => break at,
             }
         };

@@ -8,6 +8,7 @@ pub mod identity;
 pub mod kernel;
 pub mod local;
 pub mod port;
+pub mod portmap;
 pub mod relay;
 pub mod shim;
 pub mod state;

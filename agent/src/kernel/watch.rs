@@ -10,7 +10,9 @@ use futures_util::{StreamExt, TryStreamExt};
 use proto::net::Prefix;
 use rtnetlink::packet_route::address::{AddressHeaderFlags, AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags};
-use rtnetlink::packet_route::route::{RouteAttribute, RouteHeader, RouteMessage, RouteType};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType,
+};
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -86,12 +88,15 @@ pub async fn read(handle: &Handle, interface: &str) -> io::Result<Links> {
         RouteMessageBuilder::<Ipv4Addr>::new().build(),
         RouteMessageBuilder::<Ipv6Addr>::new().build(),
     ];
+    let mut best = None;
     for request in requests {
         let mut answers = std::pin::pin!(handle.route().get(request).execute());
         while let Some(message) = answers.try_next().await.map_err(errno)? {
             links.routes.extend(live(&message, &names, interface));
+            best = best.into_iter().chain(gateway(&message)).min();
         }
     }
+    links.gateway = best.map(|(_, gateway)| gateway);
     Ok(links)
 }
 
@@ -160,6 +165,24 @@ fn live(
         }
         _ => Vec::new(),
     }
+}
+
+/// Metric and gateway of an IPv4 default route of the main table.
+fn gateway(message: &RouteMessage) -> Option<(u32, Ipv4Addr)> {
+    let main = message.header.table == RouteHeader::RT_TABLE_MAIN;
+    if !main || message.header.destination_prefix_length > 0 {
+        return None;
+    }
+    let mut metric = 0;
+    let mut gateway = None;
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Priority(priority) => metric = *priority,
+            RouteAttribute::Gateway(RouteAddress::Inet(addr)) => gateway = Some(*addr),
+            _ => {}
+        }
+    }
+    gateway.map(|gateway| (metric, gateway))
 }
 
 fn exits(message: &RouteMessage) -> BTreeSet<u32> {
