@@ -61,6 +61,8 @@ const DOWN_PATIENCE: Duration = Duration::from_secs(20);
 const LOGOUT_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the service manager waits for a node with a cached netmap to be up, at most.
 const READY_PATIENCE: Duration = Duration::from_secs(15);
+/// How long the end of the service waits for the router.
+const GIVE_BACK: Duration = Duration::from_secs(1);
 /// The pause before a watch of the host that failed is started again.
 const WATCH_PAUSE: Duration = Duration::from_secs(5);
 
@@ -231,8 +233,8 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     notify(&[NotifyState::Stopping]);
     // Whatever is on its way to the disk arrives before the process ends.
     drop(daemon);
-    // Likewise a port of the router that is to be given back; it takes a second at most.
-    let _ = port_of.await;
+    // Likewise a port of the router is given back, if the router takes it at once.
+    let _ = tokio::time::timeout(GIVE_BACK, port_of).await;
     while kept.recv().await.is_some() {}
     Ok(())
 }
