@@ -39,8 +39,8 @@ use std::time::{Duration, Instant};
 pub const TICK: Duration = Duration::from_secs(2);
 /// What a tick is longer for each peer: reading costs time in proportion.
 pub const TICK_PER_PEER: Duration = Duration::from_millis(1);
-/// How soon the kernel is read again while packets on a direct path have no answer.
-pub const ANXIOUS_TICK: Duration = Duration::from_secs(1);
+/// How often while direct paths are in use that a relay could replace.
+pub const CLOSE_TICK: Duration = Duration::from_secs(1);
 /// The pause after the first failure of a plan or a read; doubled with each further one.
 pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest such pause.
@@ -619,8 +619,8 @@ impl Engine {
             self.paths.observe(now, peers);
         }
         let count = u32::try_from(peers.map_or(0, BTreeMap::len)).unwrap_or(u32::MAX);
-        let tick = if self.paths.is_anxious() {
-            ANXIOUS_TICK
+        let tick = if self.paths.are_watched(now) {
+            CLOSE_TICK
         } else {
             TICK
         };

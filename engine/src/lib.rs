@@ -55,7 +55,7 @@ pub mod status;
 pub mod trust;
 
 pub use engine::{
-    ANXIOUS_TICK, Engine, FIRST_PAUSE, KEEPALIVE_SECONDS, LONGEST_PAUSE, TICK, TICK_PER_PEER,
+    CLOSE_TICK, Engine, FIRST_PAUSE, KEEPALIVE_SECONDS, LONGEST_PAUSE, TICK, TICK_PER_PEER,
 };
 pub use paths::EAGER_PEERS;
 pub use relays::{RelayTable, RelayedPeer};

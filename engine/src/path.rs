@@ -55,7 +55,7 @@ use std::time::{Duration, Instant};
 /// A peer with which packets were exchanged this lately is in use.
 pub const ACTIVE: Duration = Duration::from_secs(45);
 /// A direct path that answers probes is given up if packets get no answer for this long.
-pub const PROOF: Duration = Duration::from_secs(2);
+pub const PROOF: Duration = Duration::from_secs(3);
 /// Whoever was heard this lately is expected to answer.
 const CONVERSING: Duration = Duration::from_secs(10);
 /// Time for the relay to bring the answers that a direct path did not.
@@ -113,6 +113,7 @@ pub struct Path {
     blind: Blind,
     /// What was last observed; `None` before the first observation.
     seen: Option<Stats>,
+    seen_at: Option<Instant>,
     /// Whether anything came back on the endpoint in use.
     live: bool,
     /// When bytes last came.
@@ -135,8 +136,7 @@ pub struct Path {
     called: Option<Instant>,
     /// No direct path before this.
     hold: Option<Instant>,
-    /// Since when packets on a direct path have no answer.
-    silent_since: Option<Instant>,
+    silence: Option<Silence>,
     /// The peer has nothing to say: silence proves nothing.
     one_way: bool,
     trial: Option<Trial>,
@@ -147,6 +147,14 @@ pub struct Path {
     ripe: bool,
     /// To be pinged at once.
     urgent: BTreeSet<SocketAddr>,
+}
+
+/// Packets on a direct path have no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Silence {
+    since: Instant,
+    /// In how many looks at the kernel something more was sent.
+    asks: u32,
 }
 
 /// A direct path that swallowed packets, while the relay is tried in its place.
@@ -236,6 +244,7 @@ impl Path {
             promoted: None,
             blind: Blind::default(),
             seen: None,
+            seen_at: None,
             live: false,
             heard: None,
             active_until: None,
@@ -251,7 +260,7 @@ impl Path {
             eager: 0,
             called: None,
             hold: None,
-            silent_since: None,
+            silence: None,
             one_way: false,
             trial: None,
             greeting: Greeting::None,
@@ -319,11 +328,11 @@ impl Path {
         self.hold
     }
 
-    /// Whether the kernel's counters should be looked at soon: packets have no answer.
+    /// Whether the kernel's counters should be looked at often: they prove a direct path in use.
     #[must_use]
-    pub fn is_anxious(&self) -> bool {
-        let unanswered = self.silent_since.is_some() || self.doubt.is_some();
-        unanswered && matches!(self.way, Way::Direct(_)) && self.relay.is_some()
+    pub fn is_watched(&self, now: Instant) -> bool {
+        let in_use = self.is_active(now) || self.doubt.is_some();
+        in_use && matches!(self.way, Way::Direct(_)) && self.relay.is_some()
     }
 
     /// Whether the kernel's counters should be looked at now. Said once.
@@ -481,7 +490,7 @@ impl Path {
         }
         (self.way, self.since) = (way, Some(now));
         self.settles = (self.yields && !self.live).then_some(now + YIELD);
-        self.silent_since = None;
+        self.silence = None;
         (self.heart, self.doubt) = (Heart::default(), None);
         self.blind = Blind::default();
         if let Way::Direct(endpoint) = way {
@@ -851,6 +860,7 @@ impl Path {
     /// can be used, and not an address of ours on `lo`.
     pub fn observe(&mut self, now: Instant, stats: &Stats, tier: Option<Tier>) {
         let direct = stats.endpoint.zip(tier);
+        let seen_at = self.seen_at.replace(now).unwrap_or(now);
         let Some(before) = self.seen.replace(stats.clone()) else {
             self.live = stats.last_handshake.is_some();
             self.adopt(now, stats, direct);
@@ -872,7 +882,14 @@ impl Path {
             self.roam(now, direct);
         }
         match self.way {
-            Way::Direct(endpoint) => self.prove(now, endpoint, stats, growth),
+            Way::Direct(endpoint) => {
+                self.witness(now, growth.answered && stats.endpoint == Some(endpoint));
+                let silent = !growth.answered && !growth.restarted;
+                match silent && stats.endpoint == Some(endpoint) {
+                    true => self.prove(now, endpoint, stats, growth, seen_at),
+                    false => self.silence = None,
+                }
+            }
             Way::Relay => self.judge(now, growth),
             Way::Blind => {
                 let current = stats.endpoint;
@@ -957,35 +974,42 @@ impl Path {
         }
     }
 
-    /// Whether packets pass where probes do.
-    fn prove(&mut self, now: Instant, endpoint: SocketAddr, stats: &Stats, growth: Growth) {
-        self.witness(now, growth.answered && stats.endpoint == Some(endpoint));
-        if growth.answered || growth.restarted || stats.endpoint != Some(endpoint) {
-            self.silent_since = None;
-            return;
-        }
+    /// Whether packets pass where probes do: nothing came since the last look.
+    fn prove(
+        &mut self,
+        now: Instant,
+        endpoint: SocketAddr,
+        stats: &Stats,
+        growth: Growth,
+        seen_at: Instant,
+    ) {
         let unshaken = stats.last_handshake.is_none();
         let conversing = |at| now.saturating_duration_since(at) < CONVERSING;
-        let first = self.silent_since.is_none();
-        if first && growth.asked && (unshaken || self.heard.is_some_and(conversing)) {
-            self.silent_since = Some(now);
-            return;
-        }
-        let Some(since) = self.silent_since.filter(|_| !self.one_way) else {
+        let Some(silence) = &mut self.silence else {
+            // Whether what was sent had time for an answer, the next looks will tell.
+            if growth.asked && (unshaken || self.heard.is_some_and(conversing)) {
+                self.silence = Some(Silence {
+                    since: seen_at,
+                    asks: 1,
+                });
+            }
             return;
         };
+        silence.asks += u32::from(growth.asked);
+        let Silence { since, asks } = *silence;
         let long = now.saturating_duration_since(since) >= PROOF;
         // Without another way there is nothing to gain.
-        if long && (growth.asked || unshaken) && self.relay.is_some() && self.probes {
+        if long && (asks > 1 || unshaken) && !self.one_way && self.relay.is_some() && self.probes {
             self.demote(now, endpoint, Fault::Swallows);
             let until = now + TRIAL;
+            let sent = false;
             self.trial = Some(Trial {
                 endpoint,
                 until,
-                sent: false,
+                sent,
             });
-        } else if long && !growth.asked {
-            self.silent_since = None;
+        } else if !conversing(since) {
+            self.silence = None;
         }
     }
 

@@ -234,9 +234,9 @@ impl Paths {
         std::mem::take(&mut self.look)
     }
 
-    /// Whether packets to some peer have no answer, so that the kernel should be read soon.
-    pub(crate) fn is_anxious(&self) -> bool {
-        self.all.values().any(|entry| entry.path.is_anxious())
+    /// Whether some path is in use that the kernel's counters prove, so that they are read often.
+    pub(crate) fn are_watched(&self, now: Instant) -> bool {
+        self.all.values().any(|entry| entry.path.is_watched(now))
     }
 
     /// Packets of this peer come by relay.

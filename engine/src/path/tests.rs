@@ -161,7 +161,7 @@ impl Rig {
             }
         }
         self.look();
-        let tick = if self.path.is_anxious() {
+        let tick = if self.path.is_watched(self.now) {
             seconds(1)
         } else {
             OBSERVED
