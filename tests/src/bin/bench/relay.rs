@@ -3,11 +3,19 @@
 //!
 //! Each pair has a fixed number of packets under way, so nothing is dropped and the relay is always
 //! busy. Latency is then that of a full pipeline. The same number of datagrams through a UDP echo in
-//! this process shows what the kernel alone takes for the two hops. Build the relay with `--release`
-//! first: a debug build is measured only when there is no other, and the document says which it was.
+//! this process shows what the kernel alone takes for the two hops. What the pipeline carried is
+//! taken for the capacity, and then more than that is offered ([`overload`]). At last come clients
+//! that do nothing ([`idle`]).
+//!
+//! Build the relay with `--release` first: a debug build is measured only when there is no other, and
+//! the document says which it was. Clients and relay share the machine's processors, so a figure per
+//! second is the machine's; processor time per frame is the relay's own.
 
-use std::io::{BufReader, Read, Write};
-use std::net::{SocketAddr, TcpStream, UdpSocket};
+mod client;
+mod idle;
+mod overload;
+
+use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc::sync_channel;
@@ -15,9 +23,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use proto::derp::login::NONCE_BYTES;
-use proto::derp::{ClientInfo, Frame, HEADER_BYTES, Header, LoginBox, Sealed, VERSION, kind};
-use proto::key::{NodeKey, NodeSecret};
+use client::{Client, Door};
+use proto::derp::{Frame, kind};
 use serde_json::{Value, json};
 use tests::process::Process;
 
@@ -40,8 +47,8 @@ pub struct Args {
     #[arg(long, default_value_t = 1_200)]
     size: usize,
     /// Clients that do nothing
-    #[arg(long, default_value_t = 1_000)]
-    idle: usize,
+    #[arg(long, default_value_t = 10_000)]
+    idle: u64,
     /// Rounds
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -68,15 +75,22 @@ pub fn run(args: &Args) -> anyhow::Result<Value> {
         Ok(program) => (program, "release"),
         Err(_) => (tests::binary("weir-relay")?, "debug"),
     };
-    let (relay, addr) = start(&program, folder.path())?;
+    let (relay, addr) = start(&program, folder.path(), false)?;
+    let door = Door {
+        addr,
+        tls: None,
+        buffer: 32 << 10,
+    };
     println!(
         "weir-relay, {profile} build, {} pairs, {} B",
         args.pairs, args.size
     );
     println!("  frames/s   CPU us/frame   UDP echo us   p50 us   p99 us");
     let mut rows = Vec::new();
+    let mut capacity = 0.0_f64;
     for _ in 0..args.rounds {
-        let row = round(args, &relay, addr)?;
+        let row = round(args, &relay, &door)?;
+        capacity = capacity.max(row.frames_per_second);
         println!(
             "{:>10.0} {:>14.2} {:>13.2} {:>8.0} {:>8.0}",
             row.frames_per_second, row.relay_us, row.echo_us, row.p50_us, row.p99_us
@@ -90,15 +104,9 @@ pub fn run(args: &Args) -> anyhow::Result<Value> {
             "p99_us": row.p99_us,
         }));
     }
-    let before = resident(&relay)?;
-    let clients = (0..args.idle)
-        .map(|number| Client::join(addr, 1_000_000 + number as u64))
-        .collect::<anyhow::Result<Vec<_>>>()?;
-    let idle = resident(&relay)?.saturating_sub(before) as f64 / args.idle.max(1) as f64;
-    println!(
-        "{} idle clients without TLS: {idle:.0} bytes each",
-        clients.len()
-    );
+    let overload = overload::run(args, &relay, &door, capacity)?;
+    relay.kill();
+    let idle = idle::run(args, &program)?;
     Ok(json!({
         "bench": "relay",
         "profile": profile,
@@ -106,16 +114,18 @@ pub fn run(args: &Args) -> anyhow::Result<Value> {
         "packet_bytes": args.size,
         "window": args.window,
         "rounds": rows,
-        "idle_clients": args.idle,
-        "idle_bytes": idle,
+        "overload": overload,
+        "idle": idle,
     }))
 }
 
-fn start(program: &PathBuf, folder: &Path) -> anyhow::Result<(Process, SocketAddr)> {
+/// A relay that lets anybody in, as fast as they can.
+fn start(program: &PathBuf, folder: &Path, tls: bool) -> anyhow::Result<(Process, SocketAddr)> {
     let config = folder.join("relay.toml");
+    let tls = if tls { "own" } else { "off" };
     std::fs::write(
         &config,
-        "admit = 'open'\ntls = 'off'\nclient-bytes-per-second = 0\n",
+        format!("admit = 'open'\ntls = '{tls}'\nclient-bytes-per-second = 0\n"),
     )?;
     let mut command = Command::new(program);
     command
@@ -137,11 +147,11 @@ fn start(program: &PathBuf, folder: &Path) -> anyhow::Result<(Process, SocketAdd
     Ok((relay, addr))
 }
 
-fn round(args: &Args, relay: &Process, addr: SocketAddr) -> anyhow::Result<Row> {
+fn round(args: &Args, relay: &Process, door: &Door) -> anyhow::Result<Row> {
     let mut pairs = Vec::new();
     for pair in 0..args.pairs as u64 {
-        let sender = Client::join(addr, 2 * pair + 1)?;
-        let receiver = Client::join(addr, 2 * pair + 2)?;
+        let sender = Client::join(door, 2 * pair + 1)?;
+        let receiver = Client::join(door, 2 * pair + 2)?;
         pairs.push((sender, receiver));
     }
     let (start, cpu) = (Instant::now(), cpu_ticks(relay)?);
@@ -199,7 +209,7 @@ fn transfer(
             frame.clear();
             let packet = &packet;
             Frame::SendPacket { dst, packet }.encode(&mut frame);
-            sender.stream.get_mut().write_all(&frame)?;
+            sender.send(&frame)?;
         }
         // Its leaving must not be told before all has arrived.
         let _ = leave.send(());
@@ -283,58 +293,4 @@ fn resident(relay: &Process) -> anyhow::Result<u64> {
         .trim()
         .trim_end_matches(" kB");
     Ok(kilobytes.parse::<u64>()? * 1024)
-}
-
-/// A client whose calls wait.
-struct Client {
-    key: NodeKey,
-    stream: BufReader<TcpStream>,
-}
-
-impl Client {
-    fn join(addr: SocketAddr, number: u64) -> anyhow::Result<Self> {
-        let mut seed = [7; 32];
-        seed[..8].copy_from_slice(&number.to_be_bytes());
-        let secret = NodeSecret::from_bytes(seed);
-        let key = secret.public();
-        let stream = TcpStream::connect(addr)?;
-        stream.set_nodelay(true)?;
-        let mut client = Self {
-            key,
-            stream: BufReader::with_capacity(32 << 10, stream),
-        };
-        let request = "GET /derp HTTP/1.1\r\nUpgrade: DERP\r\nDerp-Fast-Start: 1\r\n\r\n";
-        client.stream.get_mut().write_all(request.as_bytes())?;
-        let hello = client.next(kind::SERVER_KEY)?;
-        let Frame::ServerKey(relay) = Frame::decode(kind::SERVER_KEY, &hello)? else {
-            bail!("the relay did not say its key");
-        };
-        let agreed = secret.agree(relay.0).context("the relay's key is no key")?;
-        let info = ClientInfo {
-            version: VERSION,
-            ..ClientInfo::default()
-        };
-        // The relay is ours and lives for one measurement: its logins need no secrecy.
-        let nonce = [0; NONCE_BYTES];
-        let bytes = &LoginBox::new(&agreed).seal(nonce, &serde_json::to_vec(&info)?);
-        let sealed = Sealed { nonce, bytes };
-        let login = Frame::ClientInfo { key, sealed }.to_vec();
-        client.stream.get_mut().write_all(&login)?;
-        client.next(kind::SERVER_INFO)?;
-        Ok(client)
-    }
-
-    /// The body of the next frame of this kind; others are skipped.
-    fn next(&mut self, wanted: u8) -> anyhow::Result<Vec<u8>> {
-        loop {
-            let mut header = [0; HEADER_BYTES];
-            self.stream.read_exact(&mut header)?;
-            let Header { kind, length } = Header::decode(header)?;
-            let mut body = vec![0; length];
-            self.stream.read_exact(&mut body)?;
-            if kind == wanted {
-                return Ok(body);
-            }
-        }
-    }
 }
