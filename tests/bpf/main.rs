@@ -8,7 +8,8 @@
 //! ```
 //!
 //! [`agreement`] asks `explain` about the first packets that it then runs, and [`events`] what the
-//! programs tell of those that they drop. [`property`] needs neither root nor kernel. The others
+//! programs tell of those that they drop. [`guard`] is about the other object, on the underlay.
+//! [`property`] needs neither root nor kernel. The others
 //! load the committed object, attach it to a TUN device in a network namespace of their own, and
 //! run packets through it; those named `kernel_…` do so in the emulated stock kernels too.
 #![allow(clippy::unwrap_used, reason = "a test may fail by it")]
@@ -20,6 +21,7 @@ mod events;
 mod flood;
 mod fuzz;
 mod generate;
+mod guard;
 mod kernel;
 mod lifecycle;
 mod model;
