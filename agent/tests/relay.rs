@@ -1,0 +1,245 @@
+//! Connections to real relays, without a kernel: what comes through, and what a lost one costs.
+
+use agent::control::tls_to;
+use agent::relay::{Config, Outboxes, Packet, Relays};
+use bytes::Bytes;
+use engine::RelayEvent;
+use proto::derp::{DISCO_MAGIC, DISCO_MIN_BYTES, LoginBox};
+use proto::id::{NetworkId, RegionId};
+use proto::key::{NodeKey, NodeSecret};
+use proto::netmap::{Region, RelayHost};
+use proto::permit::PermitSecret;
+use relay::admit::Admission;
+use relay::config::Certificate;
+use relay::server::Server;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tempfile::TempDir;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+const HERE: RegionId = RegionId(7);
+/// Longest wait for what must come, on slow machines.
+const PATIENCE: Duration = Duration::from_secs(20);
+const NETWORK: NetworkId = NetworkId(3);
+/// Far in the future, in seconds since 1970.
+const LATER: u64 = 40_000_000_000;
+
+fn any() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 0))
+}
+
+fn signer() -> PermitSecret {
+    PermitSecret::from_seed(&[9; 32]).unwrap()
+}
+
+/// A relay of this process that lets in nodes of one network.
+async fn start(certificate: Certificate, listen: SocketAddr) -> (Server, TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let config = relay::config::Config {
+        state_dir: dir.path().to_owned(),
+        listen,
+        stun_listen: any(),
+        status_listen: any(),
+        certificate,
+        admission: Admission::Permit(BTreeMap::from([(NETWORK, vec![signer().public()])])),
+        rate: 0,
+    };
+    (Server::start(config).unwrap(), dir)
+}
+
+fn region(server: &Server, plain: bool) -> Region {
+    Region {
+        name: "here".to_owned(),
+        hosts: vec![RelayHost {
+            addr: server.addr.to_string(),
+            stun: None,
+            plain,
+            certificate: server.fingerprint,
+        }],
+    }
+}
+
+/// A node's connections, and what comes by them.
+struct Node {
+    key: NodeKey,
+    relays: Relays,
+    outboxes: Outboxes,
+    events: mpsc::Receiver<(RegionId, RelayEvent)>,
+    data: mpsc::UnboundedReceiver<Packet>,
+}
+
+impl Node {
+    fn new(seed: u8) -> Self {
+        let secret = NodeSecret::from_bytes([seed; 32]);
+        let key = secret.public();
+        let (events_in, events) = mpsc::channel(64);
+        let (data_in, data) = mpsc::unbounded_channel();
+        let outboxes = Outboxes::default();
+        let config = Config {
+            me: key,
+            login: Arc::new(move |relay| Some(LoginBox::new(&*secret.agree(relay.0)?))),
+            pinned: Arc::new(tls_to),
+            deliver: Arc::new(move |packets| {
+                for packet in packets {
+                    data_in.send(packet.clone()).unwrap();
+                }
+                packets.iter().map(|(from, _)| *from).collect()
+            }),
+            events: events_in,
+        };
+        let relays = Relays::new(config, outboxes.clone());
+        relays.set_permit(Some(signer().permit(NETWORK, key, LATER)));
+        Self {
+            key,
+            relays,
+            outboxes,
+            events,
+            data,
+        }
+    }
+
+    fn go(&mut self, region: &Region) {
+        let regions = BTreeMap::from([(HERE, region.clone())]);
+        self.relays.set(Some(HERE), &regions);
+    }
+
+    /// The next event that is no latency.
+    async fn event(&mut self) -> RelayEvent {
+        loop {
+            let event = timeout(PATIENCE, self.events.recv()).await;
+            match event.expect("an event").expect("an open channel") {
+                (HERE, RelayEvent::Latency(latency)) => assert!(latency < PATIENCE),
+                (HERE, event) => return event,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    async fn down(&mut self) -> String {
+        match self.event().await {
+            RelayEvent::Down(why) => why,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+async fn pair(region: &Region) -> [Node; 2] {
+    let mut nodes = [Node::new(1), Node::new(2)];
+    for node in &mut nodes {
+        node.go(region);
+        assert_eq!(node.event().await, RelayEvent::Up);
+    }
+    nodes
+}
+
+#[tokio::test]
+async fn data_and_discovery_pass_with_tls_and_without() {
+    for (certificate, plain) in [(Certificate::Own, false), (Certificate::Off, true)] {
+        let (server, _dir) = start(certificate, any()).await;
+        let [mut a, mut b] = pair(&region(&server, plain)).await;
+        let sent: Vec<Packet> = (0..20_u8)
+            .map(|number| (b.key, Bytes::from(vec![number; 1_400])))
+            .collect();
+        a.outboxes.push(HERE, &sent);
+        for (_, packet) in &sent {
+            let got = timeout(PATIENCE, b.data.recv()).await.unwrap().unwrap();
+            assert_eq!(got, (a.key, packet.clone()));
+        }
+        let from = a.key;
+        assert_eq!(b.event().await, RelayEvent::Data { from });
+        let mut disco = DISCO_MAGIC.to_vec();
+        disco.resize(DISCO_MIN_BYTES + 5, 3);
+        a.relays.send(HERE, b.key, disco.clone());
+        loop {
+            match b.event().await {
+                RelayEvent::Data { .. } => {}
+                event => {
+                    let bytes = disco;
+                    break assert_eq!(event, RelayEvent::Disco { from, bytes });
+                }
+            }
+        }
+        let stranger = NodeKey([5; 32]);
+        a.outboxes
+            .push(HERE, &[(stranger, Bytes::from_static(b"x"))]);
+        assert_eq!(a.event().await, RelayEvent::PeerGone(stranger));
+    }
+}
+
+#[tokio::test]
+async fn a_relay_with_another_certificate_is_no_relay() {
+    let (server, _dir) = start(Certificate::Own, any()).await;
+    let mut region = region(&server, false);
+    region.hosts[0].certificate = Some(proto::key::Fingerprint([1; 32]));
+    let mut node = Node::new(1);
+    node.go(&region);
+    let why = node.down().await;
+    assert!(why.contains("another certificate"), "{why}");
+}
+
+#[tokio::test]
+async fn a_permit_is_needed_and_a_new_one_is_tried_at_once() {
+    let (server, _dir) = start(Certificate::Own, any()).await;
+    let mut node = Node::new(1);
+    let good = signer().permit(NETWORK, node.key, LATER);
+    let expired = signer().permit(NETWORK, node.key, 1);
+    node.relays.set_permit(Some(expired));
+    node.go(&region(&server, false));
+    let why = node.down().await;
+    assert!(why.contains("expired"), "{why}");
+    node.relays.set_permit(Some(good));
+    while node.event().await != RelayEvent::Up {}
+}
+
+#[tokio::test]
+async fn a_relay_that_ends_is_told_at_once_and_found_again_when_it_is_back() {
+    let (server, _dir) = start(Certificate::Off, any()).await;
+    let (region, addr) = (region(&server, true), server.addr);
+    let [mut a, mut b] = pair(&region).await;
+    server.stop().await;
+    for node in [&mut a, &mut b] {
+        let why = node.down().await;
+        assert!(why.contains("restarts"), "{why}");
+    }
+    let (_server, _dir) = start(Certificate::Off, addr).await;
+    for node in [&mut a, &mut b] {
+        while node.event().await != RelayEvent::Up {}
+    }
+    a.outboxes
+        .push(HERE, &[(b.key, Bytes::from_static(b"after"))]);
+    let got = timeout(PATIENCE, b.data.recv()).await.unwrap().unwrap();
+    assert_eq!(got, (a.key, Bytes::from_static(b"after")));
+}
+
+/// A relay whose network went away: TCP stays as it is, and nothing comes any more.
+#[tokio::test]
+async fn a_relay_that_falls_silent_is_given_up_soon() {
+    let (server, _dir) = start(Certificate::Off, any()).await;
+    let door = tokio::net::TcpListener::bind(any()).await.unwrap();
+    let mut region = region(&server, true);
+    region.hosts[0].addr = door.local_addr().unwrap().to_string();
+    let (closes, mut closed) = tokio::sync::watch::channel(false);
+    let target = server.addr;
+    tokio::spawn(async move {
+        let (mut near, _) = door.accept().await.unwrap();
+        let mut far = tokio::net::TcpStream::connect(target).await.unwrap();
+        tokio::select! {
+            _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
+            _ = closed.wait_for(|closed| *closed) => {}
+        }
+        // Both connections stay open.
+        std::future::pending::<()>().await;
+    });
+    let mut node = Node::new(1);
+    node.go(&region);
+    assert_eq!(node.event().await, RelayEvent::Up);
+    closes.send(true).unwrap();
+    let start = std::time::Instant::now();
+    let why = node.down().await;
+    assert!(why.contains("silent"), "{why}");
+    let took = start.elapsed();
+    assert!(took < Duration::from_secs(6), "{took:?}");
+}
