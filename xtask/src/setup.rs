@@ -82,6 +82,12 @@ const LAB: &[Need] = &[
         "tcpdump",
         "captures what a failing test saw",
     ),
+    need(
+        "miniupnpd",
+        "miniupnpd-nftables",
+        "miniupnpd",
+        "opens ports of a lab's router",
+    ),
     need("iperf3", "iperf3", "iperf3", "measures throughput"),
     need("nmap", "nmap", "nmap", "scans where a policy must hold"),
     need(
