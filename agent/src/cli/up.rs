@@ -242,6 +242,7 @@ mod tests {
                 shields_up: false,
                 refuse: Refuse::Answer,
             },
+            guard: Vec::new(),
             peers: 0,
             active: Vec::new(),
             problems: Vec::new(),
