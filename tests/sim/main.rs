@@ -94,20 +94,22 @@ fn network_of_chance(seed: u64) -> u64 {
         .into_iter()
         .filter(|(from, to, _)| world.permits(*from, *to))
         .collect();
-    let said = |what: &str, (from, to, _): (usize, usize, usize)| {
+    let said = |what: &str, world: &World, (from, to, _): (usize, usize, usize)| {
         format!(
-            "SEED={seed}: {what}: {from} -> {to} ({:?} -> {:?})",
-            homes[from], homes[to]
+            "SEED={seed}: {what}: {from} -> {to} ({:?} -> {:?}), {}",
+            homes[from],
+            homes[to],
+            world.describe(from, to)
         )
     };
     for pair in &permitted {
         let reached = world.run_until(REACHED, |world| world.heard(pair.2).first.is_some());
-        assert!(reached, "{}", said("not reached", *pair));
+        assert!(reached, "{}", said("not reached", &world, *pair));
     }
     for pair in &permitted {
         if can_be_direct(homes[pair.0], homes[pair.1]) {
             let direct = world.run_until(DIRECT, |world| world.is_direct(pair.0, pair.1));
-            assert!(direct, "{}", said("not direct", *pair));
+            assert!(direct, "{}", said("not direct", &world, *pair));
         }
     }
     for _ in 0..4 {
@@ -119,7 +121,11 @@ fn network_of_chance(seed: u64) -> u64 {
         for (pair, before) in permitted.iter().zip(before) {
             let again =
                 world.run_until(HEALED, |world| world.heard(pair.2).answered.len() > before);
-            assert!(again, "{}", said(&format!("silent after {what}"), *pair));
+            assert!(
+                again,
+                "{}",
+                said(&format!("silent after {what}"), &world, *pair)
+            );
         }
     }
     world.fingerprint()
