@@ -108,11 +108,7 @@ impl Server {
             ephemeral_offline: config.ephemeral_offline,
         };
         keeper.announce().await?;
-        if let Some(kept) = RelaysFile::outdated(dir, &config.relays)? {
-            // A netmap that nodes hold already is never sent again: this is a newer one.
-            network::tell_relays(&store, Timestamp::now(), &config.relays).await?;
-            kept.write()?;
-        }
+        RelaysFile::renew(dir, &config.relays, &store).await?;
         let permits = network::permit_signer(&store, Timestamp::now()).await?;
 
         let listen = |source| StartError::Listen {
@@ -202,6 +198,16 @@ struct RelaysFile {
 }
 
 impl RelaysFile {
+    /// Tells all networks of relays that are others than at the last start.
+    async fn renew(dir: &Path, relays: &Relays, store: &Store) -> Result<(), StartError> {
+        if let Some(kept) = Self::outdated(dir, relays)? {
+            // A netmap that nodes hold already is never sent again: this is a newer one.
+            network::tell_relays(store, Timestamp::now(), relays).await?;
+            kept.write()?;
+        }
+        Ok(())
+    }
+
     /// The file as it should be, if it is not so.
     fn outdated(dir: &Path, relays: &Relays) -> Result<Option<Self>, StartError> {
         let path = dir.join(RELAYS_FILE);

@@ -129,6 +129,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         self.stream.flush().await.unwrap();
     }
 
+    /// Sends bytes that need not be a frame, hangs up, and waits until the relay has too.
+    pub async fn say_last(mut self, bytes: &[u8]) {
+        // The relay may have ended it by now.
+        let _ = self.stream.write_all(bytes).await;
+        let _ = self.stream.shutdown().await;
+        let _ = timeout(PATIENCE, self.stream.read_to_end(&mut self.buffer)).await;
+    }
+
     pub async fn send_packet(&mut self, dst: NodeKey, packet: &[u8]) {
         self.send(Frame::SendPacket { dst, packet }).await;
     }

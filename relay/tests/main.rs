@@ -10,3 +10,4 @@ mod forwarding;
 mod place;
 mod program;
 mod protocol;
+mod strangers;
