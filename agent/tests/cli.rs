@@ -134,6 +134,7 @@ fn status(phase: Phase) -> Status {
             shields_up: false,
             refuse: Refuse::Answer,
         },
+        guard: Vec::new(),
         peers: 0,
         active: Vec::new(),
         problems: Vec::new(),
