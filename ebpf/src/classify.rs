@@ -6,7 +6,7 @@
 //! │ 1 │ 0   0   0 │ sender        │  148 bytes          WireGuard: handshake initiation
 //! │ 2 │ 0   0   0 │ sender        │   92 bytes          handshake response
 //! │ 3 │ 0   0   0 │ receiver      │   64 bytes          cookie reply
-//! │ 4 │ 0   0   0 │ receiver      │ ≥ 32, by sixteens   data
+//! │ 4 │ 0   0   0 │ receiver      │ ≥ 32 bytes          data
 //! ├───┴───────────┴───────┬───────┤
 //! │ T   S  f0  9f  92  ac │ key … │ ≥ 62 bytes          discovery
 //! ├───────┬───────┬───────┴───────┤
@@ -49,11 +49,10 @@ const INITIATION_BYTES: u32 = 148;
 const RESPONSE_BYTES: u32 = 92;
 /// `struct message_handshake_cookie`.
 const COOKIE_BYTES: u32 = 64;
-/// `struct message_data` with the tag of an empty packet: a keepalive.
+/// `struct message_data` with the tag of an empty packet: a keepalive. Packets are padded to
+/// sixteens, but never beyond the device's MTU (`calculate_skb_padding`), so their length says no
+/// more.
 const MIN_DATA_BYTES: u32 = 32;
-/// Packets are padded to so many bytes (`MESSAGE_PADDING_MULTIPLE`), and header and tag have them
-/// twice.
-const DATA_PADDING: u32 = 16;
 /// Magic, sender's key, nonce.
 const MIN_DISCO_BYTES: u32 = 6 + 32 + 24;
 const STUN_HEADER_BYTES: u32 = 20;
@@ -78,7 +77,7 @@ pub const fn classify(bytes: u32, head: [u32; 2]) -> Class {
         (1, INITIATION_BYTES) => Class::Initiation,
         (2, RESPONSE_BYTES) => Class::Response,
         (3, COOKIE_BYTES) => Class::Cookie,
-        (4, MIN_DATA_BYTES..) if bytes.is_multiple_of(DATA_PADDING) => Class::Data,
+        (4, MIN_DATA_BYTES..) => Class::Data,
         _ => Class::Other,
     };
     if !matches!(class, Class::Other) {

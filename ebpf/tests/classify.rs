@@ -16,7 +16,7 @@ fn plain(datagram: &[u8]) -> Class {
     if wireguard(3) && len == 64 {
         return Class::Cookie;
     }
-    if wireguard(4) && len >= 32 && len % 16 == 0 {
+    if wireguard(4) && len >= 32 {
         return Class::Data;
     }
     if datagram.starts_with("TS💬".as_bytes()) && len >= 62 {

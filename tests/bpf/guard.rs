@@ -132,7 +132,7 @@ impl Wire {
             (Some([1, 0, 0, 0]), 148) => Outcome::Initiation,
             (Some([2, 0, 0, 0]), 92) => Outcome::Response,
             (Some([3, 0, 0, 0]), 64) => Outcome::Cookie,
-            (Some([4, 0, 0, 0]), length) if length >= 32 && length % 16 == 0 => Outcome::Data,
+            (Some([4, 0, 0, 0]), length) if length >= 32 => Outcome::Data,
             (Some([b'T', b'S', 0xf0, 0x9f]), _) => Outcome::Disco,
             (Some([0, 1, 0, 0]), 20) => Outcome::Stun,
             _ if forwards => Outcome::Foreign,
@@ -157,7 +157,7 @@ fn initiation() -> Vec<u8> {
 
 fn payload(random: &mut Random) -> Vec<u8> {
     let sixteens = 16 * random.below(90) as usize;
-    match random.below(12) {
+    match random.below(13) {
         0 | 1 => initiation(),
         2 => padded(&[2, 0, 0, 0], 92),
         3 => padded(&[3, 0, 0, 0], 64),
@@ -166,6 +166,7 @@ fn payload(random: &mut Random) -> Vec<u8> {
         6 => padded(&[0, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42], 20),
         7 => padded(&[1, 0, 0, 0], 147),
         8 => padded(&[4, 0, 0, 0], 33 + sixteens),
+        11 => padded(&[4, 0, 0, 0], 31),
         9 => padded(&[1, 0, 0, 1], 148),
         10 => padded(&[], random.below(10) as usize),
         _ => padded(b"\xff\xff\xff\xffgetstatus", 60),
