@@ -266,6 +266,9 @@ impl Engine {
             &self.advertised,
             self.config.listen_port,
         ));
+        let routers = self.netcheck.routers().into_iter();
+        let routers = routers.map(|ip| SocketAddr::new(ip, self.config.listen_port));
+        endpoints.extend(routers);
         endpoints.truncate(MAX_ENDPOINTS_PER_NODE);
         Report {
             routes: self.advertised.clone(),

@@ -267,6 +267,15 @@ impl Netcheck {
         agreed.into_iter().chain([port]).flatten().collect()
     }
 
+    /// Where routers are that show each destination another port. Nobody reaches us there, but who
+    /// pings such an address opens its own firewall for what we send from it.
+    #[must_use]
+    pub fn routers(&self) -> BTreeSet<IpAddr> {
+        let hard = [true, false].map(|v4| self.seen(v4));
+        let hard = hard.into_iter().filter(|seen| seen.len() > 1).flatten();
+        hard.map(|seen| seen.ip()).collect()
+    }
+
     fn seen(&self, v4: bool) -> BTreeSet<SocketAddr> {
         let mapped = self.servers.values().filter_map(|server| server.mapped);
         mapped.filter(|addr| addr.is_ipv4() == v4).collect()
@@ -433,6 +442,7 @@ mod tests {
         assert!(check.answered(now, at(TWO), at("192.0.2.1:1024")));
         assert_eq!(check.nat(true, &own), Nat::Hard);
         assert_eq!(check.reflexive(), []);
+        assert_eq!(check.routers(), ["192.0.2.1".parse().unwrap()].into());
         let seen = BTreeSet::from(["192.0.2.1".parse().unwrap()]);
         check.answered(now, at(TWO), at("192.0.2.1:51820"));
         assert_eq!(check.nat(true, &seen), Nat::None);

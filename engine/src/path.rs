@@ -71,7 +71,7 @@ const EAGER_BURSTS: u32 = 3;
 /// Pings that are waited for longer while the kernel's counters are not known yet.
 const WITNESS: u32 = 3;
 /// News of relayed packets come at least so often while there are any.
-const WITNESSED: Duration = Duration::from_millis(2_500);
+const WITNESSED: Duration = Duration::from_secs(5);
 /// Most candidates of each source but the netmap, which has its own limit.
 const MAX_NAMED: usize = 16;
 /// A ping back to where a ping came from, at most so often.

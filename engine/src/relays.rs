@@ -32,7 +32,7 @@ const CONNECTING: Duration = Duration::from_secs(5);
 /// How long the first choice of a home waits for what servers of regions say.
 const MEASURING: Duration = Duration::from_secs(4);
 /// A peer that no region has is not sought again for this long, unless there is news.
-const ABSENT: Duration = Duration::from_secs(30);
+const ABSENT: Duration = Duration::from_secs(20);
 /// How long a region is kept connected that nobody needs any more.
 pub const LINGER: Duration = Duration::from_secs(60);
 /// A peer that its relay does not have is looked for elsewhere at most so often.
@@ -203,12 +203,17 @@ impl Relays {
             RelayEvent::Latency(latency) => known.latency = Some(*latency),
             RelayEvent::PeerGone(peer) => self.search(now, region, *peer),
             RelayEvent::Data { from } => {
-                if let Some(place) = self.places.get_mut(from) {
-                    place.absent = None;
-                }
+                self.found(*from);
                 self.again.get_or_insert(now + NEWS_PAUSE);
             }
-            RelayEvent::Disco { .. } => {}
+            RelayEvent::Disco { from, .. } => self.found(*from),
+        }
+    }
+
+    /// Something came from a peer by relay: some region has it.
+    fn found(&mut self, peer: NodeKey) {
+        if let Some(place) = self.places.get_mut(&peer) {
+            place.absent = None;
         }
     }
 
@@ -223,10 +228,11 @@ impl Relays {
         };
         let lately = |at| now.saturating_duration_since(at) < SEARCH_PAUSE;
         if !place.searched.is_some_and(lately) {
-            place.skipped = (place.skipped + 1) % regions;
             place.searched = Some(now);
-            if place.skipped == 0 {
-                place.absent = Some(now + ABSENT);
+            place.skipped += 1;
+            // Everywhere, and once more: it may just have been on its way.
+            if place.skipped >= 2 * regions {
+                (place.skipped, place.absent) = (0, Some(now + ABSENT));
             }
         }
     }
@@ -255,7 +261,8 @@ impl Relays {
         let region = self.at_or_after(now, place.home);
         let from = self.map.range(region..).chain(self.map.range(..region));
         let mut from = from.filter(|(id, _)| !self.is_lost(now, **id));
-        from.nth(place.skipped).map_or(region, |(id, _)| *id)
+        let turn = place.skipped % self.map.len().max(1);
+        from.nth(turn).map_or(region, |(id, _)| *id)
     }
 
     /// A peer's address on `lo` if a relay can carry packets to it, and whether that is connected.

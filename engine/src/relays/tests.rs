@@ -127,6 +127,9 @@ fn a_short_loss_moves_nobody() {
 fn a_peer_that_its_home_does_not_have_is_looked_for_everywhere() {
     let (mut relays, mut now) = (relays(&[(PEER, TWO)]), Instant::now());
     publish(&mut relays, now, &[PEER]);
+    for region in [ONE, TWO, THREE] {
+        relays.handle(now, region, &RelayEvent::Up);
+    }
     let mut places = Vec::new();
     for _ in 0..4 {
         let region = relays.region_of(&PEER).unwrap();
@@ -137,6 +140,17 @@ fn a_peer_that_its_home_does_not_have_is_looked_for_everywhere() {
         now += SEARCH_PAUSE;
     }
     assert_eq!(places, [TWO, THREE, ONE, TWO]);
+    for _ in 0..2 {
+        let region = relays.region_of(&PEER).unwrap();
+        assert!(relays.way_to(now, &PEER).is_some());
+        relays.handle(now, region, &RelayEvent::PeerGone(PEER));
+        publish(&mut relays, now, &[PEER]);
+        now += SEARCH_PAUSE;
+    }
+    assert!(relays.way_to(now, &PEER).is_none(), "nobody has it");
+    assert!(relays.way_to(now + ABSENT, &PEER).is_some());
+    relays.handle(now, ONE, &RelayEvent::Data { from: PEER });
+    assert!(relays.way_to(now, &PEER).is_some());
     let homes = [(PEER, Some(ONE))].into_iter();
     relays.set(&map(&[ONE, TWO, THREE]), homes);
     publish(&mut relays, now, &[PEER]);
