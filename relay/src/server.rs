@@ -338,6 +338,7 @@ fn listen(addr: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
 fn listen_udp(addr: SocketAddr) -> Result<(UdpSocket, SocketAddr), StartError> {
     let open = || {
         let socket = UdpSocket::from_std(bind(addr, SocketType::DGRAM)?.into())?;
+        stun::prepare(&socket)?;
         let addr = socket.local_addr()?;
         Ok((socket, addr))
     };

@@ -245,3 +245,23 @@ async fn one_wildcard_serves_both_families_and_stun_tells_each_its_own() {
         assert_eq!(seen, ([9; 12], socket.local_addr().unwrap()));
     }
 }
+
+#[tokio::test]
+async fn stun_answers_from_the_address_that_was_asked() {
+    for any in ["[::]:0", "0.0.0.0:0"] {
+        let any: SocketAddr = any.parse().unwrap();
+        let place = Place::with(|config| config.stun_listen = any);
+        let port = place.server.stun_addr.port();
+        for asked in ["127.0.0.1", "127.0.0.2", "127.9.9.9"] {
+            // Connected, so that it hears nobody else.
+            let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+            socket.connect((asked, port)).await.unwrap();
+            socket.send(&proto::stun::request([7; 12])).await.unwrap();
+            let mut answer = [0; 100];
+            let heard = tokio::time::timeout(Duration::from_secs(10), socket.recv(&mut answer));
+            let length = heard.await.expect(asked).unwrap();
+            let seen = proto::stun::parse_response(&answer[..length]).unwrap();
+            assert_eq!(seen, ([7; 12], socket.local_addr().unwrap()));
+        }
+    }
+}
