@@ -18,7 +18,7 @@ use tests::lab::Lab;
 use tests::mesh::{Coordinator, Join, Mesh, Node, SPREAD_BOUND};
 use tests::probe::{PASS_BOUND, Question, Talk, passes};
 use tests::relay::{Relay, relays_section};
-use tests::stream::{Losses, Numbered};
+use tests::stream::Numbered;
 use tests::topology::Topology;
 use tests::wait_until;
 
@@ -31,8 +31,6 @@ const DIRECT_BOUND: Duration = Duration::from_secs(30);
 const DEMOTED: Duration = Duration::from_secs(9);
 /// Longest outage when a region is lost: five seconds, and this in an emulator.
 const MOVED: Duration = Duration::from_secs(9);
-/// Between two datagrams of a stream.
-const PACE: Duration = Duration::from_millis(5);
 
 /// Which UDP between a and b passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,29 +135,13 @@ fn is_relayed(endpoint: &str) -> bool {
     endpoint.starts_with("127.")
 }
 
-/// The longest time in which nothing came back.
-fn outage(losses: &Losses) -> Duration {
-    let mut longest = 0;
-    let mut run: Option<(u64, u64)> = None;
-    for number in &losses.lost {
-        run = match run {
-            Some((first, last)) if last + 1 == *number => Some((first, *number)),
-            _ => Some((*number, *number)),
-        };
-        let (first, last) = run.unwrap_or_default();
-        longest = longest.max(last - first + 1);
-    }
-    PACE * u32::try_from(longest).unwrap_or(u32::MAX)
-}
-
 fn stream(from: &Node, to: &Node) -> anyhow::Result<Numbered> {
     Numbered::start(&from.host, &to.host, to.v4()?, 80)
 }
 
 /// The first packet goes by relay at once, both families inside the tunnel; then a direct path
-/// opens, in IPv6 and in IPv4, and is taken without a lost packet and without a new handshake; and
-/// when it closes again the relay is back.
-fn there_and_back(name: &str, udp: Udp, direct: [&str; 2]) -> anyhow::Result<()> {
+/// opens, in IPv6 or in IPv4, and is taken without a lost packet and without a new handshake.
+fn there(name: &str, udp: Udp, direct: [&str; 2]) -> anyhow::Result<(World, [Arc<Node>; 2])> {
     let world = world(name)?;
     let (a, b) = (world.mesh.node("a"), world.mesh.node("b"));
     let start = Instant::now();
@@ -188,13 +170,17 @@ fn there_and_back(name: &str, udp: Udp, direct: [&str; 2]) -> anyhow::Result<()>
     );
     let after = [handshake(&a)?, handshake(&b)?];
     ensure!(before == after, "a new handshake: {before:?} {after:?}");
+    Ok((world, [a, b]))
+}
 
+/// It closes again, and the relay is back.
+fn and_back(name: &str, world: World, [a, b]: [Arc<Node>; 2]) -> anyhow::Result<()> {
     let numbered = stream(&a, &b)?;
     numbered.flows(100)?;
     pass(&world.lab, Udp::Nothing)?;
     until("both are relayed again", [&a, &b], is_relayed)?;
     numbered.flows(200)?;
-    let gone = outage(&numbered.end()?);
+    let gone = numbered.end()?.outage();
     println!("{name}: back by relay after an outage of {gone:?}");
     ensure!(gone <= DEMOTED, "an outage of {gone:?}");
     world.lab.passed();
@@ -202,15 +188,19 @@ fn there_and_back(name: &str, udp: Udp, direct: [&str; 2]) -> anyhow::Result<()>
 }
 
 #[test]
-fn blocked_nodes_talk_by_relay_and_go_direct_over_ipv4_when_they_can() -> anyhow::Result<()> {
+fn blocked_nodes_talk_by_relay_go_direct_over_ipv4_when_they_can_and_return() -> anyhow::Result<()>
+{
     let direct = ["192.0.2.11:51820", "192.0.2.12:51820"];
-    there_and_back("relay_v4", Udp::V4, direct)
+    let (world, nodes) = there("relay_v4", Udp::V4, direct)?;
+    and_back("relay_v4", world, nodes)
 }
 
 #[test]
 fn blocked_nodes_talk_by_relay_and_go_direct_over_ipv6_when_they_can() -> anyhow::Result<()> {
     let direct = ["[2001:db8::11]:51820", "[2001:db8::12]:51820"];
-    there_and_back("relay_v6", Udp::V6, direct)
+    let (world, _) = there("relay_v6", Udp::V6, direct)?;
+    world.lab.passed();
+    Ok(())
 }
 
 /// The region that a node calls its home.
@@ -235,8 +225,7 @@ fn relayed_traffic_survives_coordinator_agent_and_region() -> anyhow::Result<()>
     a.kill();
     a.restart()?;
     numbered.flows(200)?;
-    let losses = numbered.end()?;
-    let gone = outage(&losses);
+    let gone = numbered.end()?.outage();
     println!("agent killed and restarted: an outage of {gone:?}");
     ensure!(gone <= MOVED, "an outage of {gone:?}");
 
@@ -246,7 +235,7 @@ fn relayed_traffic_survives_coordinator_agent_and_region() -> anyhow::Result<()>
     let relay = world.relays.iter().find(|relay| at == *relay.name);
     relay.with_context(|| format!("no relay {at}"))?.kill();
     numbered.flows(400)?;
-    let gone = outage(&numbered.end()?);
+    let gone = numbered.end()?.outage();
     println!("the home region is gone: an outage of {gone:?}");
     ensure!(gone <= MOVED, "an outage of {gone:?}");
     let moved = || {
@@ -255,6 +244,66 @@ fn relayed_traffic_survives_coordinator_agent_and_region() -> anyhow::Result<()>
             .all(|home| home.is_string() && *home != at)
     };
     wait_until("both have another home", SPREAD_BOUND, moved)?;
+    world.lab.passed();
+    Ok(())
+}
+
+/// How often the path changes, there and back, and datagrams between two changes.
+const CHANGES: usize = 10;
+const BETWEEN: u64 = 100;
+
+/// The relay is 80 ms slower than the direct path, and unsteady. While the direct path is wanted,
+/// the kernels are put on the relay again and again, on one side and on both: packets that come by
+/// it late pull nobody off the direct path, so each is back there by itself, nothing is lost, and
+/// nobody agrees on keys anew.
+#[test]
+fn late_relayed_packets_move_nobody_and_changes_lose_nothing() -> anyhow::Result<()> {
+    let world = world("relay_changes")?;
+    let (a, b) = (world.mesh.node("a"), world.mesh.node("b"));
+    ensure!(passes(&echo(&a, &b, b.v4()?), PASS_BOUND)?, "no relay");
+    until("both are relayed", [&a, &b], is_relayed)?;
+    let by_relay = [endpoint(&a)?, endpoint(&b)?];
+    pass(&world.lab, Udp::V4)?;
+    let numbered = stream(&a, &b)?;
+    until("both are direct", [&a, &b], |it| !is_relayed(it))?;
+    let direct = [endpoint(&a)?, endpoint(&b)?];
+    for relay in &world.relays {
+        let slow = "tc qdisc add dev eth0 root netem delay 80ms 20ms reorder 25% 50%";
+        relay.host.run(slow)?;
+    }
+    numbered.end()?;
+    let carried = || -> anyhow::Result<u64> {
+        let counts = world
+            .relays
+            .iter()
+            .map(|it| it.counter("packets_total"));
+        counts.sum()
+    };
+    let keys = [b.public_key()?, a.public_key()?];
+    let before = ([handshake(&a)?, handshake(&b)?], carried()?);
+    let numbered = stream(&a, &b)?;
+    let full = std::env::var_os("WEIR_FULL").is_some();
+    for change in 0..if full { CHANGES } else { 3 } {
+        for (side, node) in [&a, &b].into_iter().enumerate() {
+            if change % 3 == 2 || change % 3 == side {
+                let (key, endpoint) = (&keys[side], &by_relay[side]);
+                let set = format!("wg set weir0 peer {key} endpoint {endpoint}");
+                node.host.run(&set)?;
+            }
+        }
+        numbered.sends(BETWEEN)?;
+        let now = [endpoint(&a)?, endpoint(&b)?];
+        ensure!(
+            now == direct,
+            "after change {change} {now:?} and not {direct:?}"
+        );
+    }
+    let losses = numbered.end()?;
+    let after = ([handshake(&a)?, handshake(&b)?], carried()?);
+    println!("changes there and back: {losses:?}, {before:?} {after:?}");
+    ensure!(after.1 > before.1, "nothing went by the relays");
+    ensure!(losses.lost.is_empty(), "changes lost packets: {losses:?}");
+    ensure!(after.0 == before.0, "new handshakes: {before:?} {after:?}");
     world.lab.passed();
     Ok(())
 }

@@ -44,6 +44,21 @@ pub struct Losses {
     pub lost: Vec<u64>,
 }
 
+impl Losses {
+    /// The longest time in which nothing came back.
+    #[must_use]
+    pub fn outage(&self) -> Duration {
+        let (mut longest, mut run, mut last) = (0, 0, None);
+        for &number in &self.lost {
+            let goes_on = last.is_some_and(|last| last + 1 == number);
+            run = if goes_on { run + 1 } else { 1 };
+            longest = longest.max(run);
+            last = Some(number);
+        }
+        PACE * longest
+    }
+}
+
 impl std::fmt::Debug for Losses {
     /// Lost numbers as ranges: when they were lost, and for how long, tells more than how many.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -7,6 +7,7 @@
 mod http;
 mod narrator;
 mod office;
+mod paths;
 mod scenes;
 
 use std::path::PathBuf;

@@ -78,6 +78,12 @@ const SCENES: &[Scene] = &[
         throughput,
     ),
     (
+        "Direct where it can be, by relay where not",
+        "Elsewhere: two servers behind routers find a direct path. UDP is then blocked, and traffic \
+         goes on by a relay, sealed as ever; the relay's region is lost; UDP is back.",
+        |stage, _| crate::paths::play(stage),
+    ),
+    (
         "Leaving",
         "`weir down --purge` takes away all that the agent made.",
         leaving,
