@@ -8,8 +8,8 @@ use coordinator::snapshot::Snapshot;
 use coordinator::store::{Store, Timestamp};
 use coordinator::watch::{Updates, Watch};
 use proto::control::{KeyProof, PollMessage, RegisterRequest, Report, TokenSecret};
-use proto::id::{Generation, NetworkId, NodeId};
-use proto::key::{MachineId, NodeKey};
+use proto::id::{Generation, NetworkId, NodeId, RegionId};
+use proto::key::{DiscoKey, MachineId, NodeKey};
 use proto::netmap::{Netmap, Owner, Update};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -233,8 +233,8 @@ impl Model {
                 .collect(),
             endpoints: vec![([198, 51, 100, third], 1).into()],
             listen_port: 1,
-            disco: None,
-            home: None,
+            disco: Some(DiscoKey([third; 32])),
+            home: (third > 0).then_some(RegionId(u16::from(third))),
         };
         let at = node::Machine {
             id,
