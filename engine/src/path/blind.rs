@@ -11,7 +11,7 @@
 //! answers data within 10 s (WireGuard paper 6.5), so `sent grew, received did not` for longer than
 //! that means that the endpoint is dead. No clock of the kernel is compared with ours.
 
-use super::Growth;
+use super::counters::Growth;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 

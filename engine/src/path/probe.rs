@@ -1,5 +1,9 @@
 //! When to probe: bursts that look for a path, heartbeats that watch one, and a budget for both.
 
+use super::candidate::Candidate;
+use super::score::Score;
+use super::{Doubt, Errand, Fault, Greeting, Path, WITNESS, Way};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 /// Pauses after each round of a burst, in which every candidate that has not answered is pinged.
@@ -125,6 +129,140 @@ impl Budget {
         let may = self.spent < per_second;
         self.spent += u32::from(may);
         may
+    }
+}
+
+impl Path {
+    /// When there is something to do at the latest; `None`: not before something happens.
+    #[must_use]
+    pub fn deadline(&self, now: Instant) -> Option<Instant> {
+        let greeting = match self.greeting {
+            Greeting::Due(at) => Some(at),
+            Greeting::None | Greeting::Owed | Greeting::Now => None,
+        };
+        let again = self.next_burst.filter(|_| self.may_burst(now));
+        let urgent = (!self.urgent.is_empty()).then_some(now);
+        let burst = self.burst.map(|burst| burst.next);
+        let all = [
+            greeting,
+            self.settles,
+            again,
+            urgent,
+            self.heart.next,
+            burst,
+        ];
+        all.into_iter().flatten().min()
+    }
+
+    fn may_burst(&self, now: Instant) -> bool {
+        self.eager > 0 || self.is_active(now)
+    }
+
+    /// What is to be sent now.
+    pub fn poll(&mut self, now: Instant) -> Vec<Errand> {
+        let mut errands = Vec::new();
+        self.ripen(now);
+        self.beat(now, &mut errands);
+        if self.next_burst.is_some_and(|at| now >= at) {
+            self.next_burst = None;
+            if self.may_burst(now) {
+                self.start_burst(now);
+            }
+        }
+        self.burst(now, &mut errands);
+        let urgent = std::mem::take(&mut self.urgent);
+        errands.extend(urgent.into_iter().map(Errand::Ping));
+        errands
+    }
+
+    fn ripen(&mut self, now: Instant) {
+        if self.settles.is_some_and(|at| now >= at) {
+            (self.settles, self.ripe) = (None, true);
+        }
+        if matches!(self.greeting, Greeting::Due(at) if now >= at) {
+            (self.greeting, self.ripe) = (Greeting::Now, true);
+        }
+    }
+
+    fn beat(&mut self, now: Instant, errands: &mut Vec<Errand>) {
+        let Way::Direct(endpoint) = self.way else {
+            self.heart = Heart::default();
+            return;
+        };
+        if self.heart.next.is_none_or(|at| now < at) {
+            return;
+        }
+        let waits = self.doubt != Some(Doubt::Confirmed) && self.relay.is_some();
+        let patience = if waits { DISTRESS + WITNESS } else { DISTRESS };
+        if self.heart.unanswered >= patience {
+            self.demote(now, endpoint, Fault::Silent);
+            return;
+        }
+        let rtt = self.candidates.get(&endpoint).and_then(|it| it.answered);
+        self.heart.asked(now, rtt.map(|(_, rtt)| rtt));
+        errands.push(Errand::Ping(endpoint));
+        if self.heart.unanswered == DOUBT {
+            self.start_burst(now);
+            self.doubt = Some(Doubt::Raised);
+            self.look = true;
+        }
+    }
+
+    fn burst(&mut self, now: Instant, errands: &mut Vec<Errand>) {
+        let Some(mut burst) = self.burst else {
+            return;
+        };
+        match burst.round(now) {
+            Ok(None) => {}
+            Ok(Some(round)) => {
+                let targets = self.targets(now, burst.began);
+                let wanting = !matches!(self.way, Way::Direct(_)) || !targets.is_empty();
+                let may = |at| now.saturating_duration_since(at) >= CALL_PAUSE;
+                let may = self.is_relay_up() && self.called.is_none_or(may);
+                if round == 0 && wanting && may {
+                    self.called = Some(now);
+                    errands.push(Errand::Call);
+                }
+                errands.extend(targets.into_iter().map(Errand::Ping));
+                self.burst = Some(burst);
+            }
+            Err(Over) => {
+                self.burst = None;
+                self.last_burst = Some(now);
+                self.eager = self.eager.saturating_sub(1);
+                self.next_burst = Some(match self.way {
+                    Way::Direct(_) => now + UPGRADE,
+                    Way::Relay | Way::Blind => self.next_try(now),
+                });
+                if self.greeting == Greeting::Owed && !self.is_mute() {
+                    self.greet(now);
+                }
+            }
+        }
+    }
+
+    fn next_try(&mut self, now: Instant) -> Instant {
+        let last = AGAIN.len() - 1;
+        let pause = AGAIN[self.tries.min(last)];
+        self.tries += 1;
+        // A path that was just given up may be back when it may be taken again.
+        (now + pause).max(self.hold.unwrap_or(now))
+    }
+
+    /// Who is pinged in a round of a burst: those that have not answered in it and might be taken.
+    fn targets(&self, now: Instant, began: Instant) -> Vec<SocketAddr> {
+        let class = |addr: &SocketAddr| Some(Score::of(*addr, self.candidates.get(addr)?).class);
+        let better = |addr: &SocketAddr| match self.way {
+            Way::Direct(current) if self.heart.unanswered >= DOUBT => *addr != current,
+            Way::Direct(current) => class(addr) < class(&current),
+            Way::Relay | Way::Blind => true,
+        };
+        let open = |it: &Candidate| it.fault_at(now).is_none() && !it.answered_since(began);
+        let ranked = self.ranked.iter().copied();
+        ranked
+            .filter(|addr| self.candidates.get(addr).is_some_and(open) && better(addr))
+            .take(BURST_CANDIDATES)
+            .collect()
     }
 }
 

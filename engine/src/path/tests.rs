@@ -246,7 +246,7 @@ fn a_path_that_falls_silent_is_given_up_in_time_and_taken_again_when_it_is_back(
     assert!(taken <= Duration::from_millis(3_600), "{taken:?}");
     rig.pass(seconds(20));
     rig.open(WAN, 30);
-    rig.pass(AGAIN[3]);
+    rig.pass(probe::AGAIN[3]);
     assert_eq!(rig.path.way(), Way::Direct(at(WAN)));
 }
 
