@@ -32,12 +32,12 @@ fn any() -> SocketAddr {
 }
 
 fn signer() -> PermitSecret {
-    PermitSecret::from_seed(&[9; 32]).unwrap()
+    PermitSecret::from_seed(&[9; 32]).expect("32 bytes")
 }
 
 /// A relay of this process that lets in nodes of one network.
-async fn start(certificate: Certificate, listen: SocketAddr) -> (Server, TempDir) {
-    let dir = tempfile::tempdir().unwrap();
+fn start(certificate: Certificate, listen: SocketAddr) -> (Server, TempDir) {
+    let dir = tempfile::tempdir().expect("a folder");
     let config = relay::config::Config {
         state_dir: dir.path().to_owned(),
         listen,
@@ -47,7 +47,7 @@ async fn start(certificate: Certificate, listen: SocketAddr) -> (Server, TempDir
         admission: Admission::Permit(BTreeMap::from([(NETWORK, vec![signer().public()])])),
         rate: 0,
     };
-    (Server::start(config).unwrap(), dir)
+    (Server::start(config).expect("a relay"), dir)
 }
 
 fn region(server: &Server, plain: bool) -> Region {
@@ -84,7 +84,7 @@ impl Node {
             pinned: Arc::new(tls_to),
             deliver: Arc::new(move |packets| {
                 for packet in packets {
-                    data_in.send(packet.clone()).unwrap();
+                    data_in.send(packet.clone()).expect("an open channel");
                 }
                 packets.iter().map(|(from, _)| *from).collect()
             }),
@@ -138,7 +138,7 @@ async fn pair(region: &Region) -> [Node; 2] {
 #[tokio::test]
 async fn data_and_discovery_pass_with_tls_and_without() {
     for (certificate, plain) in [(Certificate::Own, false), (Certificate::Off, true)] {
-        let (server, _dir) = start(certificate, any()).await;
+        let (server, _dir) = start(certificate, any());
         let [mut a, mut b] = pair(&region(&server, plain)).await;
         let sent: Vec<Packet> = (0..20_u8)
             .map(|number| (b.key, Bytes::from(vec![number; 1_400])))
@@ -171,7 +171,7 @@ async fn data_and_discovery_pass_with_tls_and_without() {
 
 #[tokio::test]
 async fn a_relay_with_another_certificate_is_no_relay() {
-    let (server, _dir) = start(Certificate::Own, any()).await;
+    let (server, _dir) = start(Certificate::Own, any());
     let mut region = region(&server, false);
     region.hosts[0].certificate = Some(proto::key::Fingerprint([1; 32]));
     let mut node = Node::new(1);
@@ -182,7 +182,7 @@ async fn a_relay_with_another_certificate_is_no_relay() {
 
 #[tokio::test]
 async fn a_permit_is_needed_and_a_new_one_is_tried_at_once() {
-    let (server, _dir) = start(Certificate::Own, any()).await;
+    let (server, _dir) = start(Certificate::Own, any());
     let mut node = Node::new(1);
     let good = signer().permit(NETWORK, node.key, LATER);
     let expired = signer().permit(NETWORK, node.key, 1);
@@ -196,7 +196,7 @@ async fn a_permit_is_needed_and_a_new_one_is_tried_at_once() {
 
 #[tokio::test]
 async fn a_relay_that_ends_is_told_at_once_and_found_again_when_it_is_back() {
-    let (server, _dir) = start(Certificate::Off, any()).await;
+    let (server, _dir) = start(Certificate::Off, any());
     let (region, addr) = (region(&server, true), server.addr);
     let [mut a, mut b] = pair(&region).await;
     server.stop().await;
@@ -204,7 +204,7 @@ async fn a_relay_that_ends_is_told_at_once_and_found_again_when_it_is_back() {
         let why = node.down().await;
         assert!(why.contains("restarts"), "{why}");
     }
-    let (_server, _dir) = start(Certificate::Off, addr).await;
+    let (_server, _dir) = start(Certificate::Off, addr);
     for node in [&mut a, &mut b] {
         while node.event().await != RelayEvent::Up {}
     }
@@ -217,7 +217,7 @@ async fn a_relay_that_ends_is_told_at_once_and_found_again_when_it_is_back() {
 /// A relay whose network went away: TCP stays as it is, and nothing comes any more.
 #[tokio::test]
 async fn a_relay_that_falls_silent_is_given_up_soon() {
-    let (server, _dir) = start(Certificate::Off, any()).await;
+    let (server, _dir) = start(Certificate::Off, any());
     let door = tokio::net::TcpListener::bind(any()).await.unwrap();
     let mut region = region(&server, true);
     region.hosts[0].addr = door.local_addr().unwrap().to_string();

@@ -273,10 +273,7 @@ fn late_relayed_packets_move_nobody_and_changes_lose_nothing() -> anyhow::Result
     }
     numbered.end()?;
     let carried = || -> anyhow::Result<u64> {
-        let counts = world
-            .relays
-            .iter()
-            .map(|it| it.counter("packets_total"));
+        let counts = world.relays.iter().map(|it| it.counter("packets_total"));
         counts.sum()
     };
     let keys = [b.public_key()?, a.public_key()?];
