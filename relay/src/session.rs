@@ -12,7 +12,7 @@
 
 use crate::admit::{Admission, Admitted, Pace, Refusal, burst};
 use crate::metrics::Metrics;
-use crate::switch::{Client, Forwarded, Switch, frame};
+use crate::switch::{Client, Forwarded, Switch, come_back, frame};
 use bytes::{Buf, Bytes, BytesMut};
 use proto::derp::login::NONCE_BYTES;
 use proto::derp::{
@@ -22,6 +22,7 @@ use proto::derp::{
 use proto::key::{KEY_BYTES, NodeKey, NodeSecret, RelayKey};
 use std::collections::{BTreeSet, VecDeque};
 use std::io::{self, IoSlice};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
@@ -175,10 +176,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         let left = until.map_or(LONGEST_SESSION, |until| {
             Duration::from_secs(until.saturating_sub(unix_time())).min(LONGEST_SESSION)
         });
+        let mut writing = pin!(write(&client, writer));
         let end = tokio::select! {
             end = incoming.run() => end,
-            end = write(&client, writer) => end,
-            () = sleep(left) => End::Expired,
+            end = &mut writing => end,
+            () = sleep(left) => {
+                // A node that has its next permit is back before anybody misses it.
+                client.queue.close(Some(come_back(Duration::ZERO)));
+                let _ = timeout(LAST_WRITE, &mut writing).await;
+                End::Expired
+            }
         };
         client.queue.close(None);
         if incoming.home {

@@ -104,7 +104,7 @@ impl Switch {
         }
         // Under the lock, so that nobody slips in between the announcement and the end.
         if self.stopping.load(Ordering::Relaxed) {
-            client.queue.close(Some(restarting()));
+            client.queue.close(Some(come_back(RECONNECT_IN)));
         }
         client
     }
@@ -194,7 +194,7 @@ impl Switch {
     pub fn stop(&self) {
         let places = self.write();
         self.stopping.store(true, Ordering::Relaxed);
-        let last = restarting();
+        let last = come_back(RECONNECT_IN);
         for place in places.values() {
             for client in &place.all {
                 client.queue.close(Some(last.clone()));
@@ -229,9 +229,11 @@ pub fn frame(frame: &Frame<'_>) -> Bytes {
     Bytes::from(frame.to_vec())
 }
 
-fn restarting() -> Bytes {
+/// The last word to a client that is wanted back after a while.
+#[must_use]
+pub fn come_back(reconnect_in: Duration) -> Bytes {
     frame(&Frame::Restarting {
-        reconnect_in: RECONNECT_IN,
+        reconnect_in,
         try_for: TRY_FOR,
     })
 }

@@ -1,13 +1,13 @@
 //! Who is let in, and whom they can reach then.
 
-use crate::client::{Client, Login, join_with, key};
+use crate::client::{Client, Login, join_with, key, parse};
 use crate::place::{Place, networks, secret};
 use proto::derp::{Frame, GoneReason};
 use proto::id::NetworkId;
 use proto::permit::Permit;
 use relay::config::Certificate;
 use std::net::SocketAddr;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::net::TcpStream;
 
 fn now() -> u64 {
@@ -77,12 +77,20 @@ async fn nodes_of_two_networks_are_not_there_for_each_other() {
 }
 
 #[tokio::test]
-async fn a_session_ends_with_its_permit() {
+async fn a_session_ends_with_its_permit_and_the_node_may_come_back_with_the_next() {
     let place = Place::start(networks(), Certificate::Off, 0);
     let soon = now() + 2;
     let mut client = join(place.addr(), 1, permit(1, 1, 1, soon)).await.unwrap();
+    let told = client.next().await.unwrap();
+    let Frame::Restarting { reconnect_in, .. } = parse(&told) else {
+        panic!("{:?}", parse(&told));
+    };
+    assert_eq!(reconnect_in, Duration::ZERO);
     assert_eq!(client.next().await, None);
     assert!(now() >= soon - 1);
+    assert!(join(place.addr(), 1, permit(1, 1, 1, soon)).await.is_err());
+    let next = permit(1, 1, 1, soon + 100);
+    assert!(join(place.addr(), 1, next).await.is_ok());
 }
 
 #[tokio::test]
