@@ -560,15 +560,18 @@ impl Engine {
             RelayEvent::Disco { from, bytes } => {
                 let via = Via::Relay(region, from);
                 self.paths.receive(now, via, &bytes, &self.relays);
-                return;
             }
-            RelayEvent::Data { from } => self.paths.relayed(now, from),
+            RelayEvent::Data { from } => {
+                self.paths.relayed(now, from);
+                self.relays_at = self.relays_at.into_iter().chain(self.relays.again()).min();
+            }
+            // Without servers that say more, this is what there is to choose a home by.
+            RelayEvent::Latency(_) if self.relays.home().is_some() => {}
             RelayEvent::Up
             | RelayEvent::Down(_)
             | RelayEvent::Latency(_)
-            | RelayEvent::PeerGone(_) => {}
+            | RelayEvent::PeerGone(_) => self.refresh_relays(now),
         }
-        self.refresh_relays(now);
     }
 
     /// How far regions are: by the same measure for all of them.

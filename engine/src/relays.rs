@@ -9,8 +9,8 @@
 //! to it connects there. So we are connected to our own home and to the homes of the peers whose
 //! path is the relay, and to a region that nobody needs any more for [`LINGER`].
 //!
-//! **Loss.** When a region cannot be reached for [`GRACE`], whose home it was moves to the *next* one:
-//! the next by id, round and round, that is not lost too. Everybody reckons the same, so senders
+//! **Loss.** When a region cannot be reached for [`GRACE`], whose home it was connects to the *next* one,
+//! and moves there when that stands: the next by id, round and round, that is not lost too. Everybody reckons the same, so senders
 //! look for a peer in the region next to its lost home without being told, coordinator or not. If it
 //! is not there either, they look further, region by region.
 
@@ -306,8 +306,13 @@ impl Relays {
             .map(|(id, latency)| (*id, *latency))
             .collect();
         self.home = match before {
-            // Others reckon so too.
-            Some(home) if !open(&home) => Some(self.at_or_after(now, home)),
+            // Others reckon so too. If it is our own way out that is gone, no other region comes up
+            // either, and nothing moves.
+            Some(home) if !open(&home) => {
+                let next = self.at_or_after(now, home);
+                let up = self.known.get(&next).is_some_and(|known| known.up);
+                Some(if up { next } else { home })
+            }
             Some(home) => Some(crate::netcheck::better_home(home, &near)),
             None if waits => None,
             None => {
@@ -331,7 +336,8 @@ impl Relays {
         now: Instant,
         ways: impl Iterator<Item = (&'a NodeKey, bool, Option<SocketAddr>)>,
     ) -> Option<Arc<RelayTable>> {
-        let mut needed: BTreeSet<RegionId> = self.home.into_iter().collect();
+        let next = self.home.map(|home| self.at_or_after(now, home));
+        let mut needed: BTreeSet<RegionId> = self.home.into_iter().chain(next).collect();
         let mut peers = BTreeMap::new();
         for (key, relayed, appear_as) in ways {
             let Some(place) = self.places.get(key) else {
@@ -389,6 +395,11 @@ impl Relays {
             self.again = None;
         }
         (again || changed).then(|| Arc::clone(&self.table))
+    }
+
+    /// When the next news of relayed data are to be asked for.
+    pub(crate) fn again(&self) -> Option<Instant> {
+        self.again
     }
 
     /// When something of this changes by itself.

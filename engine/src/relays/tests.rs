@@ -97,6 +97,14 @@ fn a_lost_region_moves_its_node_and_its_senders_to_the_same_next_one() {
         relays.choose_home(later, &BTreeMap::new(), false);
         publish(relays, later, &[PEER]);
     }
+    assert_eq!(
+        node.home(),
+        Some(TWO),
+        "it may be our own way out that is gone"
+    );
+    assert_eq!(ids(&node.table), [TWO, THREE]);
+    node.handle(now + GRACE, THREE, &RelayEvent::Up);
+    assert!(node.choose_home(now + GRACE, &BTreeMap::new(), false));
     assert_eq!(node.home(), Some(THREE));
     assert_eq!(sender.home(), Some(ONE));
     assert_eq!(sender.region_of(&PEER), Some(THREE));
