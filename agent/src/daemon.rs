@@ -30,14 +30,16 @@ use crate::control;
 use crate::identity::{Identity, IdentityError};
 use crate::kernel::{self, Job, OpenError};
 use crate::local::{BindError, Call, Refused, RefusedCode, Request, Response, Server};
+use crate::port;
 use crate::portmap;
 use crate::state::{Settings, StateDir, StateError};
 use engine::status::Failure;
-use engine::{DEFAULT_MTU, Engine, Input, Output, Router};
+use engine::{DEFAULT_MTU, Engine, Input, Output, RelayEvent, Router};
 use guard::Guard;
 use join::Link;
 use monitor::{Look, Monitor};
 use paths::{Port, Relayed};
+use proto::id::RegionId;
 use proto::netmap::Netmap;
 use reach::Rates;
 use sd_notify::NotifyState;
@@ -47,7 +49,7 @@ use std::error::Error;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Events that may wait for the loop, from each side.
@@ -150,81 +152,54 @@ struct Daemon {
     ready_by: Option<Instant>,
 }
 
+/// All that can wake the loop.
+struct Sources {
+    calls: mpsc::Receiver<Call>,
+    inputs: mpsc::Receiver<Input>,
+    control: mpsc::Receiver<control::Event>,
+    relays: mpsc::Receiver<(RegionId, RelayEvent)>,
+    port: mpsc::Receiver<port::Event>,
+    looks: mpsc::Receiver<Look>,
+    kept: mpsc::Receiver<Result<(), StateError>>,
+    watchdog: Option<tokio::time::Interval>,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Sources {
+    /// What comes next, at the deadline at the latest.
+    async fn next(&mut self, deadline: Instant) -> Event {
+        tokio::select! {
+            () = tokio::time::sleep_until(deadline.into()) => Event::Input(Input::Timeout),
+            Some(input) = self.inputs.recv() => Event::Input(input),
+            Some(event) = self.control.recv() => Event::Control(event),
+            Some(call) = self.calls.recv() => Event::Call(call),
+            Some(look) = self.looks.recv() => Event::Looked(look),
+            Some(event) = self.port.recv() => Event::Input(paths::seen(event)),
+            Some((region, event)) = self.relays.recv() => {
+                Event::Input(Input::Relay(region, event))
+            }
+            Some(result) = self.kept.recv() => Event::Kept(result),
+            () = tick(&mut self.watchdog) => Event::Tick,
+            _ = self.terminate.recv() => Event::Stop,
+            _ = self.interrupt.recv() => Event::Stop,
+        }
+    }
+}
+
 /// Runs the agent until it is told to stop.
 ///
 /// # Errors
 /// [`DaemonError`] if it cannot start.
 pub async fn run(config: Config) -> Result<(), DaemonError> {
-    let state = StateDir::open(&config.state_dir)?;
-    let identity = Arc::new(Identity::load_or_create(&config.state_dir)?);
-    let (calls_in, mut calls) = mpsc::channel(QUEUE);
-    tokio::spawn(Server::bind(&config.socket)?.serve(calls_in));
-    let (identity, lent) = watch::channel(identity);
-    let jobs = kernel::spawn(kernel::Config {
-        interface: config.interface.to_string(),
-        bpf_dir: config.bpf_dir.clone(),
-        switches: state.switches(),
-        lend_secret: Box::new(move |tell| lent.borrow().with_node_secret(tell)),
-    })
-    .await?;
-    let (inputs, mut answers) = mpsc::channel(QUEUE);
-    spawn_watch(&config, inputs.clone());
-    let (events_in, mut events) = mpsc::channel(QUEUE);
-    let (kept_in, mut kept) = mpsc::channel(QUEUE);
-    let (looks_in, mut looks) = mpsc::channel(QUEUE);
-    let netmaps = spawn_keeper(state.clone(), kept_in);
-    let stop = |_| DaemonError::System { what: "signals" };
-    let mut terminate = signal(SignalKind::terminate()).map_err(stop)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(stop)?;
-    let mut watchdog =
-        sd_notify::watchdog_enabled().map(|period| tokio::time::interval(period / 2));
-
-    let (relays_in, mut relay_events) = mpsc::channel(QUEUE);
-    let relayed = Relayed::new(&config, &identity.borrow(), relays_in);
-    let engine = new_engine(&config, &identity.borrow(), relayed.shim_port())?;
-    let (port, mut seen) = paths::share_port(&config);
     let (routers, router) = watch::channel(None);
-    let port_of = portmap::spawn(config.listen_port, router, inputs.clone());
-    let mut daemon = Daemon {
-        engine,
-        state,
-        settings: Settings::default(),
-        trouble: Vec::new(),
-        identity,
-        jobs,
-        inputs,
-        link: Link::new(events_in)?,
-        going_up: VecDeque::new(),
-        leaving: None,
-        setting: VecDeque::new(),
-        monitor: Monitor::new(looks_in),
-        netmaps,
-        port,
-        relayed,
-        routers,
-        guard: Guard::idle(),
-        rates: Rates::default(),
-        ready_by: Some(Instant::now() + READY_PATIENCE),
-        config,
-    };
+    let (mut daemon, mut sources) = assemble(config, routers).await?;
+    let port = daemon.config.listen_port;
+    let port_of = portmap::spawn(port, router, daemon.inputs.clone());
     daemon.start();
     loop {
         let deadline = daemon.settle();
-        let event = tokio::select! {
-            () = tokio::time::sleep_until(deadline.into()) => Event::Input(Input::Timeout),
-            Some(input) = answers.recv() => Event::Input(input),
-            Some(event) = events.recv() => Event::Control(event),
-            Some(call) = calls.recv() => Event::Call(call),
-            Some(look) = looks.recv() => Event::Looked(look),
-            Some(event) = seen.recv() => Event::Input(paths::seen(event)),
-            Some((region, event)) = relay_events.recv() => {
-                Event::Input(Input::Relay(region, event))
-            }
-            Some(result) = kept.recv() => Event::Kept(result),
-            () = tick(&mut watchdog) => Event::Tick,
-            _ = terminate.recv() => Event::Stop,
-            _ = interrupt.recv() => Event::Stop,
-        };
+        let event = sources.next(deadline).await;
         if daemon.handle(event).is_break() {
             break;
         }
@@ -235,8 +210,72 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     drop(daemon);
     // Likewise a port of the router is given back, if the router takes it at once.
     let _ = tokio::time::timeout(GIVE_BACK, port_of).await;
-    while kept.recv().await.is_some() {}
+    while sources.kept.recv().await.is_some() {}
     Ok(())
+}
+
+/// Starts everything that the loop is about, and joins it by channels.
+async fn assemble(
+    config: Config,
+    routers: watch::Sender<Option<Router>>,
+) -> Result<(Daemon, Sources), DaemonError> {
+    let state = StateDir::open(&config.state_dir)?;
+    let identity = Arc::new(Identity::load_or_create(&config.state_dir)?);
+    let (calls_in, calls) = mpsc::channel(QUEUE);
+    tokio::spawn(Server::bind(&config.socket)?.serve(calls_in));
+    let (identity, lent) = watch::channel(identity);
+    let jobs = kernel::spawn(kernel::Config {
+        interface: config.interface.to_string(),
+        bpf_dir: config.bpf_dir.clone(),
+        switches: state.switches(),
+        lend_secret: Box::new(move |tell| lent.borrow().with_node_secret(tell)),
+    })
+    .await?;
+    let (inputs_in, inputs) = mpsc::channel(QUEUE);
+    spawn_watch(&config, inputs_in.clone());
+    let (control_in, control) = mpsc::channel(QUEUE);
+    let (kept_in, kept) = mpsc::channel(QUEUE);
+    let (looks_in, looks) = mpsc::channel(QUEUE);
+    let (relays_in, relays) = mpsc::channel(QUEUE);
+    let relayed = Relayed::new(&config, &identity.borrow(), relays_in);
+    let (port, port_events) = paths::share_port(&config);
+    let signals = |_| DaemonError::System { what: "signals" };
+    let sources = Sources {
+        calls,
+        inputs,
+        control,
+        relays,
+        port: port_events,
+        looks,
+        kept,
+        watchdog: sd_notify::watchdog_enabled().map(|period| tokio::time::interval(period / 2)),
+        terminate: signal(SignalKind::terminate()).map_err(signals)?,
+        interrupt: signal(SignalKind::interrupt()).map_err(signals)?,
+    };
+    let engine = new_engine(&config, &identity.borrow(), relayed.shim_port())?;
+    let daemon = Daemon {
+        engine,
+        netmaps: spawn_keeper(state.clone(), kept_in),
+        state,
+        settings: Settings::default(),
+        trouble: Vec::new(),
+        identity,
+        jobs,
+        inputs: inputs_in,
+        link: Link::new(control_in)?,
+        going_up: VecDeque::new(),
+        leaving: None,
+        setting: VecDeque::new(),
+        monitor: Monitor::new(looks_in),
+        port,
+        relayed,
+        routers,
+        guard: Guard::idle(),
+        rates: Rates::default(),
+        ready_by: Some(Instant::now() + READY_PATIENCE),
+        config,
+    };
+    Ok((daemon, sources))
 }
 
 impl Daemon {

@@ -6,8 +6,8 @@ use super::arguments::Explain as Arguments;
 use super::target::{choose, first_packet};
 use super::{Agent, Console, Failure, PATIENCE, astray};
 use crate::local::report::{
-    Answers, Coordinator, Counters, End, Explanation, Guarded, Node, PeerStatus, Phase, Problem,
-    Refuse, Status, Verdict,
+    Acl, Answers, Coordinator, Counters, End, Explanation, Guarded, Node, PeerStatus, Phase,
+    Problem, Refuse, Status, Verdict,
 };
 use crate::local::{Explain, Request, Response};
 use proto::filter::Direction;
@@ -135,17 +135,7 @@ fn status_text(status: &Status) -> String {
             table.row(["  routes", &routes(node)]);
         }
     }
-    let attached = acl.hook.as_deref().unwrap_or("tc");
-    let why = acl.why.as_ref().map(|why| format!(": {why}"));
-    let enforced = match (acl.attached, epoch) {
-        (true, Some(epoch)) => format!("enforced by {attached} programs, epoch {epoch}"),
-        (true, None) => format!("{attached} programs are attached and drop everything"),
-        (false, _) if acl.why.is_none() && !interface.up => {
-            "nothing to enforce while the device is not up".to_owned()
-        }
-        (false, _) => format!("the programs are not attached{}", or_nothing(why)),
-    };
-    table.row(["  policy", &enforced]);
+    table.row(["  policy", &enforced(acl, *epoch, interface.up)]);
     if acl.shields_up {
         let shields = "up: nothing that others begin is let in (`weir set --shields-up=false`)";
         table.row(["  shields", shields]);
@@ -167,6 +157,20 @@ fn status_text(status: &Status) -> String {
     text.push_str(&active_text(active));
     text.push_str(&problems_text(problems));
     text
+}
+
+/// Whether policy is enforced, and how.
+fn enforced(acl: &Acl, epoch: Option<u32>, is_up: bool) -> String {
+    let attached = acl.hook.as_deref().unwrap_or("tc");
+    let why = acl.why.as_ref().map(|why| format!(": {why}"));
+    match (acl.attached, epoch) {
+        (true, Some(epoch)) => format!("enforced by {attached} programs, epoch {epoch}"),
+        (true, None) => format!("{attached} programs are attached and drop everything"),
+        (false, _) if acl.why.is_none() && !is_up => {
+            "nothing to enforce while the device is not up".to_owned()
+        }
+        (false, _) => format!("the programs are not attached{}", or_nothing(why)),
+    }
 }
 
 /// The peers in use, and how they are reached.
