@@ -183,6 +183,7 @@ mod command {
     pub(super) const PROG_TEST_RUN: i64 = 10;
     pub(super) const OBJ_GET_INFO_BY_FD: i64 = 15;
     pub(super) const MAP_UPDATE_BATCH: i64 = 26;
+    pub(super) const LINK_DETACH: i64 = 34;
 }
 
 /// Map types that we create ourselves.
@@ -265,6 +266,12 @@ struct RunAttr {
     cpu: u32,
     batch_size: u32,
     zero: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct DetachAttr {
+    link: u32,
 }
 
 /// `TC_ACT_UNSPEC` (include/uapi/linux/pkt_cls.h): what the programs return for a packet that may go
@@ -373,6 +380,17 @@ fn link_ifindex(path: &Path) -> io::Result<u32> {
     // SAFETY: `info` is writable for `len` bytes; the kernel writes no more than that.
     unsafe { bpf(command::OBJ_GET_INFO_BY_FD, &mut attr) }?;
     Ok(info.ifindex)
+}
+
+/// Takes the program of a pinned link off its interface at once: with the last descriptor it would go
+/// some time later, and meanwhile be in the way of the next one.
+fn detach_link(path: &Path) -> io::Result<()> {
+    let link = object_get(path)?;
+    let mut attr = DetachAttr {
+        link: fd_number(&link),
+    };
+    // SAFETY: the attribute holds no pointers.
+    unsafe { bpf(command::LINK_DETACH, &mut attr) }.map(drop)
 }
 
 /// A map by its descriptor. Keys and values are plain data whose sizes are checked against the

@@ -19,7 +19,8 @@
 //! driver refuses (too large an MTU, too few queues, another program is there) it is tc.
 
 use super::{
-    ANY, AclError, How, Options, PASSED, RawMap, Run, attach, link_ifindex, place, test_run,
+    ANY, AclError, How, Options, PASSED, RawMap, Run, attach, detach_link, link_ifindex, place,
+    test_run,
 };
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode};
@@ -417,14 +418,17 @@ fn release(folder: &Path, index: u32) -> bool {
     fs::remove_file(qdisc_pin(folder, index)).is_ok()
 }
 
-/// A link goes with its pin, a filter by its name.
 fn take_off(folder: &Path, hook: Hook, index: u32) {
     let pin = pin_of(folder, hook, index);
-    if hook == Hook::Clsact
-        && pin.exists()
-        && let Ok(name) = name_of(index)
-    {
-        attach::remove_filter(&name, TcAttachType::Ingress, CLSACT_PRIORITY);
+    match hook {
+        // One that was never there, or whose interface is gone, is off.
+        Hook::Xdp | Hook::Tcx => drop(detach_link(&pin)),
+        Hook::Clsact if pin.exists() => {
+            if let Ok(name) = name_of(index) {
+                attach::remove_filter(&name, TcAttachType::Ingress, CLSACT_PRIORITY);
+            }
+        }
+        Hook::Clsact => {}
     }
     // What was never there cannot be removed.
     let _ = fs::remove_file(pin);
