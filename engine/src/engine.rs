@@ -555,22 +555,16 @@ impl Engine {
     }
 
     fn handle_relay(&mut self, now: Instant, region: RegionId, event: RelayEvent) {
-        self.relays.handle(now, region, &event);
-        match event {
-            RelayEvent::Disco { from, bytes } => {
-                let via = Via::Relay(region, from);
-                self.paths.receive(now, via, &bytes, &self.relays);
-            }
-            RelayEvent::Data { from } => {
-                self.paths.relayed(now, from);
-                self.relays_at = self.relays_at.into_iter().chain(self.relays.again()).min();
-            }
-            // Without servers that say more, this is what there is to choose a home by.
-            RelayEvent::Latency(_) if self.relays.home().is_some() => {}
-            RelayEvent::Up
-            | RelayEvent::Down(_)
-            | RelayEvent::Latency(_)
-            | RelayEvent::PeerGone(_) => self.refresh_relays(now),
+        let changed = self.relays.handle(now, region, &event);
+        if let RelayEvent::Disco { from, bytes } = event {
+            let via = Via::Relay(region, from);
+            self.paths.receive(now, via, &bytes, &self.relays);
+        } else if let RelayEvent::Data { from } = event {
+            self.paths.relayed(now, from);
+            self.relays_at = self.relays_at.into_iter().chain(self.relays.again()).min();
+        }
+        if changed {
+            self.refresh_relays(now);
         }
     }
 

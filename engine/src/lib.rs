@@ -156,7 +156,8 @@ pub enum RelayEvent {
         /// All of it.
         bytes: Vec<u8>,
     },
-    /// Packets of this peer come by it: said once after each [`Output::Relays`].
+    /// Packets of this peer come by it: said once after each [`Output::Relays`], and again every
+    /// few seconds while they do.
     Data {
         /// Who sends them, in the relay's words.
         from: NodeKey,

@@ -143,6 +143,8 @@ pub struct Path {
     one_way: bool,
     trial: Option<Trial>,
     greeting: Greeting,
+    /// By which endpoint the peer was asked last, and as whom it saw us there.
+    appears: Option<(SocketAddr, SocketAddr)>,
     /// Until when the other side may go first.
     settles: Option<Instant>,
     /// Whether something became due that the kernel is to be told.
@@ -211,6 +213,7 @@ impl Path {
             one_way: false,
             trial: None,
             greeting: Greeting::None,
+            appears: None,
             settles: None,
             ripe: false,
             urgent: BTreeSet::new(),
@@ -415,7 +418,8 @@ impl Path {
                 self.blind = Blind::new(self.last_direct.or(best));
                 self.seek(now, true);
             }
-            (Way::Blind, Some(_)) if !self.live => self.turn(now, Way::Relay),
+            // What works would be direct by now.
+            (Way::Blind, Some(_)) => self.turn(now, Way::Relay),
             _ => {}
         }
         if self.is_relay_up() && !was_up {
@@ -429,6 +433,12 @@ impl Path {
                 self.seek(now, false);
             }
         }
+    }
+
+    /// Whether the kernel sends there, as last observed.
+    fn is_seen_at(&self, endpoint: SocketAddr) -> bool {
+        let seen = self.seen.as_ref().and_then(|stats| stats.endpoint);
+        seen == Some(endpoint)
     }
 
     fn turn(&mut self, now: Instant, way: Way) {
@@ -481,7 +491,10 @@ impl Path {
         self.relayed = Some(now);
         self.activate(now);
         match self.way {
-            // The peer may know more than we do.
+            // The peer knows more than we do.
+            Way::Direct(endpoint) if self.heart.unanswered >= DOUBT => {
+                self.demote(now, endpoint, Fault::Silent);
+            }
             Way::Direct(_) => self.check_if_due(now),
             Way::Relay | Way::Blind => self.prompted(now),
         }
@@ -596,8 +609,8 @@ impl Path {
         }
     }
 
-    /// An answer came from there.
-    pub fn ponged(&mut self, now: Instant, tx: TxId, from: SocketAddr) {
+    /// An answer came from there, to us as the peer sees us.
+    pub fn ponged(&mut self, now: Instant, tx: TxId, from: SocketAddr, seen: SocketAddr) {
         let Some(candidate) = self.candidates.get_mut(&from) else {
             return;
         };
@@ -608,6 +621,7 @@ impl Path {
             Way::Direct(endpoint) if endpoint == from => {
                 self.heart.answered(now);
                 self.doubt = None;
+                self.appear(now, from, seen);
                 if self.heart.next.is_some() && !self.is_active(now) {
                     self.heart.next = None;
                 }
@@ -618,6 +632,16 @@ impl Path {
                 _ => self.promote(now, from),
             },
             Way::Blind => self.promote(now, from),
+        }
+    }
+
+    /// A router that suddenly maps us to another address lets nothing in by the old one, and a peer
+    /// that has something to say cannot know. An empty packet of ours moves its kernel.
+    fn appear(&mut self, now: Instant, from: SocketAddr, seen: SocketAddr) {
+        let before = self.appears.replace((from, seen));
+        let moved = before.is_some_and(|(at, as_whom)| at == from && as_whom != seen);
+        if moved && self.live && self.greeting == Greeting::None {
+            self.greeting = Greeting::Due(now);
         }
     }
 

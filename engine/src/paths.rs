@@ -256,9 +256,9 @@ impl Paths {
                     self.answer(now, key, tx, from, relays);
                 }
             }
-            (Message::Pong { tx, .. }, Via::Direct(addr)) => {
-                let addr = canonical(addr);
-                self.touch(now, key, |path| path.ponged(now, tx, addr));
+            (Message::Pong { tx, seen }, Via::Direct(addr)) => {
+                let (addr, seen) = (canonical(addr), canonical(seen));
+                self.touch(now, key, |path| path.ponged(now, tx, addr, seen));
             }
             (Message::CallMeMaybe { endpoints }, Via::Relay(_, node)) if node == key => {
                 let candidates = self.ground.rank(&endpoints);

@@ -185,10 +185,10 @@ impl Relays {
         SocketAddr::from((Ipv4Addr::from_bits(addr), self.shim_port))
     }
 
-    /// Something happened at a connection.
-    pub(crate) fn handle(&mut self, now: Instant, region: RegionId, event: &RelayEvent) {
+    /// Something happened at a connection. Returns whether ways may have changed.
+    pub(crate) fn handle(&mut self, now: Instant, region: RegionId, event: &RelayEvent) -> bool {
         if !self.map.contains_key(&region) {
-            return;
+            return false;
         }
         let known = self.known.entry(region).or_default();
         match event {
@@ -200,21 +200,25 @@ impl Relays {
                 let since = known.down.take().map_or(now, |(since, _)| since);
                 known.down = Some((since, why.clone()));
             }
-            RelayEvent::Latency(latency) => known.latency = Some(*latency),
+            RelayEvent::Latency(latency) => {
+                known.latency = Some(*latency);
+                // Without servers that say more, this is what there is to choose a home by.
+                return self.home.is_none();
+            }
             RelayEvent::PeerGone(peer) => self.search(now, region, *peer),
             RelayEvent::Data { from } => {
-                self.found(*from);
                 self.again.get_or_insert(now + NEWS_PAUSE);
+                return self.found(*from);
             }
-            RelayEvent::Disco { from, .. } => self.found(*from),
+            RelayEvent::Disco { from, .. } => return self.found(*from),
         }
+        true
     }
 
-    /// Something came from a peer by relay: some region has it.
-    fn found(&mut self, peer: NodeKey) {
-        if let Some(place) = self.places.get_mut(&peer) {
-            place.absent = None;
-        }
+    /// Something came from a peer by relay: some region has it. Returns whether that is news.
+    fn found(&mut self, peer: NodeKey) -> bool {
+        let place = self.places.get_mut(&peer);
+        place.is_some_and(|place| place.absent.take().is_some())
     }
 
     /// A region does not have a peer that is looked for there.

@@ -49,6 +49,8 @@ struct Rig {
     ways: Vec<(Instant, Way)>,
     drawn: u64,
     observe_at: Instant,
+    /// As whom the peer sees us.
+    appears: SocketAddr,
 }
 
 impl Rig {
@@ -69,6 +71,7 @@ impl Rig {
             sent: Vec::new(),
             drawn: 0,
             observe_at: start,
+            appears: at("198.51.100.1:20000"),
         }
     }
 
@@ -103,7 +106,7 @@ impl Rig {
             if pong.is_some_and(|pong| pong <= self.now) {
                 let (_, pongs) = self.pongs.pop_first().unwrap();
                 for (tx, from) in pongs {
-                    self.path.ponged(self.now, tx, from);
+                    self.path.ponged(self.now, tx, from, self.appears);
                 }
             }
             if self.observe_at <= self.now {
@@ -286,6 +289,40 @@ fn a_peer_that_no_relay_has_is_tried_where_it_was_last() {
     assert_eq!(rig.path.way(), Way::Relay);
     rig.path.set_relay(rig.now, None);
     assert_eq!(rig.path.wanted(), Some(at(WAN)));
+}
+
+#[test]
+fn a_peer_that_comes_by_relay_while_the_path_is_in_doubt_is_answered_there() {
+    let mut rig = Rig::new(&[WAN], true).works(WAN, 30);
+    rig.sending = true;
+    rig.pass(seconds(30));
+    rig.path.relayed(rig.now);
+    rig.pass(seconds(1));
+    assert_eq!(
+        rig.path.way(),
+        Way::Direct(at(WAN)),
+        "a late packet moves nothing"
+    );
+    rig.shut(WAN);
+    while rig.path.heart.unanswered < DOUBT {
+        rig.pass(Duration::from_millis(50));
+    }
+    assert_eq!(rig.path.way(), Way::Direct(at(WAN)));
+    rig.path.relayed(rig.now);
+    assert_eq!(rig.path.way(), Way::Relay);
+}
+
+#[test]
+fn a_relay_that_comes_back_is_taken_by_whoever_has_no_way() {
+    let mut rig = Rig::new(&[WAN], true).works(WAN, 30);
+    rig.sending = true;
+    rig.pass(seconds(30));
+    rig.path.set_relay(rig.now, None);
+    rig.shut(WAN);
+    rig.pass(seconds(4));
+    assert_eq!(rig.path.way(), Way::Blind);
+    rig.path.set_relay(rig.now, Some((at(LOOPBACK), true)));
+    assert_eq!(rig.path.wanted(), Some(at(LOOPBACK)));
 }
 
 #[test]
@@ -670,4 +707,19 @@ proptest! {
             prop_assert!(within.count() <= 60);
         }
     }
+}
+
+#[test]
+fn who_is_suddenly_seen_elsewhere_says_so_in_a_packet() {
+    let mut rig = Rig::new(&[WAN], false).works(WAN, 20);
+    rig.sending = true;
+    rig.pass(seconds(10));
+    while rig.path.take_greeting() {}
+    rig.pass(seconds(10));
+    assert!(!rig.path.take_greeting(), "nothing changed");
+    rig.appears = at("198.51.100.1:20001");
+    rig.pass(seconds(3));
+    assert!(rig.path.take_greeting());
+    rig.pass(seconds(10));
+    assert!(!rig.path.take_greeting(), "once");
 }
