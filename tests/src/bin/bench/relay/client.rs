@@ -4,7 +4,6 @@ use std::io::{self, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, bail};
 use proto::derp::login::NONCE_BYTES;
@@ -94,13 +93,12 @@ impl Client {
         self.stream.get_mut().write_all(frames)
     }
 
-    /// How long a read may wait.
-    pub fn set_patience(&self, patience: Duration) -> io::Result<()> {
-        let tcp = match self.stream.get_ref() {
-            Wire::Plain(tcp) => tcp,
-            Wire::Tls(tls) => tls.get_ref(),
-        };
-        tcp.set_read_timeout(Some(patience))
+    /// The connection, to end it from elsewhere.
+    pub fn connection(&self) -> io::Result<TcpStream> {
+        match self.stream.get_ref() {
+            Wire::Plain(tcp) => tcp.try_clone(),
+            Wire::Tls(tls) => tls.get_ref().try_clone(),
+        }
     }
 
     /// The body of the next frame of this kind; others are skipped.
