@@ -35,9 +35,9 @@ use std::collections::BTreeMap;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
@@ -47,6 +47,8 @@ const BATCH: usize = 32;
 const MAX_BYTES: usize = 9_216;
 /// Datagrams of WireGuard that may wait for us, in bytes: it sends them without asking.
 const RECEIVE_BUFFER: usize = 4 << 20;
+/// Seconds after which it is said again that data of a peer comes.
+const AGAIN: u64 = 5;
 /// After an error, so that one that stays does not keep a processor busy.
 const PAUSE: Duration = Duration::from_millis(100);
 const UDP: u8 = 17;
@@ -73,16 +75,39 @@ pub struct Shim {
 }
 
 /// A [`RelayTable`], ready for look-ups.
-#[derive(Default)]
 struct Table {
+    since: Instant,
     by_loopback: BTreeMap<Ipv4Addr, (RegionId, NodeKey)>,
     by_peer: BTreeMap<NodeKey, Rule>,
 }
 
 struct Rule {
     from: SocketAddr,
-    /// Whether data of this peer has come since the table is in force.
-    heard: AtomicBool,
+    /// When it was last said that data of this peer comes: seconds after the table came into force,
+    /// and one; 0: never.
+    said: AtomicU64,
+}
+
+impl Table {
+    fn empty() -> Self {
+        Self {
+            since: Instant::now(),
+            by_loopback: BTreeMap::new(),
+            by_peer: BTreeMap::new(),
+        }
+    }
+}
+
+impl Rule {
+    /// Whether it is to be said that data of this peer comes.
+    fn is_news(&self, now: u64) -> bool {
+        let said = self.said.load(Ordering::Relaxed);
+        let news = said == 0 || now - said.min(now) >= AGAIN;
+        if news {
+            self.said.store(now, Ordering::Relaxed);
+        }
+        news
+    }
 }
 
 impl Shim {
@@ -101,7 +126,7 @@ impl Shim {
             outgoing,
             v4,
             v6: raw(Domain::IPV6).ok(),
-            table: RwLock::default(),
+            table: RwLock::new(Arc::new(Table::empty())),
         }))
     }
 
@@ -113,7 +138,7 @@ impl Shim {
 
     /// From now on peers are relayed so.
     pub fn set(&self, table: &RelayTable) {
-        let mut new = Table::default();
+        let mut new = Table::empty();
         for (
             key,
             RelayedPeer {
@@ -128,7 +153,7 @@ impl Shim {
             }
             let rule = Rule {
                 from: appear_as.unwrap_or(*loopback),
-                heard: AtomicBool::new(false),
+                said: AtomicU64::new(0),
             };
             new.by_peer.insert(*key, rule);
         }
@@ -140,17 +165,18 @@ impl Shim {
     }
 
     /// Gives peers' packets to WireGuard, and returns the peers of whom these were the first since
-    /// [`Shim::set`]. A packet of nobody we know is dropped, and so is one that the kernel does not
+    /// [`Shim::set`], or for some seconds. A packet of nobody we know is dropped, and so is one that the kernel does not
     /// take at once.
     pub fn inject(&self, packets: &[Packet]) -> Vec<NodeKey> {
         let table = self.table();
+        let now = table.since.elapsed().as_secs() + 1;
         let mut first = Vec::new();
         let (mut v4, mut v6) = (Vec::new(), Vec::new());
         for (key, packet) in packets {
             let Some(rule) = table.by_peer.get(key) else {
                 continue;
             };
-            if !rule.heard.swap(true, Ordering::Relaxed) {
+            if rule.is_news(now) {
                 first.push(*key);
             }
             match rule.from {

@@ -435,12 +435,6 @@ impl Path {
         }
     }
 
-    /// Whether the kernel sends there, as last observed.
-    fn is_seen_at(&self, endpoint: SocketAddr) -> bool {
-        let seen = self.seen.as_ref().and_then(|stats| stats.endpoint);
-        seen == Some(endpoint)
-    }
-
     fn turn(&mut self, now: Instant, way: Way) {
         if matches!(way, Way::Direct(_)) && !matches!(self.way, Way::Direct(_)) {
             self.promoted = Some(now);
