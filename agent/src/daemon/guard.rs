@@ -83,7 +83,7 @@ impl Daemon {
     fn guarding(&self) -> Option<Guarding> {
         let (interfaces, own) = self.guard.underlay.clone()?;
         let settings = &self.settings;
-        (settings.up && !settings.unguarded).then(|| Guarding {
+        (settings.up && !settings.unguarded).then_some(Guarding {
             port: self.config.listen_port,
             xdp: !settings.no_xdp,
             interfaces,
