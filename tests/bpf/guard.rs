@@ -11,6 +11,7 @@ use ebpf::guard::{
     Config, Outcome, PREFIX_BURST, TOTAL_BURST, Tables, judge_bare, judge_ethernet, prefix_of,
 };
 use ebpf::packet::MAX_EXTENSIONS;
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr, SocketAddrV6, UdpSocket};
@@ -70,7 +71,7 @@ impl Wire {
                 let total = u16::try_from(header + udp.len()).unwrap();
                 let mut bytes = vec![0x45 + self.options, 0];
                 bytes.extend(total.to_be_bytes());
-                let field = self.fragment.map_or(0, |offset| 0x2000 | offset / 8);
+                let field = self.fragment.map_or(0, |offset| 0x2000 | (offset / 8));
                 bytes.extend([0, 7]);
                 bytes.extend(field.to_be_bytes());
                 bytes.extend([64, self.protocol, 0, 0]);
@@ -498,6 +499,16 @@ fn kernel_guard_stands_on_live_links_outlives_the_agent_and_leaves_nothing() {
         return;
     };
     let (underlay, to, from) = pair();
+    // With what the unit gives to the agent.
+    let four = CapabilitySet::NET_ADMIN
+        | CapabilitySet::BPF
+        | CapabilitySet::PERFMON
+        | CapabilitySet::NET_RAW;
+    let all = rustix::thread::capabilities(None).unwrap();
+    let few = CapabilitySets {
+        effective: four,
+        ..all
+    };
     let card = Underlay {
         card: true,
         ..underlay.clone()
@@ -521,7 +532,9 @@ fn kernel_guard_stands_on_live_links_outlives_the_agent_and_leaves_nothing() {
         let mut orders = orders(vec![underlay.clone()], false);
         orders.own.insert(IpAddr::V6(*to.ip()));
         let mut guard = Guard::at(bed.folder.join("guard"), how);
+        set_capabilities(None, few).unwrap();
         let report = guard.set(&orders).unwrap();
+        set_capabilities(None, all).unwrap();
         assert!(report.failed.is_empty(), "{report:?}");
         assert_eq!(report.on["near"], hook);
         let native = shown("ip link show near");
