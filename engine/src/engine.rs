@@ -599,6 +599,10 @@ impl Engine {
     }
 
     fn report(&mut self) {
+        if self.relays.is_undecided() {
+            // The coordinator would take away the home that it has of us.
+            return;
+        }
         let about = self.about();
         if self.links.is_some() && self.reported.as_ref() != Some(&about) {
             self.reported = Some(about.clone());

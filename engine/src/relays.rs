@@ -31,6 +31,8 @@ const NEWS_PAUSE: Duration = Duration::from_secs(2);
 const CONNECTING: Duration = Duration::from_secs(5);
 /// How long the first choice of a home waits for what servers of regions say.
 const MEASURING: Duration = Duration::from_secs(4);
+/// Most regions that are connected to until there is a home.
+const MEASURED: usize = 8;
 /// A peer that no region has is not sought again for this long, unless there is news.
 const ABSENT: Duration = Duration::from_secs(20);
 /// How long a region is kept connected that nobody needs any more.
@@ -328,6 +330,11 @@ impl Relays {
         self.home != before
     }
 
+    /// Whether there will be a home in a moment.
+    pub(crate) fn is_undecided(&self) -> bool {
+        self.home.is_none() && !self.map.is_empty()
+    }
+
     fn may_wait(&mut self, now: Instant) -> bool {
         let since = *self.undecided.get_or_insert(now);
         now.saturating_duration_since(since) < MEASURING
@@ -342,6 +349,10 @@ impl Relays {
     ) -> Option<Arc<RelayTable>> {
         let next = self.home.map(|home| self.at_or_after(now, home));
         let mut needed: BTreeSet<RegionId> = self.home.into_iter().chain(next).collect();
+        if self.is_undecided() {
+            // After a new start others look for us where we were.
+            needed.extend(self.map.keys().take(MEASURED));
+        }
         let mut peers = BTreeMap::new();
         for (key, relayed, appear_as) in ways {
             let Some(place) = self.places.get(key) else {

@@ -73,6 +73,12 @@ fn the_nearest_region_becomes_home_once_it_is_known() {
         (THREE, Duration::from_millis(20)),
     ]);
     assert!(!relays.choose_home(now, &BTreeMap::new(), true));
+    assert!(relays.is_undecided());
+    assert_eq!(
+        ids(&publish(&mut relays, now, &[])),
+        [ONE, TWO, THREE],
+        "it may be anywhere"
+    );
     assert!(relays.choose_home(now, &near, false));
     assert_eq!(relays.home(), Some(THREE));
     assert!(
