@@ -337,6 +337,7 @@ fn kernel_guard_judges_every_frame_as_its_words_say() {
     let mut seen = BTreeSet::new();
     for forwards in [false, true] {
         guard.set(&orders(Vec::new(), forwards)).unwrap();
+        guard.load_all().unwrap();
         for number in 0..frames {
             let wire = wire(&mut random);
             let meaning = wire.meaning(forwards);
@@ -365,6 +366,7 @@ fn a_prefix_that_floods_is_held_off_and_no_other() {
     };
     let mut guard = guard(&bed);
     guard.set(&orders(Vec::new(), false)).unwrap();
+    guard.load_all().unwrap();
     for (flood, neighbour, other) in [
         ("203.0.113.5", "203.0.113.99", "203.0.114.5"),
         ("2001:db8:5::1", "2001:db8:5:ffff::2", "2001:db8:6::1"),
@@ -417,6 +419,7 @@ fn a_forger_of_any_address_is_held_off_and_peers_still_get_through() {
     };
     let mut guard = guard(&bed);
     guard.set(&orders(Vec::new(), false)).unwrap();
+    guard.load_all().unwrap();
     let peer: IpAddr = "198.18.200.7".parse().unwrap();
     guard.exempt([peer].into_iter()).unwrap();
     let from = |src: &str| Wire::new(src, OURS[0], initiation()).ethernet();

@@ -263,7 +263,18 @@ impl Guard {
         Outcome::ALL.into_iter().map(count).collect()
     }
 
-    /// Runs a program on a frame, so many times.
+    /// Loads all programs, needed or not, to run them.
+    ///
+    /// # Errors
+    /// [`AclError::Load`].
+    pub fn load_all(&mut self) -> Result<(), AclError> {
+        let loaded = self.loaded.as_mut().ok_or(AclError::Object("guard"))?;
+        classifier(&mut loaded.object, programs::ETHERNET)?;
+        classifier(&mut loaded.object, programs::BARE)?;
+        driver(&mut loaded.object).map(drop)
+    }
+
+    /// Runs a loaded program on a frame, so many times.
     ///
     /// # Errors
     /// What the kernel says.
@@ -288,16 +299,9 @@ impl Loaded {
         for name in maps::ALL {
             loader.map_pin_path(name, place.join(name));
         }
-        let refused = |error: &dyn std::error::Error| AclError::Load(attach::chain(error));
-        let mut object = loader.load(OBJECT).map_err(|error| refused(&error))?;
-        for name in [programs::ETHERNET, programs::BARE] {
-            let loaded = classifier(&mut object, name)?.load();
-            loaded.map_err(|error| AclError::Load(attach::verifier(&error)))?;
-        }
-        // A kernel without it has no driver that could run it either.
-        if let Err(error) = driver(&mut object)?.load() {
-            tracing::debug!(error = attach::verifier(&error), "no XDP");
-        }
+        let object = loader
+            .load(OBJECT)
+            .map_err(|error| AclError::Load(attach::chain(&error)))?;
         let map = |name: &'static str| {
             let found = RawMap::from_pin(&place.join(name));
             found.map_err(|source| super::failed("open", name, source))
@@ -352,6 +356,10 @@ impl Loaded {
                 if let Some(Err(error)) = other {
                     tracing::info!(error = attach::chain(&error), "the driver takes no XDP");
                     self.refused.insert(*index);
+                    if !self.on.values().any(|hook| *hook == Hook::Xdp) {
+                        // It would be held for nothing; it may not even have been loaded.
+                        let _ = driver(&mut self.object).map(Xdp::unload);
+                    }
                 }
                 let program = if underlay.ethernet {
                     programs::ETHERNET
@@ -463,18 +471,30 @@ fn write_set(map: &RawMap, keys: &BTreeSet<Addr>, most: u32) -> Result<(), AclEr
     Ok(())
 }
 
+/// The program, loaded when it is first needed: what the agent holds for nothing would go with it.
 fn classifier<'a>(
     object: &'a mut Ebpf,
     name: &'static str,
 ) -> Result<&'a mut SchedClassifier, AclError> {
     let program = object.program_mut(name).ok_or(AclError::Object(name))?;
-    program.try_into().map_err(|_| AclError::Object(name))
+    let program: &mut SchedClassifier = program.try_into().map_err(|_| AclError::Object(name))?;
+    if program.fd().is_err() {
+        let loaded = program.load();
+        loaded.map_err(|error| AclError::Load(attach::verifier(&error)))?;
+    }
+    Ok(program)
 }
 
+/// Likewise.
 fn driver(object: &mut Ebpf) -> Result<&mut Xdp, AclError> {
     let name = programs::DRIVER;
     let program = object.program_mut(name).ok_or(AclError::Object(name))?;
-    program.try_into().map_err(|_| AclError::Object(name))
+    let program: &mut Xdp = program.try_into().map_err(|_| AclError::Object(name))?;
+    if program.fd().is_err() {
+        let loaded = program.load();
+        loaded.map_err(|error| AclError::Load(attach::verifier(&error)))?;
+    }
+    Ok(program)
 }
 
 fn by_stack(
