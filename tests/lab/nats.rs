@@ -285,8 +285,8 @@ fn endpoint(node: &Node, name: &str) -> Option<String> {
 }
 
 impl World {
-    /// Starts an agent as if its machine had just booted, behind another router.
-    fn boot(&self, name: &str, place: Place) -> anyhow::Result<Arc<Node>> {
+    /// Takes a node down, and puts another router before it. Nobody has a session with it any more.
+    fn move_behind(&self, name: &str, place: Place) -> anyhow::Result<Arc<Node>> {
         let node = self.mesh.node(name);
         node.weir("down")?;
         node.process().stop()?;
@@ -294,8 +294,6 @@ impl World {
             let router = self.lab.host(&format!("router-{name}"));
             nat.install(&router, node.host.v4())?;
         }
-        node.restart()?;
-        node.weir("up")?;
         Ok(node)
     }
 
@@ -305,11 +303,19 @@ impl World {
             (None, _) => ["c", "a"],
             _ => ["a", "b"],
         };
-        let [left, right] = [self.boot(names[0], one)?, self.boot(names[1], other)?];
-        let known = || netcheck(&left).is_ok_and(|check| check["home"].is_string());
-        wait_until("the first node has a home", SPREAD_BOUND, known)?;
-        let known = || netcheck(&right).is_ok_and(|check| check["home"].is_string());
-        wait_until("the second node has a home", SPREAD_BOUND, known)?;
+        let nodes = [
+            self.move_behind(names[0], one)?,
+            self.move_behind(names[1], other)?,
+        ];
+        for node in &nodes {
+            node.restart()?;
+            node.weir("up")?;
+        }
+        for node in &nodes {
+            let known = || netcheck(node).is_ok_and(|check| check["home"].is_string());
+            wait_until("the node has a home", SPREAD_BOUND, known)?;
+        }
+        let [left, right] = nodes;
         let question = echo(&left, &right)?;
         let start = Instant::now();
         ensure!(
