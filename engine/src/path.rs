@@ -615,7 +615,6 @@ impl Path {
             Way::Direct(endpoint) if endpoint == from => {
                 self.heart.answered(now);
                 self.doubt = None;
-                self.appear(now, from, seen);
                 if self.heart.next.is_some() && !self.is_active(now) {
                     self.heart.next = None;
                 }
@@ -626,6 +625,9 @@ impl Path {
                 _ => self.promote(now, from),
             },
             Way::Blind => self.promote(now, from),
+        }
+        if self.way == Way::Direct(from) {
+            self.appear(now, from, seen);
         }
     }
 

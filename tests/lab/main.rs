@@ -20,6 +20,7 @@ mod portmap;
 mod refusal;
 mod relays;
 mod revocation;
+mod roaming;
 mod sites;
 mod state;
 mod units;

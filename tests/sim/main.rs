@@ -281,3 +281,30 @@ fn double_nat_and_hairpin() {
     let _talk = world.talk(nodes[0], nodes[1], 50 * MS, 30 * SECOND);
     assert!(world.run_until(20 * SECOND, |world| world.is_direct(nodes[0], nodes[1])));
 }
+
+#[test]
+fn a_router_that_maps_anew_is_noticed_in_seconds() {
+    for regions in [&[][..], &[10 * MS]] {
+        let mut world = World::new(6, regions).unwrap();
+        let realm = world.router(Kind::PORT_RESTRICTED, 0);
+        let hidden = world.node(realm, 5 * MS).unwrap();
+        let public = world.node(0, 5 * MS).unwrap();
+        // Ana's node asks; the one behind the router has nothing to say by itself.
+        let (from, to) = if world.permits(public, hidden) {
+            (public, hidden)
+        } else {
+            (hidden, public)
+        };
+        world.run(5 * SECOND);
+        let talk = world.talk(from, to, 20 * MS, 120 * SECOND);
+        world.run(30 * SECOND);
+        let before = world.heard(talk).longest_pause;
+        world.restart_router(realm);
+        world.run(30 * SECOND);
+        let pause = world.heard(talk).longest_pause;
+        assert!(
+            pause <= 3 * SECOND,
+            "{from} -> {to}: {before:?}, then {pause:?}"
+        );
+    }
+}
