@@ -3,6 +3,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`abi`] | layouts of all maps, their names, [`abi::ABI_VERSION`] |
+//! | [`memo`] | refusals that are remembered for a second |
 //! | [`event`] | what is told of dropped packets, and how often |
 //! | [`packet`] | bytes to [`packet::Packet`]; what cannot be read is a reason to drop |
 //! | [`verdict`] | [`verdict::decide`]: flow state and policy to a verdict |
@@ -21,6 +22,7 @@
 
 pub mod abi;
 pub mod event;
+pub mod memo;
 pub mod packet;
 pub mod reason;
 pub mod refuse;
