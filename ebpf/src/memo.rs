@@ -16,6 +16,9 @@
 //!   wrong for longer, whatever two CPUs see of each other's writes, and the one packet of a kind
 //!   that is told of in a window is the one that was decided.
 //!
+//! The first refusal in a window leaves a tag, the second one the answer. So a scan, whose packets
+//! are all different, costs hardly more than without this table.
+//!
 //! Only "policy refuses it" is remembered, which depends on nothing else. What passes never is: a
 //! known flow is found by one look-up anyway.
 

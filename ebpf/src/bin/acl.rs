@@ -225,7 +225,8 @@ pub extern "C" fn acl_remembered(direction: u32, now_ns: u64) -> u32 {
     u32::from(memo::answers(refused, packet, direction, &pending.at))
 }
 
-/// Remembers that policy refuses the packet at hand.
+/// Remembers that policy refuses the packet at hand, if it does so not for the first time: of a
+/// scan, whose packets all differ, nothing but a tag is written.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn acl_remember(direction: u32) -> u32 {
@@ -238,6 +239,13 @@ pub extern "C" fn acl_remember(direction: u32) -> u32 {
     if place == memo::NOWHERE {
         return 0;
     }
+    let Some(tag) = tag_at(place) else {
+        return 0;
+    };
+    if u32::from(*tag) != pending.tag {
+        *tag = pending.tag as u16;
+        return 0;
+    }
     let Some(packet) = packet_at_hand() else {
         return 0;
     };
@@ -248,10 +256,6 @@ pub extern "C" fn acl_remember(direction: u32) -> u32 {
     if Maps::new().find(Store::Established, &key).is_some() {
         return 0;
     }
-    let Some(tag) = tag_at(place) else {
-        return 0;
-    };
-    *tag = pending.tag as u16;
     let Some(refused) = refusal_at(place) else {
         return 0;
     };

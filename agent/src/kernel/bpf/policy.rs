@@ -207,8 +207,12 @@ fn swap(acl: &mut Acl, tables: &Tables, narrows: bool) -> Result<(), AclError> {
         },
         epoch: raised(active.epoch, narrows),
     };
-    let slot = Slot::filled(tables)?;
-    grace(acl)?;
+    let slot = std::thread::scope(|scope| {
+        let waited = scope.spawn(|| grace(acl));
+        let slot = Slot::filled(tables);
+        joined(waited)?;
+        slot
+    })?;
     put_into(acl, &slot, next.slot)?;
     for (name, map) in maps::SLOTTED.iter().zip(slot.maps()) {
         let path = pin_path(&acl.layout, name, next.slot);
