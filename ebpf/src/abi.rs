@@ -28,7 +28,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Version of all layouts below. Maps of another version are never adopted, only copied from.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Slots of every policy table. One is active, the other is filled for the next change.
 pub const SLOTS: u32 = 2;
@@ -288,6 +288,9 @@ impl core::fmt::Debug for Addr {
 pub struct Active {
     /// Flows of an older epoch are decided again. 0: no policy is active, and all is dropped.
     pub epoch: u32,
+    /// How often the word was stored, modulo 2^31: once for every change of the tables, also of
+    /// those in the active slot. So a word that is still the same stands for the same tables.
+    pub revision: u32,
     /// Index into every outer map.
     pub slot: u32,
 }
@@ -299,14 +302,26 @@ impl Active {
     pub const fn from_word(word: u64) -> Self {
         Self {
             epoch: (word >> 32) as u32,
+            revision: word as u32 / SLOTS,
             slot: word as u32 & (SLOTS - 1),
         }
     }
 
     /// The word in the map.
+    #[inline(always)]
     #[must_use]
     pub const fn word(self) -> u64 {
-        (self.epoch as u64) << 32 | self.slot as u64
+        let low = self.revision.wrapping_mul(SLOTS) | self.slot;
+        (self.epoch as u64) << 32 | low as u64
+    }
+
+    /// The same with the next revision.
+    #[must_use]
+    pub const fn revised(self) -> Self {
+        Self {
+            revision: self.revision.wrapping_add(1) % (u32::MAX / SLOTS + 1),
+            ..self
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`abi`] | layouts of all maps, their names, [`abi::ABI_VERSION`] |
+//! | [`memo`] | refusals that are remembered for a second |
 //! | [`event`] | what is told of dropped packets, and how often |
 //! | [`packet`] | bytes to [`packet::Packet`]; what cannot be read is a reason to drop |
 //! | [`verdict`] | [`verdict::decide`]: flow state and policy to a verdict |
@@ -28,6 +29,7 @@ pub mod abi;
 pub mod classify;
 pub mod event;
 pub mod guard;
+pub mod memo;
 pub mod packet;
 pub mod reason;
 pub mod refuse;

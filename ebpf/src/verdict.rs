@@ -415,6 +415,13 @@ pub fn of_flow<T: Tables>(
     verdict
 }
 
+/// The key of the flow that a packet belongs to, if it has the headers of one.
+#[inline(always)]
+#[must_use]
+pub fn key_of(packet: &Packet, direction: Direction) -> FlowKey {
+    flow::key(direction, &packet.tuple)
+}
+
 /// What counts now, read once; `None` if no policy does.
 #[inline(always)]
 fn now<T: Tables>(tables: &T, direction: Direction, now_ns: u64) -> Option<At> {

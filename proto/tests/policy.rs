@@ -192,6 +192,33 @@ fn hosts_prefixes_ranges_and_routes_are_named_by_address() {
 }
 
 #[test]
+fn an_ipv6_address_or_prefix_may_stand_in_brackets() {
+    let rules = |dst: &str| {
+        let text = format!(
+            r#"{{"acls": [{{"action": "accept", "src": ["100.64.0.1"], "dst": ["{dst}"]}}]}}"#
+        );
+        parse(&text).map(|policy| Compiled::new(&policy, &directory()).unwrap())
+    };
+    for (bracketed, plain) in [
+        ("[fd7a::7]:443", "fd7a::7:443"),
+        ("[fd7a:0:0:1::]/64:80,443", "fd7a:0:0:1::/64:80,443"),
+    ] {
+        let [one, other] = [bracketed, plain].map(|dst| rules(dst).unwrap());
+        for id in directory().nodes.keys() {
+            assert_eq!(one.filter(*id), other.filter(*id), "{bracketed}");
+        }
+    }
+    for wrong in [
+        "[fd7a::7]x:443",
+        "[fd7a::7:443",
+        "[fd7a::7]/200:443",
+        "[]:443",
+    ] {
+        assert!(rules(wrong).is_err(), "{wrong}");
+    }
+}
+
+#[test]
 fn self_means_the_nodes_of_the_same_user() {
     check(
         r#"{"acls": [

@@ -1,16 +1,20 @@
 //! The loaded programs decide as the evaluator on the host does: verdict and reason.
 
 use super::bed::{self, Bed};
+use super::craft::Spec;
 use super::generate::{self, Random};
 use super::property::abi_direction;
 use super::twin::Twin;
 use agent::kernel::bpf::Options;
 use ebpf::abi::{Flow, FlowKey};
 use engine::acl::Acl as Lowered;
+use proto::filter::Direction;
 use std::collections::BTreeMap;
 
 /// Packets under one policy.
 const PACKETS: u64 = 300;
+/// Refused packets that may come again.
+const REFUSED: usize = 16;
 
 #[test]
 fn kernel_programs_decide_every_packet_as_the_evaluator_on_the_host() {
@@ -29,7 +33,9 @@ fn kernel_programs_decide_every_packet_as_the_evaluator_on_the_host() {
     for seed in 0..stories {
         let mut random = Random(1_000 + seed);
         let mut acl = bed.open(Options::default());
-        let (twin, mut lowered, mut sent) = (Twin::<0>::default(), Lowered::default(), Vec::new());
+        let (twin, mut lowered) = (Twin::<0>::default(), Lowered::default());
+        let mut sent = Vec::new();
+        let mut refused: Vec<(Direction, Spec)> = Vec::new();
         for step in 0..PACKETS {
             if step % 100 == 20 {
                 let world = generate::world(&mut random);
@@ -39,7 +45,12 @@ fn kernel_programs_decide_every_packet_as_the_evaluator_on_the_host() {
                 twin.set(lowered.tables(), &change);
                 acl.set(lowered.tables(), Some(&change)).unwrap();
             }
-            let (way, spec) = generate::packet(&mut random, &mut sent);
+            // Some come again, soon and late: what the programs remember must still be right.
+            let (way, spec) = match refused.len() {
+                0 => generate::packet(&mut random, &mut sent),
+                _ if random.one_in(3) => random.pick(&refused).clone(),
+                _ => generate::packet(&mut random, &mut sent),
+            };
             let (direction, bytes) = (abi_direction(way), spec.bytes());
             let on_host = twin.send(direction, &bytes, 1 << 40);
             let in_kernel = bed::send(&acl, direction, &bytes);
@@ -50,6 +61,9 @@ fn kernel_programs_decide_every_packet_as_the_evaluator_on_the_host() {
             if in_kernel.passes() {
                 passed += 1;
                 generate::passed(&mut sent, way, &spec);
+            } else {
+                refused.insert(0, (way, spec));
+                refused.truncate(REFUSED);
             }
         }
         // Where flows are kept depends on the limits, which the twin has smaller.

@@ -552,6 +552,44 @@ fn kernel_a_revoked_flow_is_cut_in_both_directions_and_the_one_beside_it_is_not(
 }
 
 #[test]
+fn kernel_a_remembered_refusal_lasts_no_longer_than_what_it_was_made_of() {
+    let Some((_bed, mut acl, mut lowered)) = usual_bed("remembered") else {
+        return;
+    };
+    let (us, peer, refused) = ("100.64.0.1", "100.64.0.2", deny(Reason::Policy));
+    let udp = |src: &str, sport, dst: &str, dport| Spec::new(src, dst, Body::Udp(sport, dport));
+    let syn = |port| tcp(peer, 1, us, port, SYN);
+    let again = |spec: Spec, verdict| vec![(Ingress, spec, verdict); 3];
+    // A flow from the other side makes answers of them, and no other ones.
+    let (answer, other) = (udp(peer, 53, us, 1000), udp(peer, 53, us, 1001));
+    check(&acl, &again(answer.clone(), refused));
+    check(&acl, &again(other.clone(), refused));
+    check(&acl, &[(Egress, udp(us, 1000, peer, 53), OPEN)]);
+    check(&acl, &again(answer.clone(), KNOWN));
+    check(&acl, &again(other, refused));
+    // Another segment with the same ports is another question; so is the other direction.
+    check(&acl, &again(syn(22), refused));
+    let bare = tcp(peer, 1, us, 22, FIN | ACK);
+    check(&acl, &again(bare, deny(Reason::TcpNoFlow)));
+    check(&acl, &again(tcp(peer, 1, us, 22, ACK), refused));
+    check(&acl, &[(Egress, tcp(us, 22, peer, 1, SYN), refused)]);
+    check(&acl, &again(syn(22), refused));
+    // A policy that allows it counts at once, without a new epoch, and so does one that does not.
+    let before = acl.active();
+    let mut wider = usual();
+    let more = rule("100.64.0.0/10", "100.64.0.1/32", &[(Some(6), 22, 22)]);
+    wider.ingress.push(more);
+    set(&mut acl, &mut lowered, &wider);
+    assert_eq!(acl.active().epoch, before.epoch);
+    assert_ne!(acl.active().revision, before.revision);
+    check(&acl, &[(Ingress, syn(22), OPEN)]);
+    set(&mut acl, &mut lowered, &usual());
+    check(&acl, &[(Ingress, syn(22), deny(Reason::Revoked))]);
+    check(&acl, &again(syn(22), refused));
+    check(&acl, &again(answer, KNOWN));
+}
+
+#[test]
 fn kernel_a_missing_table_is_a_drop_with_its_own_reason() {
     let Some((bed, acl, _)) = usual_bed("missing_table") else {
         return;

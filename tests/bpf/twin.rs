@@ -61,7 +61,12 @@ impl<const M: u32> Twin<M> {
         };
         self.tables.replace(tables.clone());
         let slot = 1 - active.slot;
-        self.active.set(Active { epoch, slot }.word());
+        let next = Active {
+            epoch,
+            slot,
+            ..active.revised()
+        };
+        self.active.set(next.word());
     }
 
     /// Every flow, dead or alive, and where it is kept. In two tables at once is none.

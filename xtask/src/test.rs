@@ -80,6 +80,8 @@ struct Run {
     phases: Vec<(&'static str, Duration)>,
     /// How long each test in a guest took.
     times: Vec<(String, Duration)>,
+    /// Guests whose kernel hung: two guests at once may tell.
+    hangs: Mutex<Vec<String>>,
 }
 
 impl Run {
@@ -99,6 +101,7 @@ impl Run {
             skips: Skips::default(),
             phases: Vec::new(),
             times: Vec::new(),
+            hangs: Mutex::new(Vec::new()),
         })
     }
 
@@ -158,6 +161,10 @@ impl Run {
             for (name, reason) in self.skips.iter() {
                 println!("  {name}: {reason}");
             }
+        }
+        let hangs = self.hangs.lock().map(|hangs| hangs.clone());
+        for hang in hangs.unwrap_or_default() {
+            println!("\n{hang}");
         }
         if !self.failed.is_empty() {
             println!("\nfailed (logs are in {}):", self.folder.display());
@@ -221,6 +228,22 @@ impl Run {
         }
         self.failed
             .extend(report.failed.iter().map(|name| format!("{place}::{name}")));
+    }
+
+    /// Notes that a guest's kernel hung after the named test, or at its start.
+    fn hung(&self, place: &str, after: Option<&str>) {
+        let when = after.map_or("before its first test ended".to_owned(), |test| {
+            format!("after {test}")
+        });
+        let log = self.errors(place);
+        let hang = format!(
+            "{place}: the guest's kernel hung {when} (its log: {})",
+            log.display()
+        );
+        println!("  {hang}");
+        if let Ok(mut hangs) = self.hangs.lock() {
+            hangs.push(hang);
+        }
     }
 
     fn log(&self, place: &str) -> PathBuf {

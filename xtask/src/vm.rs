@@ -2,7 +2,8 @@
 //!
 //! The guest sees the host's root file system with every change thrown away, the checkout at its
 //! own path, and a results folder (`WEIR_RESULTS`) that is written through. Output is streamed
-//! byte for byte, the exit code is passed on; 124 means timed out, 125 that the guest died.
+//! byte for byte, the exit code is passed on; 123 means that the guest's kernel hung, 124 timed
+//! out, 125 that the guest died.
 //!
 //! Four ways to such a kernel, the first possible one is taken: the `host`'s own (namespaces),
 //! a stock kernel under real `kvm`, User Mode Linux (`uml`), and emulation (`tcg`).
@@ -29,6 +30,8 @@ mod kernels;
 mod qemu;
 mod uml;
 
+/// Exit code of a guest whose kernel hung.
+pub const SILENT: u8 = 123;
 /// Exit code of a guest that was stopped because its time was over.
 pub const TIMED_OUT: u8 = 124;
 /// Exit code of a guest that died without saying how its command ended.
@@ -193,6 +196,12 @@ impl Job {
             guard,
             lifeline: Some(lifeline),
         })
+    }
+
+    /// Whether the guest says every few seconds that its kernel lives. Where the clock counts
+    /// instructions, that would count too, and time runs at no pace one could wait for.
+    pub fn beats(&self) -> bool {
+        matches!(self.machine, Machine::Qemu { icount: false, .. })
     }
 
     /// Runs a command that writes a file for the user. The guest writes it into the results

@@ -1,6 +1,7 @@
 VM_OUT=$(echo /dev/vport*p1)
 VM_ERR=$(echo /dev/vport*p2)
 VM_CONSOLE=/dev/hvc0
+VM_BEAT=$(echo /dev/vport*p5)
 
 vm_mount_dev() { $B mount -t devtmpfs dev "$1"; }
 

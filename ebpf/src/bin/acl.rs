@@ -28,9 +28,12 @@ use aya_ebpf::bindings::{
 };
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
-use aya_ebpf::helpers::{bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_skb_load_bytes};
+use aya_ebpf::helpers::{
+    bpf_get_smp_processor_id, bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_skb_load_bytes,
+};
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
+use core::cell::Cell;
 use core::ptr::NonNull;
 use ebpf::abi::{
     Active, Addr, Allowance, Counter, Direction, Dropped, ESTABLISHED_FLOWS, EVENT_BYTES,
@@ -38,6 +41,7 @@ use ebpf::abi::{
     PageKey, PairKey, Ports, PortsKey, Quota, SHARES, SLOTS, SURPLUS_FLOWS, SetId, Share, Told,
 };
 use ebpf::event;
+use ebpf::memo::{self, Pending, Refused, Row, Tags};
 use ebpf::packet::{Bytes, Packet, What, general, parse};
 use ebpf::reason::{OUTCOMES, Reason};
 use ebpf::verdict::{self, Answer, Store, Tables, Verdict, decide, take_quota};
@@ -121,21 +125,167 @@ fn now_ns() -> u64 {
     clock.now_ns
 }
 
+/// Refusals that this CPU remembers: see [`ebpf::memo`].
+#[btf_map]
+static REFUSALS: PerCpuArray<Row, { memo::ROWS as usize }> = PerCpuArray::new();
+/// What may be at each of their places.
+#[btf_map]
+static TAGS: PerCpuArray<Tags, 1> = PerCpuArray::new();
+/// The packet that is being decided. One a CPU, as of [`PACKET`].
+#[btf_map]
+static PENDING: PerCpuArray<Pending, 1> = PerCpuArray::new();
+/// A number for the flow that was last written, spread by its hash. No two writes store the same.
+#[btf_map]
+static GENERATIONS: Array<u64, { memo::GENERATIONS as usize }> = Array::new();
+/// How many flows this CPU has written.
+#[btf_map]
+static WRITTEN: PerCpuArray<u64, 1> = PerCpuArray::new();
+/// Bits of a generation that say which CPU wrote it.
+const CPU_BITS: u32 = 16;
+
 /// The loaded maps.
-struct Maps;
+struct Maps {
+    /// Whether the refusal at hand is one that was remembered.
+    remembered: Cell<bool>,
+}
+
+impl Maps {
+    #[inline(always)]
+    const fn new() -> Self {
+        Self {
+            remembered: Cell::new(false),
+        }
+    }
+
+    /// The active word.
+    #[inline(always)]
+    fn word(&self) -> u64 {
+        match ACTIVE.get_ptr(0) {
+            // SAFETY: a valid, aligned array element; volatile, because user space stores to it
+            // through a mapping and one packet must see one value.
+            Some(word) => unsafe { word.read_volatile() },
+            None => 0,
+        }
+    }
+
+    /// [`verdict::of_flow`], unless the same question was answered a moment ago.
+    #[inline(always)]
+    fn of_flow(&self, direction: Direction, now_ns: u64, missed: bool) -> Verdict {
+        let way = direction as u32;
+        if acl_remembered(way, now_ns) != 0 {
+            self.remembered.set(true);
+            return Verdict::deny(Reason::Policy);
+        }
+        let verdict = Verdict::from_code(acl_of_flow(way, now_ns, u32::from(missed)));
+        if verdict == Verdict::deny(Reason::Policy) {
+            acl_remember(way);
+        }
+        verdict
+    }
+}
+
+/// Whether the packet at hand was refused a moment ago and nothing has changed since. If not, it is
+/// noted in [`PENDING`] when it begins to be decided. A global function, so that its frame is gone
+/// when policy is asked.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn acl_remembered(direction: u32, now_ns: u64) -> u32 {
+    let direction = direction_of(direction);
+    let Some(pending) = PENDING.get_ptr_mut(0) else {
+        return 0;
+    };
+    // SAFETY: this CPU's element, which nobody else touches while a classifier runs.
+    let pending = unsafe { &mut *pending };
+    pending.place = memo::NOWHERE;
+    let Some(packet) = packet_at_hand() else {
+        return 0;
+    };
+    if !memo::is_for(packet) {
+        return 0;
+    }
+    let hash = memo::hash_of_packet(packet, direction);
+    let Some(generation) = GENERATIONS.get_ptr(memo::generation(hash)) else {
+        return 0;
+    };
+    // SAFETY: a valid, aligned array element; volatile, because other CPUs write it.
+    pending.at.generation = unsafe { generation.read_volatile() };
+    pending.at.active = Maps::new().word();
+    pending.at.window = event::window(now_ns);
+    pending.place = memo::place(hash);
+    pending.tag = u32::from(memo::tag(hash, pending.at.window));
+    let Some(tag) = tag_at(memo::place(hash)) else {
+        return 0;
+    };
+    if u32::from(*tag) != pending.tag {
+        return 0;
+    }
+    let Some(refused) = refusal_at(memo::place(hash)) else {
+        return 0;
+    };
+    u32::from(memo::answers(refused, packet, direction, &pending.at))
+}
+
+/// Remembers that policy refuses the packet at hand, if it does so not for the first time: of a
+/// scan, whose packets all differ, nothing but a tag is written.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn acl_remember(direction: u32) -> u32 {
+    let Some(pending) = PENDING.get_ptr(0) else {
+        return 0;
+    };
+    // SAFETY: this CPU's element, which nobody else touches while a classifier runs.
+    let pending = unsafe { &*pending };
+    let place = pending.place;
+    if place == memo::NOWHERE {
+        return 0;
+    }
+    let Some(tag) = tag_at(place) else {
+        return 0;
+    };
+    if u32::from(*tag) != pending.tag {
+        *tag = pending.tag as u16;
+        return 0;
+    }
+    let Some(packet) = packet_at_hand() else {
+        return 0;
+    };
+    let direction = direction_of(direction);
+    // Before the number was read, the flow was looked for among those that last; meanwhile it may
+    // have come there from the others.
+    let key = verdict::key_of(packet, direction);
+    if Maps::new().find(Store::Established, &key).is_some() {
+        return 0;
+    }
+    let Some(refused) = refusal_at(place) else {
+        return 0;
+    };
+    memo::keep(refused, packet, direction, &pending.at);
+    0
+}
+
+#[inline(always)]
+fn tag_at(place: u32) -> Option<&'static mut u16> {
+    let tags: *mut u16 = TAGS.get_ptr_mut(0)?.cast();
+    // SAFETY: this CPU's element, which nobody else touches while a classifier runs, and has so
+    // many tags.
+    unsafe { Some(&mut *tags.add((place % memo::PLACES) as usize)) }
+}
+
+#[inline(always)]
+fn refusal_at(place: u32) -> Option<&'static mut Refused> {
+    let row = REFUSALS.get_ptr_mut(place / memo::ROW)?;
+    let places: *mut Refused = row.cast();
+    // SAFETY: the row is this CPU's, which nobody else touches while a classifier runs, and has so
+    // many places.
+    unsafe { Some(&mut *places.add((place % memo::ROW) as usize)) }
+}
 
 impl Tables for Maps {
     type Entry = NonNull<Flow>;
 
     #[inline(always)]
     fn active(&self) -> Active {
-        let word = match ACTIVE.get_ptr(0) {
-            // SAFETY: a valid, aligned array element; volatile, because user space stores to it
-            // through a mapping and one packet must see one value.
-            Some(word) => unsafe { word.read_volatile() },
-            None => 0,
-        };
-        Active::from_word(word)
+        Active::from_word(self.word())
     }
 
     #[inline(always)]
@@ -203,12 +353,26 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn insert(&self, store: Store, key: &FlowKey, flow: &Flow) -> bool {
-        match store {
+        let inserted = match store {
             Store::Opening => OPENING.insert(key, flow, 0),
             Store::Established => ESTABLISHED.insert(key, flow, 0),
             Store::Surplus => SURPLUS.insert(key, flow, 0),
         }
-        .is_ok()
+        .is_ok();
+        // After it is there: whoever reads the new count finds the flow.
+        let place = memo::generation(memo::hash_of_key(key));
+        if let (Some(generation), Some(count)) =
+            (GENERATIONS.get_ptr_mut(place), WRITTEN.get_ptr_mut(0))
+        {
+            // SAFETY: the count is this CPU's element, which nobody else touches meanwhile; a
+            // whole word is stored to the other, so a reader sees an old value or a new one.
+            unsafe {
+                *count += 1;
+                let cpu = u64::from(bpf_get_smp_processor_id());
+                generation.write_volatile(*count << CPU_BITS | cpu);
+            }
+        }
+        inserted
     }
 
     #[inline(always)]
@@ -262,18 +426,18 @@ impl Tables for Maps {
         missed: bool,
     ) -> Verdict {
         // Which find the packet where it is.
-        let direction = direction as u32;
-        Verdict::from_code(match packet.tuple.what {
-            What::LaterFragment => acl_later_fragment(direction, now_ns),
-            What::Error => acl_related(direction, now_ns),
+        let way = direction as u32;
+        match packet.tuple.what {
+            What::LaterFragment => Verdict::from_code(acl_later_fragment(way, now_ns)),
+            What::Error => Verdict::from_code(acl_related(way, now_ns)),
             What::Segment
             | What::Datagram
             | What::SctpInit
             | What::SctpOther
             | What::Request
             | What::Reply
-            | What::OtherIcmp => acl_of_flow(direction, now_ns, u32::from(missed)),
-        })
+            | What::OtherIcmp => self.of_flow(direction, now_ns, missed),
+        }
     }
 
     #[inline(always)]
@@ -299,7 +463,7 @@ pub extern "C" fn acl_allows(key: *const FlowKey, initiator: u32, slot: u32) -> 
     // SAFETY: callers pass a whole key; the verifier checks that it is readable. Volatile, so that
     // it is copied: Linux 6.1 takes nothing of a caller's memory for the key of a map.
     let key = unsafe { key.read_volatile() };
-    verdict::allows_flow(&Maps, &key, initiator, slot).code()
+    verdict::allows_flow(&Maps::new(), &key, initiator, slot).code()
 }
 
 /// The packet at hand.
@@ -323,9 +487,13 @@ fn direction_of(number: u32) -> Direction {
 #[inline(never)]
 pub extern "C" fn acl_of_flow(direction: u32, now_ns: u64, missed: u32) -> u32 {
     match packet_at_hand() {
-        Some(packet) => {
-            verdict::of_flow(&Maps, packet, direction_of(direction), now_ns, missed != 0)
-        }
+        Some(packet) => verdict::of_flow(
+            &Maps::new(),
+            packet,
+            direction_of(direction),
+            now_ns,
+            missed != 0,
+        ),
         None => Verdict::deny(Reason::TableMissing),
     }
     .code()
@@ -336,7 +504,9 @@ pub extern "C" fn acl_of_flow(direction: u32, now_ns: u64, missed: u32) -> u32 {
 #[inline(never)]
 pub extern "C" fn acl_later_fragment(direction: u32, now_ns: u64) -> u32 {
     match packet_at_hand() {
-        Some(packet) => verdict::later_fragment(&Maps, packet, direction_of(direction), now_ns),
+        Some(packet) => {
+            verdict::later_fragment(&Maps::new(), packet, direction_of(direction), now_ns)
+        }
         None => Verdict::deny(Reason::TableMissing),
     }
     .code()
@@ -347,7 +517,7 @@ pub extern "C" fn acl_later_fragment(direction: u32, now_ns: u64) -> u32 {
 #[inline(never)]
 pub extern "C" fn acl_related(direction: u32, now_ns: u64) -> u32 {
     match packet_at_hand() {
-        Some(packet) => verdict::related(&Maps, packet, direction_of(direction), now_ns),
+        Some(packet) => verdict::related(&Maps::new(), packet, direction_of(direction), now_ns),
         None => Verdict::deny(Reason::TableMissing),
     }
     .code()
@@ -440,13 +610,14 @@ fn classify(ctx: &TcContext, direction: Direction) -> i32 {
     let now_ns = now_ns();
     let len = ctx.len();
     let bytes = InPlace { skb: ctx.skb.skb };
+    let maps = Maps::new();
     let (read, verdict) = match PACKET.get_ptr_mut(0) {
         Some(packet) => {
             // SAFETY: this CPU's element, which nobody else touches meanwhile.
             let packet = unsafe { &mut *packet };
             let read = parse(&bytes, packet);
             if read.passes() {
-                (true, decide(&Maps, packet, direction, now_ns))
+                (true, decide(&maps, packet, direction, now_ns))
             } else {
                 (false, read)
             }
@@ -457,13 +628,16 @@ fn classify(ctx: &TcContext, direction: Direction) -> i32 {
     if verdict.passes() {
         return TC_ACT_UNSPEC;
     }
-    acl_tell(
-        ctx.skb.skb,
-        verdict.code(),
-        direction as u32,
-        u32::from(read),
-        now_ns,
-    );
+    // What is remembered was told of when it was decided, if that was its turn.
+    if !maps.remembered.get() {
+        acl_tell(
+            ctx.skb.skb,
+            verdict.code(),
+            direction as u32,
+            u32::from(read),
+            now_ns,
+        );
+    }
     match direction {
         Direction::Ingress => TC_ACT_SHOT,
         Direction::Egress => answer::refuse(ctx.skb.skb, verdict),
@@ -508,7 +682,14 @@ pub extern "C" fn acl_tell(
     if !event::take(unsafe { &mut *allowance }, window) {
         return 0;
     }
-    let dropped = event::describe(&Maps, &ByCall { skb }, packet, verdict, direction, now_ns);
+    let dropped = event::describe(
+        &Maps::new(),
+        &ByCall { skb },
+        packet,
+        verdict,
+        direction,
+        now_ns,
+    );
     // Full where nobody reads. The reader looks by itself: nothing here wakes it.
     let _ = EVENTS.output(&dropped, u64::from(BPF_RB_NO_WAKEUP));
     1

@@ -241,7 +241,7 @@ impl Trial<'_> {
             Ok([ports]) if ports.first() == ports.last() => ports.first(),
             _ => return Err(format!("`{text}` must name one port")),
         };
-        let target = self.single_host(host)?;
+        let target = self.single_host(&host)?;
         let dsts = if is_self(&target) {
             Vec::new()
         } else {

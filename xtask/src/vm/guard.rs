@@ -18,18 +18,24 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use rustix::process::{Pid, Signal};
 
 use super::guest::Folder;
-use super::{DIED, Job, Machine, TIMED_OUT, host, qemu, uml};
+use super::{DIED, Job, Machine, SILENT, TIMED_OUT, host, qemu, uml};
 use crate::house;
 
 /// How much of the kernel's log is shown when a guest went wrong.
 const LOG_TAIL_BYTES: u64 = 6000;
+/// A QEMU guest beats every 5 s (`xtask/vm/run.sh`), and boots within 40 s on a busy machine. One
+/// that is silent for so long has a kernel or an emulator that hangs.
+const SILENCE: Duration = Duration::from_secs(120);
+/// How often the guard looks for beats.
+const LOOK: Duration = Duration::from_secs(1);
 
 #[derive(clap::Args)]
 pub struct LaunchArgs {
@@ -79,7 +85,7 @@ pub fn guard() -> anyhow::Result<u8> {
             .take()
             .map(|from| copy(from, std::io::stderr(), ends.clone())),
     ];
-    let end = watch(guest, &job, ends, &first);
+    let end = watch(guest, &job, &folder, ends, &first);
     // A UML kernel is a family of processes; however it ended, all of them go.
     let _ = rustix::process::kill_process_group(group, Signal::KILL);
     if !matches!(end, End::Abandoned) {
@@ -94,11 +100,19 @@ pub fn guard() -> anyhow::Result<u8> {
 enum End {
     Ended,
     TimedOut,
+    Silent,
     Abandoned,
 }
 
-/// Waits for the first of: the guest ends, its time is over, nobody waits for it.
-fn watch(mut guest: Child, job: &Job, ends: Sender<End>, first: &Receiver<End>) -> End {
+/// Waits for the first of: the guest ends, its time is over, its kernel is silent, nobody waits
+/// for it.
+fn watch(
+    mut guest: Child,
+    job: &Job,
+    folder: &Folder,
+    ends: Sender<End>,
+    first: &Receiver<End>,
+) -> End {
     let group = Pid::from_child(&guest);
     let abandoned = ends.clone();
     std::thread::spawn(move || {
@@ -110,12 +124,49 @@ fn watch(mut guest: Child, job: &Job, ends: Sender<End>, first: &Receiver<End>) 
         let _ = guest.wait();
         let _ = ends.send(End::Ended);
     });
-    let end = first.recv_timeout(job.timeout).unwrap_or(End::TimedOut);
+    let end = first_end(job, folder, first);
     if !matches!(end, End::Ended) {
         let _ = rustix::process::kill_process_group(group, Signal::KILL);
     }
     let _ = reaper.join();
     end
+}
+
+fn first_end(job: &Job, folder: &Folder, first: &Receiver<End>) -> End {
+    let start = Instant::now();
+    let mut pulse = Pulse {
+        beats: 0,
+        since: start,
+    };
+    loop {
+        match first.recv_timeout(LOOK) {
+            Ok(end) => return end,
+            Err(RecvTimeoutError::Disconnected) => return End::TimedOut,
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        let now = Instant::now();
+        if now - start >= job.timeout {
+            return End::TimedOut;
+        }
+        if job.beats() && pulse.is_lost(now, folder.beats()) {
+            return End::Silent;
+        }
+    }
+}
+
+/// Whether a guest that should beat still does.
+struct Pulse {
+    beats: u64,
+    since: Instant,
+}
+
+impl Pulse {
+    fn is_lost(&mut self, now: Instant, beats: u64) -> bool {
+        if beats != self.beats {
+            (self.beats, self.since) = (beats, now);
+        }
+        now - self.since >= SILENCE
+    }
 }
 
 fn conclude(end: &End, job: &Job, folder: &Folder) -> u8 {
@@ -126,6 +177,15 @@ fn conclude(end: &End, job: &Job, folder: &Folder) -> u8 {
             show_tail(&log);
             eprintln!("xtask vm: timed out after {} s", job.timeout.as_secs());
             TIMED_OUT
+        }
+        (End::Silent, _) => {
+            show_tail(&log);
+            eprintln!(
+                "xtask vm: the guest's kernel hung: it was silent for {} s; above is the end of \
+                 its log",
+                SILENCE.as_secs()
+            );
+            SILENT
         }
         (End::Ended, None) => {
             show_tail(&log);
@@ -323,5 +383,26 @@ impl Drop for Terminal {
         let now = rustix::termios::OptionalActions::Now;
         // The terminal may be gone; then it needs no mending.
         let _ = rustix::termios::tcsetattr(&self.file, now, &self.was);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_is_lost_when_it_is_silent_and_not_when_it_is_slow() {
+        let start = Instant::now();
+        let at = |seconds: u64| start + Duration::from_secs(seconds);
+        let mut pulse = Pulse {
+            beats: 0,
+            since: start,
+        };
+        assert!(!pulse.is_lost(at(119), 0), "it boots");
+        for beat in 1..10 {
+            assert!(!pulse.is_lost(at(119 * beat), beat));
+        }
+        assert!(!pulse.is_lost(at(119 * 9 + 119), 9));
+        assert!(pulse.is_lost(at(119 * 9 + 120), 9));
     }
 }

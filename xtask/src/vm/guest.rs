@@ -50,6 +50,11 @@ impl Folder {
             .ok()
     }
 
+    /// How often the guest said that it lives.
+    pub fn beats(&self) -> u64 {
+        fs::metadata(self.path.join("io/beat")).map_or(0, |file| file.len())
+    }
+
     fn write(&self, job: &Job) -> anyhow::Result<()> {
         fs::create_dir(self.path.join("io"))?;
         fs::write(self.path.join("io/rc"), "")?;

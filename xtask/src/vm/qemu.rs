@@ -130,13 +130,17 @@ pub fn argv(job: &Job, folder: &Folder) -> Vec<String> {
         add("-device virtconsole,chardev=tty,name=tty,nr=4");
     }
     let work = escaped(&folder.path);
+    if job.beats() {
+        add(&format!("-chardev file,id=beat,path={work}/io/beat"));
+        add("-device virtserialport,chardev=beat,name=beat,nr=5");
+    }
     let log = escaped(&folder.kernel_log());
     for (option, value) in [
         ("-chardev", format!("file,id=rc,path={work}/io/rc")),
         ("-serial", format!("file:{log}")),
         ("-kernel", image.display().to_string()),
         ("-initrd", initramfs.display().to_string()),
-        ("-append", kernel_words(job, &folder.path)),
+        ("-append", kernel_words(&folder.path)),
     ] {
         argv.extend([option.to_owned(), value]);
     }
@@ -164,10 +168,9 @@ fn shares(job: &Job, argv: &mut Vec<String>) {
     }
 }
 
-fn kernel_words(job: &Job, work: &Path) -> String {
-    let quiet = if job.verbose { "" } else { "quiet " };
+fn kernel_words(work: &Path) -> String {
     format!(
-        "console=ttyS0 {quiet}panic=-1 mitigations=off nokaslr audit=0 selinux=0 apparmor=0 \
+        "console=ttyS0 panic=-1 mitigations=off nokaslr audit=0 selinux=0 apparmor=0 \
          tsc=reliable no_timer_check cryptomgr.notests rcupdate.rcu_expedited=1 \
          random.trust_cpu=1 net.ifnames=0 VM_WORK={}",
         work.display()

@@ -119,6 +119,8 @@ pub(super) fn take_over(acl: &Acl, waiting: &mut Waiting) -> Result<(), AclError
         how,
     )?;
     copy_flows(acl, &waiting.former);
+    // What was refused for want of a flow may have one now.
+    acl.word.store(acl.active().revised());
     forget(&waiting.former);
     Ok(())
 }

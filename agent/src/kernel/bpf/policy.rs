@@ -6,7 +6,7 @@
 //! that is now idle; so nothing is put there before a grace period has passed ([`grace`]).
 //!
 //! *In place.* A change that only adds goes into the active slot, what is named before what names
-//! it. Entries there are never changed or removed: the kernel gives their memory to the next one
+//! it, and then the word gets its next revision: refusals that the programs remember end with it. Entries there are never changed or removed: the kernel gives their memory to the next one
 //! that is added, while a packet may still be reading it.
 
 use super::{ANY, Acl, AclError, MapKind, NEW, RawMap};
@@ -55,24 +55,29 @@ pub(super) struct Slot {
 }
 
 impl Slot {
+    /// The maps are filled side by side: the large ones take the time.
     fn filled(tables: &Tables) -> Result<Self, AclError> {
-        let prefixes = tables.prefixes.iter();
-        Ok(Self {
-            identities: filled(
-                maps::IDENTITIES,
-                MapKind::Hash,
-                pairs_of(&tables.identities),
-            )?,
-            prefixes: filled(
-                maps::PREFIXES,
-                MapKind::LpmTrie,
-                prefixes
-                    .map(|(key, value)| (TrieKey::from(*key), *value))
-                    .unzip(),
-            )?,
-            pairs: filled(maps::PAIRS, MapKind::Hash, pairs_of(&tables.pairs))?,
-            ports: filled(maps::PORTS, MapKind::Hash, pairs_of(&tables.ports))?,
-            pages: filled(maps::PAGES, MapKind::Hash, pairs_of(&tables.pages))?,
+        let Tables {
+            identities,
+            prefixes,
+            pairs,
+            ports,
+            pages,
+        } = tables;
+        std::thread::scope(|scope| {
+            let hash = MapKind::Hash;
+            let pairs = scope.spawn(move || filled(maps::PAIRS, hash, pairs_of(pairs)));
+            let ports = scope.spawn(move || filled(maps::PORTS, hash, pairs_of(ports)));
+            let pages = scope.spawn(move || filled(maps::PAGES, hash, pairs_of(pages)));
+            let trie = |(key, value): (&PrefixKey, &Identity)| (TrieKey::from(*key), *value);
+            let prefixes = prefixes.iter().map(trie).unzip();
+            Ok(Self {
+                identities: filled(maps::IDENTITIES, hash, pairs_of(identities))?,
+                prefixes: filled(maps::PREFIXES, MapKind::LpmTrie, prefixes)?,
+                pairs: joined(pairs)?,
+                ports: joined(ports)?,
+                pages: joined(pages)?,
+            })
         })
     }
 
@@ -116,6 +121,13 @@ impl Slot {
             let _ = writeln!(text, "page {key:?} {value:x?}");
         }
         Ok(())
+    }
+}
+
+fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
+    match thread.join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
     }
 }
 
@@ -187,6 +199,7 @@ pub(super) fn set(acl: &mut Acl, tables: &Tables, change: Option<&Change>) -> Re
 fn swap(acl: &mut Acl, tables: &Tables, narrows: bool) -> Result<(), AclError> {
     let active = acl.active();
     let next = Active {
+        revision: active.revised().revision,
         slot: if active.epoch == 0 {
             active.slot
         } else {
@@ -194,8 +207,12 @@ fn swap(acl: &mut Acl, tables: &Tables, narrows: bool) -> Result<(), AclError> {
         },
         epoch: raised(active.epoch, narrows),
     };
-    let slot = Slot::filled(tables)?;
-    grace(acl)?;
+    let slot = std::thread::scope(|scope| {
+        let waited = scope.spawn(|| grace(acl));
+        let slot = Slot::filled(tables);
+        joined(waited)?;
+        slot
+    })?;
     put_into(acl, &slot, next.slot)?;
     for (name, map) in maps::SLOTTED.iter().zip(slot.maps()) {
         let path = pin_path(&acl.layout, name, next.slot);
@@ -223,10 +240,7 @@ fn put_into(acl: &Acl, slot: &Slot, number: u32) -> Result<(), AclError> {
             scope.spawn(move || outer.put(&number, &inner.number(), ANY).map(|_| ()))
         });
         let writes: Vec<_> = writes.collect();
-        writes.into_iter().try_for_each(|write| match write.join() {
-            Ok(result) => result,
-            Err(panic) => std::panic::resume_unwind(panic),
-        })
+        writes.into_iter().try_for_each(joined)
     })
 }
 
@@ -257,6 +271,7 @@ fn apply(acl: &Acl, patch: &Patch) -> Result<bool, AclError> {
         slot.prefixes.put(&TrieKey::from(*key), identity, NEW)?;
     }
     put_each(&slot.identities, &patch.identities)?;
+    acl.word.store(active.revised());
     Ok(true)
 }
 

@@ -12,6 +12,7 @@ use crate::net::{Prefix, PrefixError};
 use jsonc_parser::ast;
 use jsonc_parser::common::Ranged;
 use serde_json::Value;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 const SECTIONS: &[&str] = &[
@@ -173,7 +174,7 @@ fn protocols(reader: &mut Reader<'_>, at: &Spanned<String>, text: &str) -> Optio
     parsed
 }
 
-/// `SELECTOR:PORTS`; an IPv6 address may stand in brackets.
+/// `SELECTOR:PORTS`; an IPv6 address may stand in brackets, with the length of a prefix behind.
 fn acl_destination(reader: &mut Reader<'_>, text: &Spanned<String>) -> Option<Destination> {
     let written = &text.value;
     let Some((target, ports)) = split_ports(written) else {
@@ -183,7 +184,7 @@ fn acl_destination(reader: &mut Reader<'_>, text: &Spanned<String>) -> Option<De
         return None;
     };
     let target = reader.target(&Spanned {
-        value: target.to_owned(),
+        value: target.into_owned(),
         span: text.span,
     });
     match parse_ports(ports) {
@@ -200,15 +201,17 @@ fn acl_destination(reader: &mut Reader<'_>, text: &Spanned<String>) -> Option<De
     }
 }
 
-/// Splits `SELECTOR:PORTS` at the last colon.
-pub(in super::super) fn split_ports(text: &str) -> Option<(&str, &str)> {
-    if let Some(rest) = text.strip_prefix('[')
-        && let Some((addr, ports)) = rest.split_once("]:")
+/// Splits `SELECTOR:PORTS` at the last colon, and takes brackets off: `[fd7a::]/48:22` is
+/// `fd7a::/48` and `22`.
+pub(in super::super) fn split_ports(text: &str) -> Option<(Cow<'_, str>, &str)> {
+    let (target, ports) = text.rsplit_once(':')?;
+    if let Some(rest) = target.strip_prefix('[')
+        && let Some((addr, length)) = rest.split_once(']')
+        && (length.is_empty() || length.starts_with('/'))
     {
-        return Some((addr, ports));
+        return Some((format!("{addr}{length}").into(), ports));
     }
-    text.rsplit_once(':')
-        .filter(|(target, _)| !target.is_empty())
+    (!target.is_empty()).then_some((target.into(), ports))
 }
 
 fn grant(reader: &mut Reader<'_>, value: &ast::Value<'_>, index: u32) -> Option<Access> {

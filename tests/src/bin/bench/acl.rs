@@ -57,6 +57,9 @@ pub struct Args {
     /// Turns in one round, of which the least counts
     #[arg(long, default_value_t = 8)]
     turns: usize,
+    /// Only contenders whose name has one of these in it, beside what is taken away from all
+    #[arg(long, value_name = "TEXT", value_delimiter = ',')]
+    only: Vec<String>,
     /// Write a plot here, as SVG
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
@@ -87,6 +90,8 @@ pub enum Case {
     Refused,
     /// Not allowed, to any of the peers.
     RefusedSpread,
+    /// Not allowed, to few peers, each from another port than the last.
+    RefusedNew,
 }
 
 impl Case {
@@ -98,11 +103,12 @@ impl Case {
             Self::New => "allowed, always new",
             Self::Refused => "refused, few peers",
             Self::RefusedSpread => "refused, any peer",
+            Self::RefusedNew => "refused, always new",
         }
     }
 
     fn allowed(self) -> bool {
-        !matches!(self, Self::Refused | Self::RefusedSpread)
+        !matches!(self, Self::Refused | Self::RefusedSpread | Self::RefusedNew)
     }
 
     /// The packets, for a policy of so many rules.
@@ -112,6 +118,7 @@ impl Case {
             Self::KnownMany => MANY_FLOWS,
             Self::Spread | Self::RefusedSpread => (rules, 1),
             Self::New => (FLOW_RULES, NEW_PORTS),
+            Self::RefusedNew => (HOT, NEW_PORTS),
         };
         Mix {
             peers,
@@ -145,6 +152,11 @@ pub fn run(args: &Args) -> anyhow::Result<Value> {
         let few = [report::NOBODY, report::WALL, report::WEIR, report::LINEAR];
         programme.retain(|(name, ..)| few.contains(name));
     }
+    if !args.only.is_empty() {
+        let base = [report::NOBODY, report::WALL];
+        let asked = |name: &str| args.only.iter().any(|text| name.contains(text));
+        programme.retain(|(name, ..)| base.contains(name) || asked(name));
+    }
     for (name, who, rules, cases) in programme {
         eprintln!("preparing: {name}, {rules} rules");
         let contender = prepare(name, who, rules, cases, contenders.len(), &mut lines)
@@ -163,7 +175,7 @@ pub fn run(args: &Args) -> anyhow::Result<Value> {
     });
     let table = Table::new(rows.collect());
     drop(contenders);
-    let applied = if args.quick || args.smoke {
+    let applied = if args.quick || args.smoke || !args.only.is_empty() {
         Vec::new()
     } else {
         apply::measure(&[10_000, 100_000])?
@@ -185,7 +197,7 @@ pub fn run(args: &Args) -> anyhow::Result<Value> {
 
 /// Who runs against whom, with how many rules, on which packets.
 fn programme(sizes: &[u32]) -> Vec<(&'static str, Who, u32, Vec<Case>)> {
-    use Case::{Known, KnownMany, New, Refused, RefusedSpread, Spread};
+    use Case::{Known, KnownMany, New, Refused, RefusedNew, RefusedSpread, Spread};
     let largest = sizes.last().copied().unwrap_or(HOT);
     let all = vec![Known, KnownMany, Spread, New];
     let mut programme = vec![
@@ -194,19 +206,20 @@ fn programme(sizes: &[u32]) -> Vec<(&'static str, Who, u32, Vec<Case>)> {
             report::WALL,
             Who::Wall,
             largest,
-            vec![Refused, RefusedSpread],
+            vec![Refused, RefusedSpread, RefusedNew],
         ),
+        (report::EMPTY, Who::Empty(true), largest, vec![Known]),
+        (report::EMPTY, Who::Empty(false), largest, vec![Refused]),
     ];
     for &rules in sizes {
         let set = Who::Nftables(Hook::Device, Form::Set);
-        let cases = vec![Known, Spread, Refused, RefusedSpread];
+        let mut cases = vec![Known, Refused, RefusedSpread];
+        if rules == FLOW_RULES {
+            cases.push(RefusedNew);
+        }
+        programme.push((report::WEIR, Who::Weir, rules, cases.clone()));
+        cases.push(Spread);
         programme.push((report::SET, set, rules, cases));
-        programme.push((
-            report::WEIR,
-            Who::Weir,
-            rules,
-            vec![Known, Refused, RefusedSpread],
-        ));
     }
     programme.push((
         report::WEIR_FLOWS,
@@ -227,7 +240,7 @@ fn programme(sizes: &[u32]) -> Vec<(&'static str, Who, u32, Vec<Case>)> {
         report::CONNTRACK_NEW,
         tracked,
         FLOW_RULES,
-        vec![New, Refused],
+        vec![New, Refused, RefusedNew],
     ));
     for rules in LINEAR {
         let linear = Who::Nftables(Hook::Device, Form::Linear);

@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use anyhow::{Context, ensure};
+use aya::Ebpf;
 use ebpf::abi::Direction;
 use engine::acl::Acl as Lowered;
 use tests::packet;
@@ -23,6 +24,8 @@ pub enum Who {
     Nobody,
     /// An empty chain that drops: what the way to that point costs.
     Wall,
+    /// A program where weir's is, which decides nothing: passes all, or drops all.
+    Empty(bool),
     /// weir's programs.
     Weir,
     /// A chain of nftables.
@@ -42,6 +45,8 @@ pub struct Contender {
     /// Where it decides.
     pub ground: Ground,
     weir: Option<Weir>,
+    /// Attached as long as it is held.
+    _empty: Option<Ebpf>,
 }
 
 impl Contender {
@@ -54,9 +59,11 @@ impl Contender {
             rules,
             ground,
             weir: None,
+            _empty: None,
         };
         match who {
             Who::Nobody => {}
+            Who::Empty(passes) => made._empty = Some(made.ground.empty(passes)?),
             Who::Wall => made.load(Hook::Device, Form::Nothing, false)?,
             // What only tracks needs rules at first, to let flows begin.
             Who::Nftables(Hook::Tracked, form) => {
@@ -92,7 +99,7 @@ impl Contender {
     pub fn ready(&self) -> anyhow::Result<()> {
         match self.who {
             Who::Nftables(hook, form) => self.load(hook, form, false),
-            Who::Nobody | Who::Wall | Who::Weir | Who::Iptables(_) => Ok(()),
+            Who::Nobody | Who::Wall | Who::Empty(_) | Who::Weir | Who::Iptables(_) => Ok(()),
         }
     }
 
@@ -152,7 +159,7 @@ impl Contender {
     /// Packets that it let pass so far; `None` if it does not count.
     fn passed(&mut self) -> anyhow::Result<Option<u64>> {
         match self.who {
-            Who::Nobody | Who::Wall => Ok(None),
+            Who::Nobody | Who::Wall | Who::Empty(_) => Ok(None),
             Who::Weir => {
                 let acl = self.weir.as_mut().context("no programs")?.acl()?;
                 let counters = acl.counters()?.into_iter();

@@ -90,7 +90,7 @@ pub struct Frames {
 impl Frames {
     /// Assembles and loads it.
     pub fn of(mix: &Mix) -> anyhow::Result<Self> {
-        let object = object(&program(mix));
+        let object = object(SECTION, NAME, &program(mix));
         let mut loaded = EbpfLoader::new().btf(None).load(&object)?;
         let program = loaded.program_mut(NAME).context("no program")?;
         let program: &mut Xdp = program.try_into()?;
@@ -148,6 +148,8 @@ fn template() -> Vec<u8> {
 
 const TTL: u8 = 64;
 const UDP: u8 = 17;
+/// aya's word for programs at XDP.
+const SECTION: &str = "xdp";
 const NAME: &str = "frames";
 
 /// The IPv4 checksum of every frame: the program keeps the sum of identification and peer address
@@ -294,15 +296,32 @@ fn stores(mix: &Mix) -> Vec<[u8; 8]> {
     code
 }
 
-/// The program as an object file (ELF64, EM_BPF): section `xdp` with one function, a licence, and
-/// the symbol that names the function.
-fn object(program: &[u8]) -> Vec<u8> {
+/// What the floor of the programs at tc is called.
+pub const EMPTY: &str = "empty";
+
+/// The shortest program for tc: this action, whatever the packet.
+pub fn empty(action: i32) -> Vec<u8> {
+    let code = [
+        instruction(op::MOV, 0, 0, 0, action),
+        instruction(op::EXIT, 0, 0, 0, 0),
+    ];
+    object("classifier", EMPTY, &code.concat())
+}
+
+/// A program as an object file (ELF64, EM_BPF): a section with one function, a licence, and the
+/// symbol that names the function.
+fn object(section: &str, name: &str, program: &[u8]) -> Vec<u8> {
     const HEADER: usize = 64;
     const LICENSE: &[u8] = b"Dual MIT/GPL\0";
-    let names = b"\0xdp\0license\0.symtab\0.strtab\0frames\0";
-    let (xdp, license, symtab, strtab, frames) = (1_u32, 5_u32, 13_u32, 21_u32, 29_u32);
+    let mut names = vec![0];
+    let [section, license, symtab, strtab, function] =
+        [section, "license", ".symtab", ".strtab", name].map(|name| {
+            let at = names.len() as u32;
+            names.extend(name.bytes().chain([0]));
+            at
+        });
     let mut symbols = vec![0; 24];
-    symbols.extend(frames.to_le_bytes());
+    symbols.extend(function.to_le_bytes());
     // Global function, default visibility, section 1.
     symbols.extend([0x12, 0, 1, 0]);
     symbols.extend(0_u64.to_le_bytes());
@@ -310,10 +329,10 @@ fn object(program: &[u8]) -> Vec<u8> {
     // name, type, flags, content, link, info, alignment, entry size
     type Section<'a> = (u32, u32, u64, &'a [u8], u32, u32, u64, u64);
     let sections: [Section<'_>; 4] = [
-        (xdp, 1, 6, program, 0, 0, 8, 0),
+        (section, 1, 6, program, 0, 0, 8, 0),
         (license, 1, 3, LICENSE, 0, 0, 1, 0),
         (symtab, 2, 0, &symbols, 4, 1, 8, 24),
-        (strtab, 3, 0, names, 0, 0, 1, 0),
+        (strtab, 3, 0, &names, 0, 0, 1, 0),
     ];
     let mut content = Vec::new();
     let mut table = vec![0; 64];

@@ -19,16 +19,22 @@ use std::time::Duration;
 
 use agent::kernel::bpf::{Acl, Options, detach_and_unpin};
 use anyhow::Context;
+use aya::programs::{SchedClassifier, TcAttachType};
+use aya::{Ebpf, EbpfLoader};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 use tests::process::{self, Output};
 
-use super::frames::DEVICE_MAC;
+use super::frames::{self, DEVICE_MAC};
 use super::rules::OUT;
 
 /// Where frames come in.
 const IN: &str = "in0";
 /// 100,000 rules, one after the other, are slow to load.
 const COMMAND_BOUND: Duration = Duration::from_secs(300);
+
+/// As tc's programs say it (include/uapi/linux/pkt_cls.h).
+const TC_ACT_UNSPEC: i32 = -1;
+const TC_ACT_SHOT: i32 = 2;
 
 /// Numbers the folders for pins.
 static NEXT: AtomicU32 = AtomicU32::new(0);
@@ -115,6 +121,18 @@ impl Ground {
             let ended = scope.spawn(inside).join();
             ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
+    }
+
+    /// A program on the device that lets everything pass, or nothing: what being asked costs.
+    pub fn empty(&self, passes: bool) -> anyhow::Result<Ebpf> {
+        self.enter()?;
+        let action = if passes { TC_ACT_UNSPEC } else { TC_ACT_SHOT };
+        let mut loaded = EbpfLoader::new().btf(None).load(&frames::empty(action))?;
+        let program = loaded.program_mut(frames::EMPTY).context("no program")?;
+        let program: &mut SchedClassifier = program.try_into()?;
+        program.load()?;
+        program.attach(OUT, TcAttachType::Egress)?;
+        Ok(loaded)
     }
 
     /// weir's programs on the device, without a policy yet. This thread must be here.

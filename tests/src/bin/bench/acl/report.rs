@@ -9,6 +9,8 @@ use super::{Case, FLOW_RULES};
 pub const NOBODY: &str = "nothing attached";
 /// An empty chain drops.
 pub const WALL: &str = "bare drop";
+/// A program that decides nothing, where weir's is.
+pub const EMPTY: &str = "empty program";
 /// weir's programs.
 pub const WEIR: &str = "weir";
 /// weir's programs with a large flow table.
@@ -224,6 +226,7 @@ impl Found<'_> {
             (Case::KnownMany, WEIR_FLOWS, CONNTRACK, 0.5),
             (Case::New, WEIR_NEW, CONNTRACK_NEW, 0.7),
             (Case::Refused, WEIR, CONNTRACK_NEW, 1.0),
+            (Case::RefusedNew, WEIR, CONNTRACK_NEW, 1.0),
         ] {
             let what = format!("weir / nf_conntrack, {}", case.name());
             self.add(what, row(ours, case), row(theirs, case), limit);
