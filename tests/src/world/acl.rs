@@ -63,6 +63,7 @@ impl ebpf::verdict::Tables for Acl {
         Active {
             epoch: self.epoch.get(),
             slot: 0,
+            revision: 0,
         }
     }
 
