@@ -39,7 +39,7 @@ pub fn relay_addr(index: usize) -> IpAddr {
 
 /// Who belongs to whom.
 fn owner(id: NodeId) -> &'static str {
-    USERS[usize::from(id.0 % 2 == 0)]
+    USERS[usize::from(id.0.is_multiple_of(2))]
 }
 
 /// What of the real coordinator a world needs.
