@@ -763,7 +763,11 @@ impl Engine {
             tunnelled: routes.copied().chain([network.v4, network.v6]).collect(),
         };
         let peers = netmap.peers().values();
-        let homes = peers.clone().map(|peer| (peer.key, peer.home));
+        // Who has not said yet where its home is most likely has the same as we.
+        let first = network.relays.keys().next().copied();
+        let guess = self.relays.home().or(first);
+        let home = |peer: &Peer| peer.home.or(guess.filter(|_| peer.disco.is_some()));
+        let homes = peers.clone().map(|peer| (peer.key, home(peer)));
         self.relays.set(&network.relays, homes);
         self.paths.refresh(now, peers, ground, &self.relays);
         self.refresh_relays(now);
