@@ -6,7 +6,8 @@
 //! that is now idle; so nothing is put there before a grace period has passed ([`grace`]).
 //!
 //! *In place.* A change that only adds goes into the active slot, what is named before what names
-//! it, and then the word gets its next revision: refusals that the programs remember end with it. Entries there are never changed or removed: the kernel gives their memory to the next one
+//! it, and then the word gets its next revision: refusals that the programs remember end with it.
+//! Entries there are never changed or removed: the kernel gives their memory to the next one
 //! that is added, while a packet may still be reading it.
 
 use super::{ANY, Acl, AclError, MapKind, NEW, RawMap};
