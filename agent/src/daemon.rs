@@ -27,14 +27,15 @@ mod settings;
 
 use crate::config::Config;
 use crate::control;
-use crate::identity::{Identity, IdentityError};
+use crate::identity::{Identity, IdentityError, Seals};
 use crate::kernel::{self, Job, OpenError};
 use crate::local::{BindError, Call, Refused, RefusedCode, Request, Response, Server};
 use crate::port;
 use crate::portmap;
+use crate::relay;
 use crate::state::{Settings, StateDir, StateError};
 use engine::status::Failure;
-use engine::{DEFAULT_MTU, Engine, Input, Output, RelayEvent, Router};
+use engine::{DEFAULT_MTU, Engine, Input, Output, Router};
 use guard::Guard;
 use join::Link;
 use monitor::{Look, Monitor};
@@ -94,6 +95,8 @@ pub enum DaemonError {
 /// Something that woke the loop.
 enum Event {
     Input(Input),
+    Port(port::Event),
+    Relay(RegionId, relay::Event),
     Control(control::Event),
     Call(Call),
     /// What the programs told of dropped packets, while somebody follows.
@@ -143,6 +146,7 @@ struct Daemon {
     netmaps: watch::Sender<Option<Arc<Netmap>>>,
     /// To the sockets beside WireGuard's; or why there are none.
     port: Port,
+    seals: Seals,
     relayed: Relayed,
     /// The router that is asked for a port.
     routers: watch::Sender<Option<Router>>,
@@ -157,7 +161,7 @@ struct Sources {
     calls: mpsc::Receiver<Call>,
     inputs: mpsc::Receiver<Input>,
     control: mpsc::Receiver<control::Event>,
-    relays: mpsc::Receiver<(RegionId, RelayEvent)>,
+    relays: mpsc::Receiver<(RegionId, relay::Event)>,
     port: mpsc::Receiver<port::Event>,
     looks: mpsc::Receiver<Look>,
     kept: mpsc::Receiver<Result<(), StateError>>,
@@ -175,10 +179,8 @@ impl Sources {
             Some(event) = self.control.recv() => Event::Control(event),
             Some(call) = self.calls.recv() => Event::Call(call),
             Some(look) = self.looks.recv() => Event::Looked(look),
-            Some(event) = self.port.recv() => Event::Input(paths::seen(event)),
-            Some((region, event)) = self.relays.recv() => {
-                Event::Input(Input::Relay(region, event))
-            }
+            Some(event) = self.port.recv() => Event::Port(event),
+            Some((region, event)) = self.relays.recv() => Event::Relay(region, event),
             Some(result) = self.kept.recv() => Event::Kept(result),
             () = tick(&mut self.watchdog) => Event::Tick,
             _ = self.terminate.recv() => Event::Stop,
@@ -237,6 +239,7 @@ async fn assemble(
     let (kept_in, kept) = mpsc::channel(QUEUE);
     let (looks_in, looks) = mpsc::channel(QUEUE);
     let (relays_in, relays) = mpsc::channel(QUEUE);
+    let seals = Seals::new(Arc::clone(&identity.borrow()));
     let relayed = Relayed::new(&config, &identity.borrow(), relays_in);
     let (port, port_events) = paths::share_port(&config);
     let signals = |_| DaemonError::System { what: "signals" };
@@ -256,6 +259,7 @@ async fn assemble(
     let daemon = Daemon {
         engine,
         netmaps: spawn_keeper(state.clone(), kept_in),
+        seals,
         state,
         settings: Settings::default(),
         trouble: Vec::new(),
@@ -329,6 +333,8 @@ impl Daemon {
                 }
                 self.engine.handle(Instant::now(), input);
             }
+            Event::Port(event) => self.seen(event),
+            Event::Relay(region, event) => self.told_by(region, event),
             Event::Control(event) => self.handle_control(event),
             Event::Call(call) => self.handle_call(call),
             Event::Looked(look) => self.looked(look),
@@ -367,7 +373,7 @@ impl Daemon {
                 }
                 Output::Resolve(names) => self.resolve(names),
                 Output::Ask(servers) => self.ask_servers(&servers),
-                Output::Transmit { via, bytes } => self.transmit(via, bytes),
+                Output::Transmit { via, to, message } => self.transmit(via, to, &message),
                 Output::Relays(table) => self.set_relays(&table),
                 Output::Router(router) => {
                     self.routers.send_replace(router);
@@ -561,6 +567,7 @@ impl Daemon {
         let identity = Arc::new(Identity::fresh(&self.config.state_dir)?);
         self.identity.send_replace(Arc::clone(&identity));
         self.relayed.change_identity(&identity);
+        self.seals = Seals::new(Arc::clone(&identity));
         self.engine = new_engine(&self.config, &identity, self.relayed.shim_port())?;
         self.switch_answers();
         Ok(())
@@ -603,7 +610,7 @@ fn new_engine(config: &Config, identity: &Identity, shim_port: u16) -> Result<En
     };
     let mut seed = [0; 32];
     getrandom::fill(&mut seed).map_err(|_| DaemonError::System { what: "randomness" })?;
-    let disco = identity.disco_secret();
+    let disco = identity.disco_key();
     Ok(Engine::new(config, identity.node_key(), disco, seed))
 }
 

@@ -10,12 +10,16 @@
 //! because a new identity is a new node and whoever runs this machine must want that.
 
 mod file;
+mod seals;
 
 pub use file::FileError;
+pub use seals::Seals;
 
 use proto::control::{EXPORTER_BYTES, KeyProof, ProofContext, prove_node_key};
 use proto::derp::LoginBox;
-use proto::key::{ChallengeKey, DiscoSecret, KEY_BYTES, MachineId, NodeKey, NodeSecret, RelayKey};
+use proto::key::{
+    ChallengeKey, DiscoKey, DiscoSecret, KEY_BYTES, MachineId, NodeKey, NodeSecret, RelayKey,
+};
 use ring::hmac;
 use rustls::crypto::ring::sign::any_ecdsa_type;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -128,10 +132,15 @@ impl Identity {
         self.node.public()
     }
 
-    /// The secret that probes of paths are sealed with, derived from the WireGuard key: the same
-    /// after every start, so that peers need nobody to tell them of a new one.
+    /// The key that probes of paths are sealed with: the same after every start, so that peers need
+    /// nobody to tell them of a new one.
     #[must_use]
-    pub fn disco_secret(&self) -> DiscoSecret {
+    pub fn disco_key(&self) -> DiscoKey {
+        self.disco_secret().public()
+    }
+
+    /// Derived from the WireGuard key. Whoever needs it gets [`Seals`].
+    fn disco_secret(&self) -> DiscoSecret {
         let key = hmac::Key::new(hmac::HMAC_SHA256, self.node.expose());
         let mut derived = Zeroizing::new([0; KEY_BYTES]);
         derived.copy_from_slice(hmac::sign(&key, DISCO_LABEL).as_ref());

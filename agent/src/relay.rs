@@ -59,6 +59,20 @@ pub type Pinned = Arc<dyn Fn(Fingerprint) -> rustls::ClientConfig + Send + Sync>
 /// Takes what peers sent, and says whose packets were the first of their kind.
 pub type Deliver = Arc<dyn Fn(&[Packet]) -> Vec<NodeKey> + Send + Sync>;
 
+/// What is told of a region's connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// As the engine is to know it.
+    Said(RelayEvent),
+    /// A discovery packet came by it, sealed as it came.
+    Disco {
+        /// Who sent it, in the relay's words.
+        from: NodeKey,
+        /// All of it.
+        bytes: Vec<u8>,
+    },
+}
+
 /// What every connection needs.
 #[derive(Clone)]
 pub struct Config {
@@ -71,7 +85,7 @@ pub struct Config {
     /// See [`Deliver`].
     pub deliver: Deliver,
     /// Where events go.
-    pub events: mpsc::Sender<(RegionId, RelayEvent)>,
+    pub events: mpsc::Sender<(RegionId, Event)>,
 }
 
 /// All connections to relays. They end when it is dropped.
@@ -249,12 +263,12 @@ impl Link {
     }
 
     async fn tell(&self, event: RelayEvent) -> Result<(), Gone> {
-        let event = (self.id, event);
+        let event = (self.id, Event::Said(event));
         self.config.events.send(event).await.map_err(|_| Gone)
     }
 
     /// Tells what may be lost when the daemon is behind.
-    fn mention(&self, event: RelayEvent) {
+    fn mention(&self, event: Event) {
         let _ = self.config.events.try_send((self.id, event));
     }
 }

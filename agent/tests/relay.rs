@@ -1,7 +1,7 @@
 //! Connections to real relays, without a kernel: what comes through, and what a lost one costs.
 
 use agent::control::tls_to;
-use agent::relay::{Config, Outboxes, Packet, Relays};
+use agent::relay::{Config, Event, Outboxes, Packet, Relays};
 use bytes::Bytes;
 use engine::RelayEvent;
 use proto::derp::{DISCO_MAGIC, DISCO_MIN_BYTES, LoginBox};
@@ -67,7 +67,7 @@ struct Node {
     key: NodeKey,
     relays: Relays,
     outboxes: Outboxes,
-    events: mpsc::Receiver<(RegionId, RelayEvent)>,
+    events: mpsc::Receiver<(RegionId, Event)>,
     data: mpsc::UnboundedReceiver<Packet>,
 }
 
@@ -108,10 +108,17 @@ impl Node {
 
     /// The next event that is no latency.
     async fn event(&mut self) -> RelayEvent {
+        match self.any_event().await {
+            Event::Said(event) => event,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn any_event(&mut self) -> Event {
         loop {
             let event = timeout(PATIENCE, self.events.recv()).await;
             match event.expect("an event").expect("an open channel") {
-                (HERE, RelayEvent::Latency(latency)) => assert!(latency < PATIENCE),
+                (HERE, Event::Said(RelayEvent::Latency(latency))) => assert!(latency < PATIENCE),
                 (HERE, event) => return event,
                 other => panic!("{other:?}"),
             }
@@ -154,11 +161,11 @@ async fn data_and_discovery_pass_with_tls_and_without() {
         disco.resize(DISCO_MIN_BYTES + 5, 3);
         a.relays.send(HERE, b.key, disco.clone());
         loop {
-            match b.event().await {
-                RelayEvent::Data { .. } => {}
+            match b.any_event().await {
+                Event::Said(RelayEvent::Data { .. }) => {}
                 event => {
                     let bytes = disco;
-                    break assert_eq!(event, RelayEvent::Disco { from, bytes });
+                    break assert_eq!(event, Event::Disco { from, bytes });
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! [`Dice`]: nonces and transaction ids out of the seed that the engine was given.
+//! [`Dice`]: transaction ids out of the seed that the engine was given.
 
 use sha2::{Digest, Sha256};
 

@@ -26,7 +26,7 @@ use crate::{Config, Input, LinkAddr, Links, Output, RelayEvent, Router, Via};
 use proto::control::Report;
 use proto::filter::Filter;
 use proto::id::RegionId;
-use proto::key::{DiscoSecret, NodeKey};
+use proto::key::{DiscoKey, NodeKey};
 use proto::net::Prefix;
 use proto::netmap::{MAX_ENDPOINTS_PER_NODE, Netmap, Peer, Region, Update};
 use std::borrow::Cow;
@@ -96,9 +96,9 @@ pub struct Engine {
 
 impl Engine {
     /// An engine that knows nothing yet of network and kernel. `me` is the node's public key, `disco`
-    /// its secret for discovery, `seed` new random bytes of each start.
+    /// its key for discovery, `seed` new random bytes of each start.
     #[must_use]
-    pub fn new(config: Config, me: NodeKey, disco: DiscoSecret, seed: [u8; 32]) -> Self {
+    pub fn new(config: Config, me: NodeKey, disco: DiscoKey, seed: [u8; 32]) -> Self {
         Self {
             paths: Paths::new(me, disco, seed),
             relays: Relays::new(config.shim_port),
@@ -166,9 +166,13 @@ impl Engine {
             Input::Failed(failure) => self.handle_failed(now, failure),
             Input::Resolved(servers) => self.netcheck.resolved(now, servers),
             Input::Mapped { server, addr } => self.handle_mapped(now, server, addr),
-            Input::Disco { from, bytes } => {
-                self.paths
-                    .receive(now, Via::Direct(from), &bytes, &self.relays);
+            Input::Disco {
+                from,
+                sender,
+                message,
+            } => {
+                let via = Via::Direct(from);
+                self.paths.receive(now, via, sender, message, &self.relays);
             }
             Input::Relay(region, event) => self.handle_relay(now, region, event),
             Input::PortMapped(addr) => self.handle_port(now, addr),
@@ -212,8 +216,8 @@ impl Engine {
         if self.paths.take_look() {
             self.observe_at = Some(now);
         }
-        let (via, bytes) = transmit?;
-        Some(Output::Transmit { via, bytes })
+        let (via, to, message) = transmit?;
+        Some(Output::Transmit { via, to, message })
     }
 
     /// What the kernel is to be asked or told now.
@@ -277,6 +281,12 @@ impl Engine {
             disco: Some(self.paths.disco_key()),
             home: self.relays.home(),
         }
+    }
+
+    /// Whether a peer has this key for discovery. What others sealed says nothing to us.
+    #[must_use]
+    pub fn knows(&self, disco: &DiscoKey) -> bool {
+        self.paths.knows(disco)
     }
 
     /// What is known of this node's NAT.
@@ -556,9 +566,14 @@ impl Engine {
 
     fn handle_relay(&mut self, now: Instant, region: RegionId, event: RelayEvent) {
         let changed = self.relays.handle(now, region, &event);
-        if let RelayEvent::Disco { from, bytes } = event {
+        if let RelayEvent::Disco {
+            from,
+            sender,
+            message,
+        } = event
+        {
             let via = Via::Relay(region, from);
-            self.paths.receive(now, via, &bytes, &self.relays);
+            self.paths.receive(now, via, sender, message, &self.relays);
         } else if let RelayEvent::Data { from } = event {
             self.paths.relayed(now, from);
             self.relays_at = self.relays_at.into_iter().chain(self.relays.again()).min();

@@ -13,8 +13,8 @@
 //!     shim_port: 51821,
 //!     mtu: engine::DEFAULT_MTU,
 //! };
-//! let disco = proto::key::DiscoSecret::from_bytes([8; 32]);
-//! let mut engine = Engine::new(config, proto::key::NodeKey([7; 32]), disco, [9; 32]);
+//! let me = (proto::key::NodeKey([7; 32]), proto::key::DiscoKey([8; 32]));
+//! let mut engine = Engine::new(config, me.0, me.1, [9; 32]);
 //! let now = Instant::now();
 //! engine.handle(now, Input::Up(true));
 //! let deadline = loop {
@@ -39,8 +39,9 @@
 //!
 //! The machines do not know each other; they meet through values in [`Engine`].
 //!
-//! All that must not be guessed or used twice (nonces, transaction ids) is drawn from a seed that
-//! is passed at the start, so a run with the same seed and inputs is the same run.
+//! What must not be guessed (transaction ids) is drawn from a seed that is passed at the start, so a
+//! run with the same seed and inputs is the same run. No secret key comes in here: discovery is
+//! opened and sealed by whoever drives the engine.
 #![forbid(unsafe_code)]
 
 pub mod acl;
@@ -62,8 +63,9 @@ pub use relays::{RelayTable, RelayedPeer};
 
 use plan::{LiveRoute, Observed, Step};
 use proto::control::Report;
+use proto::disco::Message;
 use proto::id::RegionId;
-use proto::key::NodeKey;
+use proto::key::{DiscoKey, NodeKey};
 use proto::net::Prefix;
 use proto::netmap::{Netmap, Update};
 use status::Failure;
@@ -123,12 +125,14 @@ pub enum Input {
         /// What it sees.
         addr: SocketAddr,
     },
-    /// A discovery packet came to the UDP port of WireGuard.
+    /// A discovery packet came to the UDP port of WireGuard, and its box opened.
     Disco {
         /// Where it came from.
         from: SocketAddr,
-        /// All of it.
-        bytes: Vec<u8>,
+        /// Whose box it is.
+        sender: DiscoKey,
+        /// What it says.
+        message: Message,
     },
     /// Something happened at the connection to a region's relay.
     Relay(RegionId, RelayEvent),
@@ -149,12 +153,14 @@ pub enum RelayEvent {
     Latency(Duration),
     /// The relay does not have this node, for which something was sent.
     PeerGone(NodeKey),
-    /// A discovery packet came by it.
+    /// A discovery packet came by it, and its box opened.
     Disco {
         /// Who sent it, in the relay's words.
         from: NodeKey,
-        /// All of it.
-        bytes: Vec<u8>,
+        /// Whose box it is.
+        sender: DiscoKey,
+        /// What it says.
+        message: Message,
     },
     /// Packets of this peer come by it: said once after each [`Output::Relays`], and again every
     /// few seconds while they do.
@@ -183,12 +189,14 @@ pub enum Output {
     /// Ask these STUN servers, from the UDP port of WireGuard, how they see it. Each answer is an
     /// [`Input::Mapped`]; there may be none.
     Ask(BTreeSet<SocketAddr>),
-    /// Send this discovery packet.
+    /// Seal this message of discovery, and send it.
     Transmit {
         /// Which way.
         via: Via,
-        /// All of it.
-        bytes: Vec<u8>,
+        /// Who alone can open it.
+        to: DiscoKey,
+        /// What to say.
+        message: Message,
     },
     /// These relays are to be connected to, and relayed packets go by these rules from now on.
     Relays(Arc<RelayTable>),

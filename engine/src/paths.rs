@@ -1,9 +1,8 @@
-//! [`Paths`]: the paths of all peers, and what they say to each other: seals and opens discovery
-//! packets, wakes each path in time, and keeps all of them together within one budget.
+//! [`Paths`]: the paths of all peers, and what they say to each other: wakes each path in time, and
+//! keeps all of them together within one budget.
 //!
-//! What a packet says of its sender is believed as far as its box proves it: the disco key that
-//! opened it belongs to one peer of the netmap, and to that peer's path alone it goes. Packets that
-//! nobody's box opens cost an agreement of keys at most once for each peer, and change nothing.
+//! What a message says of its sender is believed as far as its box proved it: the disco key that
+//! opened it belongs to one peer of the netmap, and to that peer's path alone it goes.
 
 use crate::Via;
 use crate::dice::Dice;
@@ -11,8 +10,8 @@ use crate::path::probe::{Budget, MAX_TRANSMITS};
 use crate::path::{Errand, Path, Surroundings};
 use crate::plan::{PeerState, Stats};
 use crate::relays::{Relays, is_loopback};
-use proto::disco::{self, DiscoBox, Message, TxId};
-use proto::key::{DiscoKey, DiscoSecret, NodeKey};
+use proto::disco::{Message, TxId};
+use proto::key::{DiscoKey, NodeKey};
 use proto::netmap::Peer;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
@@ -27,7 +26,7 @@ const MAX_ANSWERS: u32 = 50;
 /// All peers' paths.
 pub(crate) struct Paths {
     me: NodeKey,
-    secret: DiscoSecret,
+    disco: DiscoKey,
     dice: Dice,
     all: BTreeMap<NodeKey, Entry>,
     by_disco: BTreeMap<DiscoKey, NodeKey>,
@@ -37,26 +36,27 @@ pub(crate) struct Paths {
     ground: Surroundings,
     /// Where we can be reached, for calls.
     endpoints: Vec<SocketAddr>,
-    outbox: VecDeque<(Via, Vec<u8>)>,
+    outbox: VecDeque<Sent>,
     /// Whether what is wanted of kernel or relays may have changed.
     moved: bool,
     look: bool,
 }
 
+/// Which way, for whom, what.
+type Sent = (Via, DiscoKey, Message);
+
 struct Entry {
     path: Path,
     disco: Option<DiscoKey>,
-    /// Made when it is first needed: an agreement of keys takes its time.
-    seal: Option<DiscoBox>,
     timer: Option<Instant>,
     answers: Budget,
 }
 
 impl Paths {
-    pub(crate) fn new(me: NodeKey, secret: DiscoSecret, seed: [u8; 32]) -> Self {
+    pub(crate) fn new(me: NodeKey, disco: DiscoKey, seed: [u8; 32]) -> Self {
         Self {
             me,
-            secret,
+            disco,
             dice: Dice::new(seed),
             all: BTreeMap::new(),
             by_disco: BTreeMap::new(),
@@ -71,7 +71,11 @@ impl Paths {
     }
 
     pub(crate) fn disco_key(&self) -> DiscoKey {
-        self.secret.public()
+        self.disco
+    }
+
+    pub(crate) fn knows(&self, disco: &DiscoKey) -> bool {
+        self.by_disco.contains_key(disco)
     }
 
     pub(crate) fn get(&self, key: &NodeKey) -> Option<&Path> {
@@ -135,7 +139,7 @@ impl Paths {
                         news.push(peer.key);
                     }
                     if entry.disco != peer.disco {
-                        (entry.disco, entry.seal) = (peer.disco, None);
+                        entry.disco = peer.disco;
                         entry.path.set_probes(peer.disco.is_some());
                     }
                     entry.path.set_relay(now, relay);
@@ -147,7 +151,6 @@ impl Paths {
                     Entry {
                         path: Path::new(probes, yields, &candidates, relay),
                         disco: peer.disco,
-                        seal: None,
                         timer: None,
                         answers: Budget::default(),
                     }
@@ -244,10 +247,16 @@ impl Paths {
         self.touch(now, from, |path| path.relayed(now));
     }
 
-    /// A discovery packet came.
-    pub(crate) fn receive(&mut self, now: Instant, from: Via, bytes: &[u8], relays: &Relays) {
-        let Some((key, message)) = self.open(bytes) else {
-            tracing::debug!("a discovery packet of nobody is dropped");
+    /// A discovery packet came, and the sender's box opened.
+    pub(crate) fn receive(
+        &mut self,
+        now: Instant,
+        from: Via,
+        sender: DiscoKey,
+        message: Message,
+        relays: &Relays,
+    ) {
+        let Some(key) = self.by_disco.get(&sender).copied() else {
             return;
         };
         match (message, from) {
@@ -268,14 +277,6 @@ impl Paths {
             | (Message::CallMeMaybe { .. }, Via::Direct(_) | Via::Relay(..))
             | (Message::Unknown(_), _) => {}
         }
-    }
-
-    fn open(&mut self, bytes: &[u8]) -> Option<(NodeKey, Message)> {
-        let sender = disco::sender(bytes)?;
-        let key = *self.by_disco.get(&sender)?;
-        let entry = self.all.get_mut(&key)?;
-        let message = entry.seal(&self.secret)?.open(bytes).ok()?;
-        Some((key, message))
     }
 
     fn answer(&mut self, now: Instant, key: NodeKey, tx: TxId, from: Via, relays: &Relays) {
@@ -308,20 +309,18 @@ impl Paths {
             .get_mut(&key)
             .is_some_and(|entry| entry.answers.take(now, MAX_ANSWERS));
         if may && self.may_send(now) {
-            self.send(key, via, &Message::Pong { tx, seen });
+            self.send(key, via, Message::Pong { tx, seen });
         }
     }
 
-    fn send(&mut self, key: NodeKey, via: Via, message: &Message) {
-        let nonce = self.dice.draw();
-        let entry = self.all.get_mut(&key);
-        if let Some(seal) = entry.and_then(|entry| entry.seal(&self.secret)) {
-            self.outbox.push_back((via, seal.seal(nonce, message)));
-        }
+    fn send(&mut self, key: NodeKey, via: Via, message: Message) {
+        let disco = self.all.get(&key).and_then(|entry| entry.disco);
+        let sent = disco.map(|to| (via, to, message));
+        self.outbox.extend(sent);
     }
 
     /// What is to be sent now.
-    pub(crate) fn poll(&mut self, now: Instant, relays: &Relays) -> Option<(Via, Vec<u8>)> {
+    pub(crate) fn poll(&mut self, now: Instant, relays: &Relays) -> Option<Sent> {
         while self.outbox.is_empty() {
             let (at, key) = *self.timers.first()?;
             if at > now {
@@ -369,13 +368,13 @@ impl Paths {
                     node,
                     padding: 0,
                 };
-                self.send(key, Via::Direct(endpoint), &ping);
+                self.send(key, Via::Direct(endpoint), ping);
             }
             Errand::Call => {
                 if let Some(region) = relays.region_of(&key) {
                     let endpoints = self.endpoints.clone();
                     let call = Message::CallMeMaybe { endpoints };
-                    self.send(key, Via::Relay(region, key), &call);
+                    self.send(key, Via::Relay(region, key), call);
                 }
             }
         }
@@ -409,15 +408,6 @@ impl Paths {
             self.timers.remove(&(old, key));
         }
         self.timers.extend(at.map(|at| (at, key)));
-    }
-}
-
-impl Entry {
-    fn seal(&mut self, secret: &DiscoSecret) -> Option<&DiscoBox> {
-        if self.seal.is_none() {
-            self.seal = DiscoBox::new(secret, self.disco?);
-        }
-        self.seal.as_ref()
     }
 }
 

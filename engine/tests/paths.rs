@@ -9,9 +9,10 @@ use engine::{
     Config, DEFAULT_MTU, Engine, Input, LinkAddr, Links, Output, RelayEvent, RelayTable, Via,
 };
 use proptest::prelude::*;
+use proto::disco::Message;
 use proto::filter::Filter;
 use proto::id::{Generation, NetworkId, NodeId, RegionId};
-use proto::key::{DiscoSecret, NodeKey};
+use proto::key::{DiscoKey, NodeKey};
 use proto::netmap::{Me, Netmap, Network, Owner, Peer, Region, RelayHost, Update};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -23,8 +24,8 @@ const RELAYED: Duration = Duration::from_millis(40);
 const ONE: RegionId = RegionId(1);
 const TWO: RegionId = RegionId(2);
 
-fn secret(side: usize) -> DiscoSecret {
-    DiscoSecret::from_bytes([side as u8 + 40; 32])
+fn disco(side: usize) -> DiscoKey {
+    DiscoKey([side as u8 + 40; 32])
 }
 
 fn key(side: usize) -> NodeKey {
@@ -57,7 +58,7 @@ fn netmap(side: usize, generation: u64, home: Option<RegionId>) -> Netmap {
         owner: Owner::User("ana@example.com".to_owned()),
         labels: BTreeSet::new(),
         online: true,
-        disco: Some(secret(other).public()),
+        disco: Some(disco(other)),
         home,
     };
     Netmap {
@@ -125,7 +126,7 @@ impl Net {
                     mtu: DEFAULT_MTU,
                 },
                 key(side),
-                secret(side),
+                disco(side),
                 [side as u8; 32],
             ),
             kernel: Observed::default(),
@@ -198,9 +199,10 @@ impl Net {
                     steps.iter().for_each(|step| side.kernel.apply(step));
                     side.engine.handle(now, Input::Applied);
                 }
-                Output::Transmit { via, bytes } => {
+                Output::Transmit { via, to, message } => {
                     side.transmits.push(now);
-                    self.transmit(index, via, bytes);
+                    assert_eq!(to, disco(1 - index));
+                    self.transmit(index, via, message);
                 }
                 Output::Relays(table) => self.connect(index, table),
                 Output::Report(about) => side.reported = about.home,
@@ -209,19 +211,26 @@ impl Net {
         }
     }
 
-    fn transmit(&mut self, from: usize, via: Via, bytes: Vec<u8>) {
-        let to = 1 - from;
+    fn transmit(&mut self, from: usize, via: Via, message: Message) {
+        let (to, sender) = (1 - from, disco(from));
         match via {
             Via::Direct(endpoint) if endpoint == addr(to) && !self.blocked => {
-                let from = addr(from);
-                self.later(HOP, to, Input::Disco { from, bytes });
+                let disco = Input::Disco {
+                    from: addr(from),
+                    sender,
+                    message,
+                };
+                self.later(HOP, to, disco);
             }
             Via::Direct(_) => {}
             Via::Relay(region, node) => {
                 assert_eq!(node, key(to));
                 if self.carries(from, region) {
-                    let from = key(from);
-                    let event = RelayEvent::Disco { from, bytes };
+                    let event = RelayEvent::Disco {
+                        from: key(from),
+                        sender,
+                        message,
+                    };
                     self.later(RELAYED, to, Input::Relay(region, event));
                 }
             }
@@ -494,9 +503,14 @@ proptest! {
                 Change::Idle => net.pass(SECOND * 50),
                 Change::Replay(which) => {
                     let queued = net.queue.values().nth(which).cloned();
-                    if let Some((side, Input::Disco { bytes, .. })) = queued {
+                    if let Some((side, Input::Disco { sender, message, .. })) = queued {
                         let from = SocketAddr::from(([203, 0, 113, 7], 7));
-                        net.input(side, Input::Disco { from, bytes });
+                        let disco = Input::Disco {
+                            from,
+                            sender,
+                            message,
+                        };
+                        net.input(side, disco);
                     }
                 }
             }

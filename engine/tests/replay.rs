@@ -10,9 +10,10 @@ use engine::{
     Config, DEFAULT_MTU, Engine, Input, LONGEST_PAUSE, LinkAddr, Links, Output, RelayEvent, TICK,
 };
 use proptest::prelude::*;
+use proto::disco::{Message, TxId};
 use proto::filter::{Filter, Rule, Selector, Service};
 use proto::id::{Generation, NetworkId, NodeId, RegionId};
-use proto::key::{DiscoSecret, NodeKey};
+use proto::key::{DiscoKey, NodeKey};
 use proto::net::{PortRange, Prefix};
 use proto::netmap::{Delta, Me, Netmap, Network, Owner, Peer, Region, RelayHost, Update};
 use std::collections::{BTreeMap, BTreeSet};
@@ -105,7 +106,7 @@ fn engine() -> Engine {
         shim_port: 51821,
         mtu: DEFAULT_MTU,
     };
-    Engine::new(config, ME, DiscoSecret::from_bytes([98; 32]), [97; 32])
+    Engine::new(config, ME, DiscoKey([98; 32]), [97; 32])
 }
 
 /// A kernel that does as it is told, and what was told besides.
@@ -567,10 +568,28 @@ fn with_relays(generation: u64) -> Input {
     };
     map.network.relays = (1..3).map(|id| (RegionId(id), region(id))).collect();
     for (id, peer) in &mut map.peers {
-        peer.disco = Some(DiscoSecret::from_bytes([id.0 as u8; 32]).public());
+        peer.disco = Some(DiscoKey([id.0 as u8; 32]));
         peer.home = (id.0 == 2).then_some(RegionId(2));
     }
     Input::Netmap(Update::Full(Box::new(map)))
+}
+
+/// Anything that a box may hold, of a peer or a stranger.
+fn disco() -> impl Strategy<Value = (DiscoKey, Message)> {
+    let addr = (any::<[u8; 4]>(), any::<u16>()).prop_map(SocketAddr::from);
+    let tx = any::<[u8; 12]>().prop_map(TxId);
+    let node = prop::option::of((1u8..5).prop_map(|id| NodeKey([id; 32])));
+    let message = prop_oneof![
+        (tx.clone(), node, any::<u16>()).prop_map(|(tx, node, padding)| Message::Ping {
+            tx,
+            node,
+            padding
+        }),
+        (tx, addr.clone()).prop_map(|(tx, seen)| Message::Pong { tx, seen }),
+        prop::collection::vec(addr, 0..20).prop_map(|endpoints| Message::CallMeMaybe { endpoints }),
+        any::<u8>().prop_map(Message::Unknown),
+    ];
+    ((1u8..5).prop_map(|id| DiscoKey([id; 32])), message)
 }
 
 fn relay_event() -> impl Strategy<Value = RelayEvent> {
@@ -581,8 +600,11 @@ fn relay_event() -> impl Strategy<Value = RelayEvent> {
         (0u64..500).prop_map(|millis| RelayEvent::Latency(Duration::from_millis(millis))),
         node.clone().prop_map(RelayEvent::PeerGone),
         node.clone().prop_map(|from| RelayEvent::Data { from }),
-        (node, prop::collection::vec(any::<u8>(), 0..200))
-            .prop_map(|(from, bytes)| RelayEvent::Disco { from, bytes }),
+        (node, disco()).prop_map(|(from, (sender, message))| RelayEvent::Disco {
+            from,
+            sender,
+            message,
+        }),
     ]
 }
 
@@ -621,9 +643,10 @@ fn input() -> impl Strategy<Value = Input> {
         )),
         Just(mapped("203.0.113.9:40001")),
         Just(mapped("203.0.113.9:40002")),
-        prop::collection::vec(any::<u8>(), 0..200).prop_map(|bytes| Input::Disco {
-            from: "203.0.113.7:51820".parse().unwrap(),
-            bytes,
+        (any::<[u8; 4]>(), disco()).prop_map(|(from, (sender, message))| Input::Disco {
+            from: (from, 51820).into(),
+            sender,
+            message,
         }),
         (0u16..3, relay_event()).prop_map(|(region, event)| Input::Relay(RegionId(region), event)),
         (0u64..9).prop_map(with_relays),

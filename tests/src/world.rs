@@ -22,8 +22,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use engine::{Config, Engine, Input, LinkAddr, Links, Output, RelayEvent, RelayTable, Via};
+use proto::disco;
 use proto::id::{NodeId, RegionId};
-use proto::key::{DiscoSecret, NodeKey};
+use proto::key::{DiscoKey, NodeKey};
 use proto::net::Prefix;
 use proto::netmap::{Netmap, Update};
 
@@ -59,7 +60,8 @@ const STORM: usize = 60;
 #[derive(Clone, Debug)]
 enum Payload {
     WireGuard(NodeKey, NodeKey, Message),
-    Disco(Vec<u8>),
+    /// Whose box, and for whom alone.
+    Disco(DiscoKey, DiscoKey, disco::Message),
     StunRequest,
     StunAnswer(SocketAddr),
 }
@@ -257,8 +259,7 @@ impl World {
             _ => IpAddr::V4(Ipv4Addr::new(10, u8::try_from(realm)?, 0, number)),
         };
         let key = NodeKey([number; 32]);
-        let disco = DiscoSecret::from_bytes([number; 32]);
-        let id = self.authority.join(number, key, disco.public())?;
+        let id = self.authority.join(number, key, disco_key(key))?;
         self.realms[realm].hosts.insert(local, Place::Node(index));
         self.nodes.push(Node {
             id,
@@ -285,18 +286,16 @@ impl World {
 
     /// Starts a node's agent: with the netmap on disk, if there is one.
     pub fn start_agent(&mut self, index: usize) {
-        let node = &self.nodes[index];
         let config = Config {
             interface: "weir0".into(),
             listen_port: PORT,
             mtu: engine::DEFAULT_MTU,
             shim_port: SHIM,
         };
-        let disco = DiscoSecret::from_bytes([node.key.0[0]; 32]);
         let mut seed = [0; 32];
         seed[..8].copy_from_slice(&self.chance().to_le_bytes());
         let node = &mut self.nodes[index];
-        node.engine = Some(Engine::new(config, node.key, disco, seed));
+        node.engine = Some(Engine::new(config, node.key, disco_key(node.key), seed));
         let cached = node.cache.clone();
         let links = self.links_of(index);
         self.tell(index, Input::Up(true));
@@ -475,6 +474,11 @@ impl World {
     }
 }
 
+/// A node's key for discovery.
+fn disco_key(node: NodeKey) -> DiscoKey {
+    DiscoKey(node.0.map(|byte| !byte))
+}
+
 fn relay_lost() -> String {
     "the relay closed the connection".into()
 }
@@ -642,13 +646,13 @@ impl World {
                     self.datagram(index, server, Payload::StunRequest);
                 }
             }
-            Output::Transmit { via, bytes } => self.transmit(index, via, bytes),
+            Output::Transmit { via, to, message } => self.transmit(index, via, to, message),
             Output::Relays(table) => self.set_table(index, table),
             Output::Router(_) | Output::Timeout(_) => {}
         }
     }
 
-    fn transmit(&mut self, index: usize, via: Via, bytes: Vec<u8>) {
+    fn transmit(&mut self, index: usize, via: Via, to: DiscoKey, message: disco::Message) {
         let second = self.now.as_secs();
         let peers = self.nodes.len();
         let node = &mut self.nodes[index];
@@ -661,9 +665,10 @@ impl World {
             "node {index} sent {} discovery messages in a second",
             node.second.1
         );
+        let payload = Payload::Disco(disco_key(node.key), to, message);
         match via {
-            Via::Direct(to) => self.datagram(index, to, Payload::Disco(bytes)),
-            Via::Relay(region, to) => self.frame(index, region, to, Payload::Disco(bytes)),
+            Via::Direct(to) => self.datagram(index, to, payload),
+            Via::Relay(region, to) => self.frame(index, region, to, payload),
         }
     }
 
@@ -794,10 +799,25 @@ impl World {
     fn arrive(&mut self, index: usize, from: SocketAddr, payload: Payload) {
         match payload {
             Payload::WireGuard(peer, to, message) => self.wireguard(index, from, peer, to, message),
-            Payload::Disco(bytes) => self.tell(index, Input::Disco { from, bytes }),
+            Payload::Disco(sender, to, message) if self.opens(index, sender, to) => {
+                let input = Input::Disco {
+                    from,
+                    sender,
+                    message,
+                };
+                self.tell(index, input);
+            }
+            Payload::Disco(..) => {}
             Payload::StunAnswer(addr) => self.tell(index, Input::Mapped { server: from, addr }),
             Payload::StunRequest => {}
         }
+    }
+
+    /// Whether a node's agent opens a box: it is for the node, and a peer's.
+    fn opens(&self, index: usize, sender: DiscoKey, to: DiscoKey) -> bool {
+        let node = &self.nodes[index];
+        let engine = node.engine.as_ref();
+        to == disco_key(node.key) && engine.is_some_and(|engine| engine.knows(&sender))
     }
 
     fn wireguard(
@@ -931,10 +951,15 @@ impl World {
             return;
         }
         match payload {
-            Payload::Disco(bytes) => {
-                let event = RelayEvent::Disco { from: peer, bytes };
+            Payload::Disco(sender, to, message) if self.opens(index, sender, to) => {
+                let event = RelayEvent::Disco {
+                    from: peer,
+                    sender,
+                    message,
+                };
                 self.tell(index, Input::Relay(region, event));
             }
+            Payload::Disco(..) => {}
             Payload::WireGuard(_, to, message) => {
                 if self.nodes[index].spoken.insert(peer) {
                     let event = RelayEvent::Data { from: peer };

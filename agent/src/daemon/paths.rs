@@ -10,7 +10,9 @@ use crate::relay::{self, Outboxes, Relays};
 use crate::shim::Shim;
 use engine::relays::RelayTable;
 use engine::{Input, RelayEvent, Via};
+use proto::disco::Message;
 use proto::id::RegionId;
+use proto::key::DiscoKey;
 use proto::permit::{Permit, VALIDITY};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -27,7 +29,7 @@ pub(super) struct Relayed {
     relays: Relays,
     shim: Result<Arc<Shim>, String>,
     outboxes: Outboxes,
-    events: mpsc::Sender<(RegionId, RelayEvent)>,
+    events: mpsc::Sender<(RegionId, relay::Event)>,
     permit: Option<Permit>,
     /// The coordinator was asked for a permit and has not answered.
     asked: bool,
@@ -42,22 +44,12 @@ pub(super) fn share_port(config: &Config) -> (Port, mpsc::Receiver<port::Event>)
     (port, seen)
 }
 
-pub(super) fn seen(event: port::Event) -> Input {
-    match event {
-        port::Event::Answer(port::Answer { server, mapped }) => Input::Mapped {
-            server,
-            addr: mapped,
-        },
-        port::Event::Disco { from, bytes } => Input::Disco { from, bytes },
-    }
-}
-
 impl Relayed {
     /// No connections yet, and a shim that carries nothing.
     pub(super) fn new(
         config: &Config,
         identity: &Arc<Identity>,
-        events: mpsc::Sender<(RegionId, RelayEvent)>,
+        events: mpsc::Sender<(RegionId, relay::Event)>,
     ) -> Self {
         let outboxes = Outboxes::default();
         let shim = Shim::open(config.listen_port).map_err(|error| chain(&error));
@@ -130,9 +122,12 @@ fn connections(
     identity: &Arc<Identity>,
     shim: &Result<Arc<Shim>, String>,
     outboxes: &Outboxes,
-    events: &mpsc::Sender<(RegionId, RelayEvent)>,
+    events: &mpsc::Sender<(RegionId, relay::Event)>,
 ) -> Relays {
     let (lent, shim) = (Arc::clone(identity), shim.clone());
+    if let Ok(shim) = &shim {
+        shim.set_identity(identity.node_key());
+    }
     let config = relay::Config {
         me: identity.node_key(),
         login: Arc::new(move |relay| lent.relay_login(relay)),
@@ -152,8 +147,58 @@ fn unix_time() -> u64 {
 }
 
 impl Daemon {
-    /// Sends a discovery packet. One that cannot be sent now is as good as lost on its way.
-    pub(super) fn transmit(&self, via: Via, bytes: Vec<u8>) {
+    /// Something came to WireGuard's port that is not WireGuard's.
+    pub(super) fn seen(&mut self, event: port::Event) {
+        let input = match event {
+            port::Event::Answer(port::Answer { server, mapped }) => Some(Input::Mapped {
+                server,
+                addr: mapped,
+            }),
+            port::Event::Disco { from, bytes } => {
+                self.open(&bytes).map(|(sender, message)| Input::Disco {
+                    from,
+                    sender,
+                    message,
+                })
+            }
+        };
+        if let Some(input) = input {
+            self.engine.handle(Instant::now(), input);
+        }
+    }
+
+    /// Something happened at the connection to a region's relay.
+    pub(super) fn told_by(&mut self, region: RegionId, event: relay::Event) {
+        let event = match event {
+            relay::Event::Said(event) => Some(event),
+            relay::Event::Disco { from, bytes } => {
+                self.open(&bytes)
+                    .map(|(sender, message)| RelayEvent::Disco {
+                        from,
+                        sender,
+                        message,
+                    })
+            }
+        };
+        if let Some(event) = event {
+            let input = Input::Relay(region, event);
+            self.engine.handle(Instant::now(), input);
+        }
+    }
+
+    /// What a discovery packet says, and who says it, if that is a peer.
+    fn open(&mut self, packet: &[u8]) -> Option<(DiscoKey, Message)> {
+        let engine = &self.engine;
+        let knows = |sender: &DiscoKey| engine.knows(sender);
+        self.seals.open(Instant::now(), packet, knows)
+    }
+
+    /// Seals a message of discovery and sends it. What cannot be sent now is as good as lost on its
+    /// way.
+    pub(super) fn transmit(&mut self, via: Via, to: DiscoKey, message: &Message) {
+        let Some(bytes) = self.seals.seal(to, message) else {
+            return;
+        };
         match via {
             Via::Direct(to) => {
                 if let Ok(port) = &self.port {

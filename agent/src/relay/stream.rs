@@ -6,7 +6,7 @@
 use super::dial::{Connected, Wire};
 use super::frames::{Frames, Raw};
 use super::outbox::{Outbox, Packet};
-use super::{LONGEST_RESTART, Link};
+use super::{Event, LONGEST_RESTART, Link};
 use engine::RelayEvent;
 use proto::derp::{Frame, FrameError, is_disco, kind};
 use proto::key::{KEY_BYTES, NodeKey};
@@ -141,7 +141,7 @@ fn received(raw: Raw, link: &Link, data: &mut Vec<Packet>) {
     let packet = body.split_off(KEY_BYTES);
     if is_disco(&packet) {
         let bytes = packet.to_vec();
-        link.mention(RelayEvent::Disco { from, bytes });
+        link.mention(Event::Disco { from, bytes });
     } else if !packet.is_empty() {
         data.push((from, packet));
     }
@@ -154,10 +154,12 @@ fn word(raw: &Raw, link: &Link, pulse: &Mutex<Pulse>) -> Result<Option<End>, End
         Frame::Pong(bytes) => {
             let number = u64::from_be_bytes(bytes);
             if let Some(latency) = with(pulse, |pulse| pulse.answered(number)) {
-                link.mention(RelayEvent::Latency(latency));
+                link.mention(Event::Said(RelayEvent::Latency(latency)));
             }
         }
-        Frame::PeerGone { peer, .. } => link.mention(RelayEvent::PeerGone(peer)),
+        Frame::PeerGone { peer, .. } => {
+            link.mention(Event::Said(RelayEvent::PeerGone(peer)));
+        }
         Frame::Restarting { reconnect_in, .. } => {
             let reconnect_in = reconnect_in.min(LONGEST_RESTART);
             return Ok(Some(End::Restarting { reconnect_in }));
