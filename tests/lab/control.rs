@@ -149,7 +149,10 @@ fn a_network_that_overlaps_a_live_route_is_refused_with_words() -> anyhow::Resul
 
     let node = Node::start(&a)?;
     let refused = node.host.output_with(
-        &format!("weir --socket {}/run/weir.sock up -", a.folder.display()),
+        &format!(
+            "weir --socket {}/run/weir.sock up - --timeout 8",
+            a.folder.display()
+        ),
         &coordinator.token(token)?,
         Duration::from_secs(60),
     )?;

@@ -49,7 +49,10 @@ fn without_its_programs_the_device_does_not_come_up_and_status_says_why() -> any
 }
 
 fn up(host: &Host, token: &str) -> anyhow::Result<tests::process::Output> {
-    let line = format!("weir --socket {}/run/weir.sock up -", host.folder.display());
+    let line = format!(
+        "weir --socket {}/run/weir.sock up - --timeout 8",
+        host.folder.display()
+    );
     host.output_with(
         &line,
         &format!("{token}\n"),

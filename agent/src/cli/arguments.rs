@@ -186,6 +186,10 @@ pub struct Up {
     /// Subnets to offer to the network, comma-separated; empty to withdraw all
     #[arg(long, value_name = "CIDR,…", value_parser = parse_routes)]
     pub advertise_routes: Option<Routes>,
+    /// How long to wait until this machine is up; the agent keeps trying afterwards
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    pub timeout: u32,
 }
 
 /// `weir set`.

@@ -11,8 +11,6 @@ use std::io::{self, IsTerminal, Read, Write};
 use std::time::{Duration, Instant};
 use zeroize::Zeroizing;
 
-/// How long `up` waits for the device to have an address and the ACL to be attached.
-const UP: Duration = Duration::from_secs(30);
 /// How long `up` waits for an agent that is just starting.
 const APPEAR: Duration = Duration::from_secs(3);
 /// How long `down` may take: it may have to tell the coordinator.
@@ -25,7 +23,8 @@ const MAX_TOKEN_BYTES: u64 = 4096;
 /// Joins or comes up again, and waits until that is done or clearly is not.
 pub(super) fn up(agent: &Agent, console: &Console, arguments: Arguments) -> Result<(), Failure> {
     let token = token(&arguments)?;
-    let deadline = Instant::now() + UP;
+    let patience = Duration::from_secs(arguments.timeout.into());
+    let deadline = Instant::now() + patience;
     wait_for_agent(agent);
     let request = Request::Up(Up {
         token: token.as_ref().map(TokenText::new),
@@ -38,7 +37,7 @@ pub(super) fn up(agent: &Agent, console: &Console, arguments: Arguments) -> Resu
         match answer {
             Ok(Response::Status(status)) if status.is_ready() => break,
             Ok(Response::Status(status)) if Instant::now() >= deadline => {
-                return Err(not_up(&status));
+                return Err(not_up(&status, patience));
             }
             // The agent took the order and is on its way; or it did not answer in all that time.
             Ok(Response::Status(_)) => std::thread::sleep(AGAIN),
@@ -131,9 +130,11 @@ fn unreadable(what: &str, error: &io::Error) -> Failure {
 }
 
 /// What is missing, from how the agent is.
-fn not_up(status: &Status) -> Failure {
-    let seconds = UP.as_secs();
-    let mut message = format!("this machine is not up after {seconds} seconds:");
+fn not_up(status: &Status, patience: Duration) -> Failure {
+    let mut message = match patience.as_secs() {
+        1 => "this machine is not up after a second:".to_owned(),
+        seconds => format!("this machine is not up after {seconds} seconds:"),
+    };
     let mut next = Vec::new();
     let mut missing = |what: String| {
         message.push_str("\n  - ");
@@ -250,7 +251,7 @@ mod tests {
     }
 
     fn complaint(status: &Status) -> String {
-        let Failure::Failed(complaint) = not_up(status) else {
+        let Failure::Failed(complaint) = not_up(status, Duration::from_secs(30)) else {
             panic!("not a complaint");
         };
         assert_eq!(complaint.code, "not_up");
