@@ -34,7 +34,7 @@ const AGENT_CENTRE: [&str; 4] = ["daemon", "cli", "main", "lib"];
 
 /// Test code that may sleep: a bounded poll's pause, and the pace of made traffic.
 const SLEEPERS: [&str; 3] = [
-    "tests/src/bin/bench/relay/overload.rs",
+    "tests/src/bin/bench/relay/load.rs",
     "tests/src/lib.rs",
     "tests/src/stream.rs",
 ];

@@ -32,6 +32,9 @@ enum Bench {
     AclTax(acl_tax::Args),
     /// What one packet and one idle client cost a relay, against a UDP echo
     Relay(relay::Args),
+    /// The echo's own process
+    #[command(hide = true)]
+    UdpEcho(relay::echo::Args),
     /// What one packet costs in the programs, with 10 and with 10,000 peers
     Verdict(verdict::Args),
 }
@@ -51,6 +54,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Bench::Acl(args) => acl::run(args)?,
         Bench::AclTax(args) => acl_tax::run(args)?,
         Bench::Relay(args) => relay::run(args)?,
+        Bench::UdpEcho(args) => return relay::echo::serve(args),
         Bench::Verdict(args) => verdict::run(args)?,
     };
     result["version"] = 1.into();

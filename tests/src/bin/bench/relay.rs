@@ -1,30 +1,34 @@
 //! What one packet and one idle client cost a relay: a real `weir-relay` on the loopback address,
-//! with plain TCP, its processor time and memory read from `/proc`.
+//! without TLS and with it, beside a process that only echoes datagrams. Processor time and memory
+//! of all three are read from `/proc`.
 //!
-//! Each pair has a fixed number of packets under way, so nothing is dropped and the relay is always
-//! busy. Latency is then that of a full pipeline. The same number of datagrams through a UDP echo in
-//! this process shows what the kernel alone takes for the two hops. What the pipeline carried is
-//! taken for the capacity, and then more than that is offered ([`overload`]). At last come clients
-//! that do nothing ([`idle`]).
+//! First each pair has a fixed number of packets under way, so that nothing is dropped and the
+//! carrier is always busy: what one packet costs then is the least that it can cost. Then packets
+//! come by a schedule, from a light load to twice what each can carry ([`load`]). At last come
+//! clients that do nothing ([`idle`]). In everything the three take turns, so that what else the
+//! machine does falls on all of them.
 //!
 //! Build the relay with `--release` first: a debug build is measured only when there is no other, and
-//! the document says which it was. Clients and relay share the machine's processors, so a figure per
-//! second is the machine's; processor time per frame is the relay's own.
+//! the document says which it was. Clients and carrier share the machine's processors, so a figure
+//! per second is the machine's; processor time per packet is the carrier's own.
 
 mod client;
+pub mod echo;
 mod idle;
-mod overload;
+mod load;
+mod pair;
 
-use std::net::{SocketAddr, UdpSocket};
-use std::path::{Path, PathBuf};
+use std::net::SocketAddr;
+use std::path::Path;
 use std::process::Command;
 use std::sync::mpsc::sync_channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use client::{Client, Door};
-use proto::derp::{Frame, kind};
+use client::{Door, tls_of};
+use echo::Echo;
+use pair::{Batch, Carrier, Contender, Receiver, Sender};
 use serde_json::{Value, json};
 use tests::process::Process;
 
@@ -54,16 +58,22 @@ pub struct Args {
     rounds: usize,
 }
 
-/// One round.
-struct Row {
-    frames_per_second: f64,
-    relay_us: f64,
-    echo_us: f64,
+/// One round of a full pipeline: packets a second, microseconds.
+struct Round {
+    per_second: f64,
+    cpu_us: f64,
     p50_us: f64,
     p99_us: f64,
 }
 
-/// Measures, prints a table, and returns the document.
+/// The middle of some measurements, and their least and greatest.
+struct Spread {
+    median: f64,
+    least: f64,
+    most: f64,
+}
+
+/// Measures, prints tables, and returns the document.
 pub fn run(args: &Args) -> anyhow::Result<Value> {
     ensure!(args.rounds > 0 && args.pairs > 0 && args.packets > 0 && args.window > 0);
     ensure!(
@@ -75,37 +85,16 @@ pub fn run(args: &Args) -> anyhow::Result<Value> {
         Ok(program) => (program, "release"),
         Err(_) => (tests::binary("weir-relay")?, "debug"),
     };
-    let (relay, addr) = start(&program, folder.path(), false)?;
-    let door = Door {
-        addr,
-        tls: None,
-        buffer: 32 << 10,
-    };
+    let contenders = contenders(args, &program, folder.path())?;
     println!(
         "weir-relay, {profile} build, {} pairs, {} B",
         args.pairs, args.size
     );
-    println!("  frames/s   CPU us/frame   UDP echo us   p50 us   p99 us");
-    let mut rows = Vec::new();
-    let mut capacity = 0.0_f64;
-    for _ in 0..args.rounds {
-        let row = round(args, &relay, &door)?;
-        capacity = capacity.max(row.frames_per_second);
-        println!(
-            "{:>10.0} {:>14.2} {:>13.2} {:>8.0} {:>8.0}",
-            row.frames_per_second, row.relay_us, row.echo_us, row.p50_us, row.p99_us
-        );
-        rows.push(json!({
-            "frames_per_second": row.frames_per_second,
-            "relay_cpu_us_per_frame": row.relay_us,
-            "udp_echo_cpu_us": row.echo_us,
-            "ratio": row.relay_us / row.echo_us,
-            "p50_us": row.p50_us,
-            "p99_us": row.p99_us,
-        }));
+    let (pipeline, carried) = pipelines(args, &contenders)?;
+    let loads = load::run(args, &contenders, &carried)?;
+    for contender in &contenders {
+        contender.process().kill();
     }
-    let overload = overload::run(args, &relay, &door, capacity)?;
-    relay.kill();
     let idle = idle::run(args, &program)?;
     Ok(json!({
         "bench": "relay",
@@ -113,14 +102,77 @@ pub fn run(args: &Args) -> anyhow::Result<Value> {
         "pairs": args.pairs,
         "packet_bytes": args.size,
         "window": args.window,
-        "rounds": rows,
-        "overload": overload,
+        "pipeline": pipeline,
+        "loads": loads,
         "idle": idle,
     }))
 }
 
+fn contenders(args: &Args, program: &Path, folder: &Path) -> anyhow::Result<[Contender; 3]> {
+    /// Read at once by a client of the bench.
+    const BUFFER: usize = 32 << 10;
+    let relay = |with_tls: bool| -> anyhow::Result<Carrier> {
+        let folder = folder.join(if with_tls { "tls" } else { "plain" });
+        std::fs::create_dir(&folder)?;
+        let (process, addr) = start(program, &folder, with_tls)?;
+        let tls = with_tls
+            .then(|| tls_of(&folder.join("state")))
+            .transpose()?;
+        let buffer = BUFFER;
+        Ok(Carrier::Relay(process, Door { addr, tls, buffer }))
+    };
+    let echo = Echo::start(args.pairs, &folder.join("echo.log"))?;
+    Ok([
+        Contender {
+            name: "relay",
+            carrier: relay(false)?,
+        },
+        Contender {
+            name: "relay with TLS",
+            carrier: relay(true)?,
+        },
+        Contender {
+            name: "UDP echo",
+            carrier: Carrier::Echo(echo),
+        },
+    ])
+}
+
+/// Full pipelines, in turns: the document, and what each carried in a second.
+fn pipelines(args: &Args, contenders: &[Contender]) -> anyhow::Result<(Value, Vec<f64>)> {
+    println!(
+        "\n  packets/s   CPU us   p50 us   p99 us   always {} under way",
+        args.window
+    );
+    let mut rounds: Vec<Vec<Round>> = contenders.iter().map(|_| Vec::new()).collect();
+    for _ in 0..args.rounds {
+        for (contender, rounds) in contenders.iter().zip(&mut rounds) {
+            rounds.push(round(args, contender)?);
+        }
+    }
+    let (mut rows, mut carried) = (Vec::new(), Vec::new());
+    for (contender, rounds) in contenders.iter().zip(&rounds) {
+        let spread = |of: fn(&Round) -> f64| Spread::of(rounds.iter().map(of));
+        let (per_second, cpu) = (spread(|it| it.per_second), spread(|it| it.cpu_us));
+        let (p50, p99) = (spread(|it| it.p50_us), spread(|it| it.p99_us));
+        println!(
+            "{:>11.0} {:>8.2} {:>8.0} {:>8.0}   {}",
+            per_second.median, cpu.median, p50.median, p99.median, contender.name
+        );
+        carried.push(per_second.median);
+        rows.push(json!({
+            "contender": contender.name,
+            "packets_per_second": per_second.json(),
+            "cpu_us": cpu.json(),
+            "p50_us": p50.json(),
+            "p99_us": p99.json(),
+        }));
+    }
+    Ok((rows.into(), carried))
+}
+
 /// A relay that lets anybody in, as fast as they can.
-fn start(program: &PathBuf, folder: &Path, tls: bool) -> anyhow::Result<(Process, SocketAddr)> {
+fn start(program: &Path, folder: &Path, tls: bool) -> anyhow::Result<(Process, SocketAddr)> {
     let config = folder.join("relay.toml");
     let tls = if tls { "own" } else { "off" };
     std::fs::write(
@@ -147,14 +199,9 @@ fn start(program: &PathBuf, folder: &Path, tls: bool) -> anyhow::Result<(Process
     Ok((relay, addr))
 }
 
-fn round(args: &Args, relay: &Process, door: &Door) -> anyhow::Result<Row> {
-    let mut pairs = Vec::new();
-    for pair in 0..args.pairs as u64 {
-        let sender = Client::join(door, 2 * pair + 1)?;
-        let receiver = Client::join(door, 2 * pair + 2)?;
-        pairs.push((sender, receiver));
-    }
-    let (start, cpu) = (Instant::now(), cpu_ticks(relay)?);
+fn round(args: &Args, contender: &Contender) -> anyhow::Result<Round> {
+    let (pairs, _) = contender.pairs(args.pairs)?;
+    let (start, cpu) = (Instant::now(), cpu_ticks(contender.process())?);
     let threads: Vec<_> = pairs
         .into_iter()
         .map(|(sender, receiver)| {
@@ -169,60 +216,41 @@ fn round(args: &Args, relay: &Process, door: &Door) -> anyhow::Result<Row> {
         };
         times.extend(pair?);
     }
-    let (took, used) = (start.elapsed(), cpu_ticks(relay)? - cpu);
-    let frames = times.len() as f64;
-    times.sort_unstable();
-    let at = |share: f64| {
-        let place = (frames * share) as usize;
-        times
-            .get(place)
-            .map_or(0.0, |time| time.as_secs_f64() * 1e6)
-    };
-    Ok(Row {
-        frames_per_second: frames / took.as_secs_f64(),
-        relay_us: used as f64 * tick_us() / frames,
-        echo_us: udp_echo(args)?,
-        p50_us: at(0.5),
-        p99_us: at(0.99),
+    let (took, used) = (start.elapsed(), cpu_ticks(contender.process())? - cpu);
+    let packets = times.len() as f64;
+    Ok(Round {
+        per_second: packets / took.as_secs_f64(),
+        cpu_us: used as f64 * tick_us() / packets,
+        p50_us: late(&mut times, 0.5),
+        p99_us: late(&mut times, 0.99),
     })
 }
 
 /// Sends all packets with `window` under way, and returns how long each took.
 fn transfer(
-    mut sender: Client,
-    mut receiver: Client,
+    mut sender: Sender,
+    mut receiver: Receiver,
     packets: u64,
     window: usize,
     size: usize,
 ) -> anyhow::Result<Vec<Duration>> {
     let (leave, arrive) = sync_channel::<()>(window);
-    let dst = receiver.key;
     let begin = Instant::now();
     let sending = thread::spawn(move || -> anyhow::Result<()> {
-        let mut packet = vec![0; size];
-        let mut frame = Vec::new();
+        let mut batch = Batch::new(size, begin);
         for number in 0..packets {
             leave.send(()).context("the receiver is gone")?;
-            let stamp = u64::try_from(begin.elapsed().as_nanos())?;
-            packet[..8].copy_from_slice(&number.to_be_bytes());
-            packet[8..STAMP_BYTES].copy_from_slice(&stamp.to_be_bytes());
-            frame.clear();
-            let packet = &packet;
-            Frame::SendPacket { dst, packet }.encode(&mut frame);
-            sender.send(&frame)?;
+            batch.send(&mut sender, number..number + 1)?;
         }
         // Its leaving must not be told before all has arrived.
         let _ = leave.send(());
         Ok(())
     });
-    let mut times = Vec::new();
+    let (mut times, mut buffer) = (Vec::new(), Vec::new());
     for number in 0..packets {
-        let body = receiver.next(kind::RECV_PACKET)?;
-        let stamp = body.get(32..32 + STAMP_BYTES).context("a packet was cut")?;
-        let (seen, sent) = stamp.split_at(8);
-        ensure!(seen == number.to_be_bytes(), "a packet was lost");
-        let sent = Duration::from_nanos(u64::from_be_bytes(sent.try_into()?));
-        times.push(begin.elapsed().saturating_sub(sent));
+        let (seen, took) = receiver.next(begin, &mut buffer)?;
+        ensure!(seen == number, "a packet was lost");
+        times.push(took);
         arrive.recv().context("the sender is gone")?;
     }
     match sending.join() {
@@ -231,41 +259,35 @@ fn transfer(
     }
 }
 
-/// CPU microseconds that a process takes to receive a datagram and send it on.
-fn udp_echo(args: &Args) -> anyhow::Result<f64> {
-    let (echo, client) = (
-        UdpSocket::bind("127.0.0.1:0")?,
-        UdpSocket::bind("127.0.0.1:0")?,
-    );
-    client.connect(echo.local_addr()?)?;
-    let packets = args.packets;
-    let size = args.size;
-    let echoing = thread::spawn(move || -> anyhow::Result<f64> {
-        let mut packet = vec![0; size];
-        let before = thread_cpu();
-        for _ in 0..packets {
-            let (length, from) = echo.recv_from(&mut packet)?;
-            echo.send_to(packet.get(..length).unwrap_or_default(), from)?;
-        }
-        Ok((thread_cpu() - before).as_secs_f64() * 1e6 / packets as f64)
-    });
-    let mut packet = vec![0; args.size];
-    for _ in 0..packets {
-        client.send(&packet)?;
-        client.recv(&mut packet)?;
-    }
-    match echoing.join() {
-        Ok(cost) => cost,
-        Err(_) => bail!("the echo died"),
-    }
+/// Microseconds that this share of the packets took at most.
+fn late(times: &mut [Duration], share: f64) -> f64 {
+    times.sort_unstable();
+    let place = (times.len() as f64 * share) as usize;
+    times
+        .get(place)
+        .map_or(0.0, |time| time.as_secs_f64() * 1e6)
 }
 
-fn thread_cpu() -> Duration {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    Duration::new(
-        time.tv_sec.unsigned_abs(),
-        time.tv_nsec.unsigned_abs() as u32,
-    )
+impl Spread {
+    fn of(values: impl Iterator<Item = f64>) -> Self {
+        let mut values: Vec<f64> = values.collect();
+        values.sort_by(f64::total_cmp);
+        let at = |place: usize| values.get(place).copied().unwrap_or(f64::NAN);
+        Self {
+            median: at(values.len() / 2),
+            least: at(0),
+            most: at(values.len().saturating_sub(1)),
+        }
+    }
+
+    fn json(&self) -> Value {
+        let Self {
+            median,
+            least,
+            most,
+        } = self;
+        json!({ "median": median, "min": least, "max": most })
+    }
 }
 
 /// User and system time of the relay, in clock ticks (proc(5), fields 14 and 15).

@@ -103,14 +103,21 @@ impl Client {
 
     /// The body of the next frame of this kind; others are skipped.
     pub fn next(&mut self, wanted: u8) -> io::Result<Vec<u8>> {
+        let mut body = Vec::new();
+        self.next_into(wanted, &mut body)?;
+        Ok(body)
+    }
+
+    /// The same, into a buffer that is kept for the next one.
+    pub fn next_into(&mut self, wanted: u8, body: &mut Vec<u8>) -> io::Result<()> {
         loop {
             let mut header = [0; HEADER_BYTES];
             self.stream.read_exact(&mut header)?;
             let Header { kind, length } = Header::decode(header).map_err(io::Error::other)?;
-            let mut body = vec![0; length];
-            self.stream.read_exact(&mut body)?;
+            body.resize(length, 0);
+            self.stream.read_exact(body)?;
             if kind == wanted {
-                return Ok(body);
+                return Ok(());
             }
         }
     }

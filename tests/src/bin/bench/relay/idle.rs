@@ -1,6 +1,6 @@
 //! What a client costs that is connected and silent.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::thread;
 use std::time::Instant;
 
@@ -21,7 +21,7 @@ const DIALLERS: u64 = 4;
 const BUFFER: usize = 512;
 
 /// Measures without TLS and with it, prints a line for each, and returns the document.
-pub fn run(args: &Args, program: &PathBuf) -> anyhow::Result<Value> {
+pub fn run(args: &Args, program: &Path) -> anyhow::Result<Value> {
     let count = raise_limit(args.idle)?;
     let plain = measure(program, count, false)?;
     let tls = measure(program, count, true)?;
@@ -41,7 +41,7 @@ fn raise_limit(wanted: u64) -> anyhow::Result<u64> {
     Ok(wanted.min(have.saturating_sub(OTHER_FILES)))
 }
 
-fn measure(program: &PathBuf, count: u64, with_tls: bool) -> anyhow::Result<Value> {
+fn measure(program: &Path, count: u64, with_tls: bool) -> anyhow::Result<Value> {
     let folder = tempfile::tempdir()?;
     let (relay, addr) = start(program, folder.path(), with_tls)?;
     let tls = match with_tls {
