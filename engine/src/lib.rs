@@ -32,6 +32,7 @@
 //! | [`trust`] | netmap -> [`trust::VerifiedNetmap`], or why not |
 //! | [`netcheck`] | how the world sees this node, and what its NAT is like |
 //! | [`path`] | how one peer is reached: by relay, or at which endpoint |
+//! | [`mtu`] | how long the packets may be that a direct path takes |
 //! | [`relays`] | which relays to be connected to, and how relayed packets find their way |
 //! | [`acl`] | filter -> table contents, what changes, `explain` |
 //! | [`plan`] | desired and observed state, and the steps from one to the other |
@@ -47,6 +48,7 @@
 pub mod acl;
 mod dice;
 mod engine;
+pub mod mtu;
 pub mod netcheck;
 pub mod path;
 mod paths;
