@@ -20,26 +20,33 @@
 //! (`wg_socket_endpoint_from_skb`), and unlike in IPv4 it does not notice that `::1` is the wrong
 //! one. So IPv6 packets go to the address that the host itself would send from.
 //!
+//! Messages of a handshake are kept for a moment, and said again when they got lost between nodes that
+//! are not connected to their relays yet ([`handshakes`]).
+//!
 //! Raw sockets need `CAP_NET_RAW`. The engine decides who is relayed, and how; data never meets it.
+
+pub mod handshakes;
 
 use bytes::Bytes;
 use engine::relays::{RelayTable, RelayedPeer};
+use handshakes::{Handshakes, Kind};
 use nix::sys::socket::{
     ControlMessageOwned, MsgFlags, MultiHeaders, SockaddrIn, SockaddrIn6, SockaddrLike, recvmmsg,
     sendmmsg, setsockopt, sockopt,
 };
 use proto::id::RegionId;
-use proto::key::NodeKey;
+use proto::key::{KEY_BYTES, NodeKey};
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
+use tokio::sync::Notify;
 
 /// Datagrams that one system call takes or gives.
 const BATCH: usize = 32;
@@ -72,6 +79,9 @@ pub struct Shim {
     /// A host may have no IPv6 at all.
     v6: Option<Socket>,
     table: RwLock<Arc<Table>>,
+    handshakes: Mutex<Handshakes>,
+    /// A handshake message became due before its time.
+    hurried: Notify,
 }
 
 /// A [`RelayTable`], ready for look-ups.
@@ -82,6 +92,7 @@ struct Table {
 }
 
 struct Rule {
+    region: RegionId,
     from: SocketAddr,
     /// When it was last said that data of this peer comes: seconds after the table came into force,
     /// and one; 0: never.
@@ -95,6 +106,10 @@ impl Table {
             by_loopback: BTreeMap::new(),
             by_peer: BTreeMap::new(),
         }
+    }
+
+    fn region_of(&self, peer: &NodeKey) -> Option<RegionId> {
+        self.by_peer.get(peer).map(|rule| rule.region)
     }
 }
 
@@ -127,7 +142,14 @@ impl Shim {
             v4,
             v6: raw(Domain::IPV6).ok(),
             table: RwLock::new(Arc::new(Table::empty())),
+            handshakes: Mutex::new(Handshakes::new(NodeKey([0; KEY_BYTES]))),
+            hurried: Notify::new(),
         }))
+    }
+
+    /// This is the key of our WireGuard, from now on.
+    pub fn set_identity(&self, me: NodeKey) {
+        self.with_handshakes(|handshakes| *handshakes = Handshakes::new(me));
     }
 
     /// The port of all loopback addresses.
@@ -152,12 +174,25 @@ impl Shim {
                 new.by_loopback.insert(*addr.ip(), (*region, *key));
             }
             let rule = Rule {
+                region: *region,
                 from: appear_as.unwrap_or(*loopback),
                 said: AtomicU64::new(0),
             };
             new.by_peer.insert(*key, rule);
         }
-        *self.table.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
+        let new = Arc::new(new);
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let old = std::mem::replace(&mut *table, Arc::clone(&new));
+        drop(table);
+        self.with_handshakes(|handshakes| {
+            let unanswered: Vec<NodeKey> = handshakes.unanswered().copied().collect();
+            for key in unanswered {
+                if new.region_of(&key) != old.region_of(&key) {
+                    handshakes.moved(Instant::now(), &key);
+                }
+            }
+        });
+        self.hurried.notify_one();
     }
 
     fn table(&self) -> Arc<Table> {
@@ -178,6 +213,9 @@ impl Shim {
             };
             if rule.is_news(now) {
                 first.push(*key);
+            }
+            if Kind::of(packet).is_some() && !self.is_for_kernel(*key, packet) {
+                continue;
             }
             match rule.from {
                 SocketAddr::V4(from) => {
@@ -219,21 +257,59 @@ impl Shim {
         first
     }
 
+    /// Whether a peer's handshake message is given to WireGuard.
+    fn is_for_kernel(&self, from: NodeKey, packet: &Bytes) -> bool {
+        let received = |it: &mut Handshakes| it.received(Instant::now(), from, packet);
+        let is_for_kernel = self.with_handshakes(received);
+        if !is_for_kernel {
+            self.hurried.notify_one();
+        }
+        is_for_kernel
+    }
+
+    fn with_handshakes<T>(&self, use_them: impl FnOnce(&mut Handshakes) -> T) -> T {
+        use_them(
+            &mut self
+                .handshakes
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        )
+    }
+
     /// Forwards what WireGuard sends, for as long as the task lives.
     pub async fn run(self: Arc<Self>, forward: Forward) {
         let mut buffers = vec![[0; MAX_BYTES]; BATCH];
         loop {
             let descriptor = self.outgoing.as_raw_fd();
+            let deadline = self.with_handshakes(|it| it.deadline(Instant::now()));
             let received = self
                 .outgoing
-                .async_io(Interest::READABLE, || receive(descriptor, &mut buffers))
-                .await;
-            match received {
-                Ok(datagrams) => self.forward(&datagrams, &buffers, &forward),
-                Err(error) => {
-                    tracing::warn!(%error, "relayed packets of WireGuard cannot be received");
-                    tokio::time::sleep(PAUSE).await;
-                }
+                .async_io(Interest::READABLE, || receive(descriptor, &mut buffers));
+            tokio::select! {
+                received = received => match received {
+                    Ok(datagrams) => self.forward(&datagrams, &buffers, &forward),
+                    Err(error) => {
+                        tracing::warn!(%error, "relayed packets of WireGuard cannot be received");
+                        tokio::time::sleep(PAUSE).await;
+                    }
+                },
+                () = until(deadline) => {}
+                () = self.hurried.notified() => {}
+            }
+            self.repeat(&forward);
+        }
+    }
+
+    /// Says again what is due of handshakes.
+    fn repeat(&self, forward: &Forward) {
+        let due = self.with_handshakes(|it| it.due(Instant::now()));
+        if due.is_empty() {
+            return;
+        }
+        let table = self.table();
+        for (peer, packet) in due {
+            if let Some(region) = table.region_of(&peer) {
+                forward(region, &[(peer, packet)]);
             }
         }
     }
@@ -250,13 +326,23 @@ impl Shim {
             if let Some((region, peer)) = table.by_loopback.get(to)
                 && let Some(bytes) = buffer.get(..*length)
             {
-                let packet = (*peer, Bytes::copy_from_slice(bytes));
-                by_region.entry(*region).or_default().push(packet);
+                let bytes = Bytes::copy_from_slice(bytes);
+                if Kind::of(&bytes).is_some() {
+                    self.with_handshakes(|it| it.sent(Instant::now(), *peer, &bytes));
+                }
+                by_region.entry(*region).or_default().push((*peer, bytes));
             }
         }
         for (region, packets) in by_region {
             forward(region, &packets);
         }
+    }
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -1,7 +1,9 @@
-//! What waits to be sent to one relay: three bounded lanes, the oldest dropped.
+//! What waits to be sent to one relay: bounded lanes, the oldest dropped.
 //!
-//! Answers to the relay itself go first, then discovery, which is small and urgent, then data.
-//! Whoever pushes never waits; a relay that takes nothing costs packets, as a full router does.
+//! Answers to the relay itself go first, then WireGuard's handshakes and discovery, which are small
+//! and urgent, then data. A message of a handshake that is repeated while nothing can be sent
+//! waits once. Whoever pushes never waits; a relay that takes nothing costs packets, as a full
+//! router does.
 
 use bytes::Bytes;
 use proto::derp::{Frame, is_disco};
@@ -12,6 +14,8 @@ use tokio::sync::Notify;
 
 /// Answers and notes to the relay that may wait.
 const MAX_NOTES: usize = 16;
+/// Messages of handshakes that may wait.
+const MAX_HANDSHAKES: usize = 128;
 /// Discovery packets that may wait.
 const MAX_URGENT: usize = 64;
 /// Data packets that may wait: a few milliseconds of a fast connection.
@@ -25,6 +29,7 @@ pub type Packet = (NodeKey, Bytes);
 #[derive(Default)]
 struct Lanes {
     notes: VecDeque<Vec<u8>>,
+    handshakes: VecDeque<Packet>,
     urgent: VecDeque<Packet>,
     data: VecDeque<Packet>,
 }
@@ -37,13 +42,17 @@ pub(super) struct Outbox {
 }
 
 impl Outbox {
-    /// Adds packets, discovery or data.
+    /// Adds packets: handshakes, discovery or data.
     pub(super) fn push(&self, packets: &[Packet]) {
         self.with(|lanes| {
             for packet in packets {
-                match is_disco(&packet.1) {
-                    true => add(&mut lanes.urgent, MAX_URGENT, packet.clone()),
-                    false => add(&mut lanes.data, MAX_DATA, packet.clone()),
+                if is_handshake(&packet.1) {
+                    lanes.handshakes.retain(|waiting| waiting != packet);
+                    add(&mut lanes.handshakes, MAX_HANDSHAKES, packet.clone());
+                } else if is_disco(&packet.1) {
+                    add(&mut lanes.urgent, MAX_URGENT, packet.clone());
+                } else {
+                    add(&mut lanes.data, MAX_DATA, packet.clone());
                 }
             }
         });
@@ -82,6 +91,11 @@ impl Outbox {
     }
 }
 
+/// Whether a packet is of one of the types that WireGuard paper 5.4 defines for handshakes.
+fn is_handshake(packet: &[u8]) -> bool {
+    matches!(packet.first_chunk(), Some([1..=3, 0, 0, 0]))
+}
+
 fn add<T>(lane: &mut VecDeque<T>, most: usize, item: T) {
     if lane.len() >= most {
         lane.pop_front();
@@ -96,12 +110,18 @@ impl Lanes {
             out.extend_from_slice(&note);
         }
         while out.len() < BATCH
-            && let Some((dst, packet)) = self.urgent.pop_front().or_else(|| self.data.pop_front())
+            && let Some((dst, packet)) = self.next()
         {
             let packet = &packet;
             Frame::SendPacket { dst, packet }.encode(&mut out);
         }
         out
+    }
+
+    fn next(&mut self) -> Option<Packet> {
+        let urgent = self.handshakes.pop_front();
+        let urgent = urgent.or_else(|| self.urgent.pop_front());
+        urgent.or_else(|| self.data.pop_front())
     }
 }
 
@@ -169,6 +189,19 @@ mod tests {
         assert_eq!(packets[0], disco);
         assert_eq!(packets[1], data(3).1, "three too many");
         assert_eq!(packets.len(), 1 + MAX_DATA);
+    }
+
+    #[tokio::test]
+    async fn a_handshake_that_is_repeated_while_it_waits_goes_out_once() {
+        let outbox = Outbox::default();
+        let message = |session| Bytes::from(vec![1, 0, 0, 0, session]);
+        outbox.push(&[data(1)]);
+        for _ in 0..5 {
+            outbox.push(&[(PEER, message(1))]);
+            outbox.push(&[(PEER, message(2))]);
+        }
+        let sent = packets(&outbox.take().await);
+        assert_eq!(sent, [message(1), message(2), data(1).1]);
     }
 
     #[tokio::test]
