@@ -43,16 +43,16 @@ pub enum Command {
 #[derive(Clone, Debug, Default, Args)]
 pub struct Flags {
     /// Where nodes connect to; [::] is IPv4 and IPv6 [default: [::]:443]
-    #[arg(long, value_name = "ADDR:PORT")]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = addr)]
     pub listen: Option<SocketAddr>,
     /// Where STUN is answered, by UDP; [::] is IPv4 and IPv6 [default: [::]:3478]
-    #[arg(long, value_name = "ADDR:PORT")]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = addr)]
     pub stun_listen: Option<SocketAddr>,
     /// Where /health and /metrics are shown, without TLS [default: 127.0.0.1:9180]
-    #[arg(long, value_name = "ADDR:PORT")]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = addr)]
     pub status_listen: Option<SocketAddr>,
     /// The certificate: the relay's own, one that the configuration names, or none: plain HTTP
-    /// [default: own]
+    /// [default: given if the configuration names one, else own]
     #[arg(long, value_name = "WHICH")]
     pub tls: Option<Tls>,
     /// Who may use the relay: nodes with a permit of their coordinator, or, for tests, anybody
@@ -200,7 +200,12 @@ impl Config {
             .transpose()?
             .unwrap_or_default();
         let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
-        let certificate = match flags.tls.or(file.tls).unwrap_or(Tls::Own) {
+        // Whoever names a certificate wants it shown.
+        let default = match file.certificate {
+            Some(_) => Tls::Given,
+            None => Tls::Own,
+        };
+        let certificate = match flags.tls.or(file.tls).unwrap_or(default) {
             Tls::Own => Certificate::Own,
             Tls::Off => Certificate::Off,
             Tls::Given => {
@@ -232,6 +237,12 @@ impl Config {
             rate: file.client_bytes_per_second.unwrap_or(DEFAULT_RATE),
         })
     }
+}
+
+/// An address to listen on, as it is typed.
+fn addr(text: &str) -> Result<SocketAddr, &'static str> {
+    let wanted = "an address and a port are needed, as in 192.0.2.1:443 or [::]:443";
+    text.parse().map_err(|_| wanted)
 }
 
 fn networks(named: Vec<Network>) -> Result<BTreeMap<NetworkId, Vec<PermitKey>>, ConfigError> {
@@ -300,6 +311,20 @@ mod tests {
         let error = load("lisen = '192.0.2.1:1'\n", Flags::default()).unwrap_err();
         let source = std::error::Error::source(&error).unwrap().to_string();
         assert!(source.contains("lisen"), "{source}");
+    }
+
+    #[test]
+    fn a_certificate_that_is_named_is_shown_unless_told_otherwise() {
+        let files = "[certificate]\nchain = '/c'\nkey = '/k'\n";
+        let given = load(&format!("{files}{}", network(1)), Flags::default());
+        let certificate = given.unwrap().certificate;
+        assert!(matches!(certificate, Certificate::Given { .. }));
+        let own = Flags {
+            tls: Some(Tls::Own),
+            ..Flags::default()
+        };
+        let own = load(&format!("{files}{}", network(1)), own);
+        assert_eq!(own.unwrap().certificate, Certificate::Own);
     }
 
     #[test]

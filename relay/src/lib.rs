@@ -22,8 +22,7 @@
 //! | [`metrics`] | what is counted |
 //! | [`server`] | puts the above together |
 //!
-//! One direction: server → session → switch. The node agent does not use a relay yet (see
-//! ARCHITECTURE.md, "What is planned").
+//! One direction: server → session → switch.
 #![forbid(unsafe_code)]
 
 pub mod admit;

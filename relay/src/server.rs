@@ -18,6 +18,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::net::sockopt::{set_ipv6_v6only, set_socket_reuseaddr};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+use socket2::SockRef;
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -43,6 +44,9 @@ const MAX_CONNECTIONS: u32 = 65_536;
 const MAX_STATUS_CONNECTIONS: u32 = 16;
 /// A connection is dead when it leaves packets unanswered for this long (RFC 5482).
 const DEAD_PEER_MILLIS: u32 = 15_000;
+/// Bytes for one client that wait in the kernel: more would only be late, and keep discovery and the
+/// fresh behind the old.
+const UNSENT_BYTES: u32 = 128 << 10;
 /// Pause when the kernel has no file descriptors left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Longest wait for clients to take the word that the relay stops.
@@ -63,7 +67,7 @@ pub enum StartError {
     #[error("a relay runs on {0} already; give this one another --state-dir")]
     Running(PathBuf),
     /// The address is not ours, or taken.
-    #[error("cannot listen on {addr}")]
+    #[error("cannot listen on {addr}{}", advice(source))]
     Listen {
         /// The address.
         addr: SocketAddr,
@@ -73,6 +77,22 @@ pub enum StartError {
     /// See [`TlsError`].
     #[error("there is no key or certificate to show")]
     Tls(#[from] TlsError),
+}
+
+/// What to do about an address that cannot be had.
+fn advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => {
+            " (another program has this port: stop it, or name another port)"
+        }
+        io::ErrorKind::AddrNotAvailable => {
+            " (this machine has no such address: `ip addr` shows those that it has)"
+        }
+        io::ErrorKind::PermissionDenied => {
+            " (ports below 1024 need root or CAP_NET_BIND_SERVICE, which the unit has)"
+        }
+        _ => "",
+    }
 }
 
 /// A running relay.
@@ -214,6 +234,7 @@ impl Door {
         // Without these a dead peer is only noticed later.
         let _ = rustix::net::sockopt::set_tcp_user_timeout(&stream, DEAD_PEER_MILLIS);
         let _ = stream.set_nodelay(true);
+        let _ = SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_BYTES);
         let metrics = &self.shared.metrics;
         Metrics::add(&metrics.accepted, 1);
         Metrics::add(&metrics.connections, 1);

@@ -504,6 +504,44 @@ mod tests {
         }
     }
 
+    fn client() -> Arc<Client> {
+        let metrics = Arc::new(Metrics::default());
+        Switch::new(metrics).enter(None, NodeKey([1; 32]))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_hears_in_each_silence_that_the_relay_is_there() {
+        let client = client();
+        let (near, mut far) = tokio::io::duplex(1 << 10);
+        let hear = async {
+            let start = tokio::time::Instant::now();
+            for _ in 0..3 {
+                let mut heard = [0; HEADER_BYTES];
+                far.read_exact(&mut heard).await.unwrap();
+                assert_eq!(heard, Frame::KeepAlive.to_vec()[..]);
+            }
+            start.elapsed()
+        };
+        let took = tokio::select! {
+            took = hear => took,
+            end = write(&client, near) => panic!("{end}"),
+        };
+        let (least, most) = (3 * KEEP_ALIVE, 3 * (KEEP_ALIVE + KEEP_ALIVE_JITTER));
+        assert!(least <= took && took <= most, "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_takes_nothing_is_given_up() {
+        let client = client();
+        // It takes a few bytes and then no more, with its connection open.
+        let (near, _far) = tokio::io::duplex(8);
+        client.queue.push_packet(Bytes::from(vec![0; 1_200]), false);
+        let start = tokio::time::Instant::now();
+        let end = write(&client, near).await;
+        assert!(matches!(end, End::Stuck), "{end}");
+        assert_eq!(start.elapsed(), WRITE_TIMEOUT);
+    }
+
     #[tokio::test]
     async fn frames_come_whole_however_the_stream_is_cut() {
         let mut stream = Vec::new();

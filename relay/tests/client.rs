@@ -115,6 +115,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         }
     }
 
+    /// What is left for those who speak for themselves.
+    pub fn into_stream(self) -> S {
+        assert!(self.buffer.is_empty(), "the relay has said more");
+        self.stream
+    }
+
     async fn skip_head(&mut self) {
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {

@@ -53,6 +53,34 @@ async fn a_client_that_does_not_read_loses_its_own_packets_alone() {
     drop(sender);
 }
 
+/// Discovery decides whether data needs the relay at all, so it must not wait behind what a slow
+/// reader was sent before, in our queue or in the kernel's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn discovery_overtakes_what_a_slow_reader_left() {
+    /// Of what was sent before it, so much may come first: what the kernels hold.
+    const MOST_BEFORE: usize = 1 << 20;
+    let place = Place::open();
+    let mut sender = join(place.addr(), 1).await;
+    let slow = Login {
+        receive_buffer: Some(64 << 10),
+        ..Login::default()
+    };
+    let mut sleeper = join_with(place.addr(), 3, slow).await.unwrap();
+    for _ in 0..FLOOD {
+        sender.send_packet(key(3), &[4; 1_200]).await;
+    }
+    let mut disco = proto::derp::DISCO_MAGIC.to_vec();
+    disco.resize(proto::derp::DISCO_MIN_BYTES, 0);
+    sender.send_packet(key(3), &disco).await;
+    sender.until_pong().await;
+    let mut before = 0;
+    while sleeper.packet().await.1 != disco {
+        before += 1_200;
+    }
+    assert!(before <= MOST_BEFORE, "{before} bytes came first");
+    println!("{before} bytes came before the discovery packet");
+}
+
 #[tokio::test]
 async fn a_client_sends_no_faster_than_its_rate() {
     let rate = 2_000_000;

@@ -85,6 +85,27 @@ async fn its_key_stays_and_two_cannot_share_a_folder() {
     assert_eq!(named(&line), named(&again));
 }
 
+#[tokio::test]
+async fn an_address_that_cannot_be_had_comes_with_advice() {
+    let dir = tempfile::tempdir().unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = taken.local_addr().unwrap().to_string();
+    for (addr, advice) in [
+        (taken.as_str(), "another program has this port"),
+        ("192.0.2.1:0", "this machine has no such address"),
+    ] {
+        let flags = ["--admit", "open", "--status-listen", addr];
+        let mut command = Command::new(env!("CARGO_BIN_EXE_weir-relay"));
+        command.arg("serve").arg("--state-dir").arg(dir.path());
+        let doors = ["--listen", "--stun-listen"];
+        command.args(doors.iter().flat_map(|door| [*door, "127.0.0.1:0"]));
+        let output = command.args(flags).output().await.unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains(addr) && said.contains(advice), "{said}");
+    }
+}
+
 #[test]
 fn wrong_use_is_said_and_exits_with_2() {
     let dir = tempfile::tempdir().unwrap();
@@ -99,6 +120,10 @@ fn wrong_use_is_said_and_exits_with_2() {
         ),
         (vec!["--tls", "given", "--admit", "open"], "[certificate]"),
         (vec!["--config", &config], "everybody"),
+        (vec!["--config", "/no/such/file"], "cannot read"),
+        (vec!["--listen", "443"], "an address and a port are needed"),
+        (vec!["--stun-listen", "relay:x"], "as in 192.0.2.1:443"),
+        (vec!["--frobnicate"], "unexpected argument"),
     ] {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_weir-relay"));
         command.arg("serve").arg("--state-dir").arg(dir.path());
