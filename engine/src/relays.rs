@@ -12,7 +12,7 @@
 //! **Loss.** When a region cannot be reached for [`GRACE`], whose home it was connects to the *next* one,
 //! and moves there when that stands: the next by id, round and round, that is not lost too. Everybody reckons the same, so senders
 //! look for a peer in the region next to its lost home without being told, coordinator or not. If it
-//! is not there either, they look further, region by region.
+//! is not there either, they look where its own packets came by, and then region by region.
 
 use crate::RelayEvent;
 use proto::id::RegionId;
@@ -37,8 +37,13 @@ const MEASURED: usize = 8;
 const ABSENT: Duration = Duration::from_secs(20);
 /// How long a region is kept connected that nobody needs any more.
 pub const LINGER: Duration = Duration::from_secs(60);
-/// A peer that its relay does not have is looked for elsewhere at most so often.
-const SEARCH_PAUSE: Duration = Duration::from_secs(2);
+/// A peer that its relay does not have is looked for elsewhere at most so often: what is on its way
+/// there must not count for the next one.
+const SEARCH_PAUSE: Duration = Duration::from_millis(500);
+/// A peer is looked for at least so long before no region has it: it may just be on its way.
+const SEARCH: Duration = Duration::from_secs(5);
+/// Where a peer's packets came by this lately, it can most likely be reached.
+const CAME: Duration = Duration::from_secs(10);
 
 /// The first of the addresses on `lo`: 127.64.0.0/10 is theirs.
 const LOOPBACK: u32 = 0x7f40_0000;
@@ -100,6 +105,12 @@ struct Place {
     loopback: SocketAddr,
     /// Regions that did not have it.
     skipped: usize,
+    /// Where it is instead.
+    detour: Option<RegionId>,
+    /// By which region packets of it came last, and when.
+    came: Option<(RegionId, Instant)>,
+    /// Since when it is looked for, and when last somewhere else.
+    missed: Option<Instant>,
     searched: Option<Instant>,
     /// Until when it is taken for reachable by no relay at all.
     absent: Option<Instant>,
@@ -210,17 +221,21 @@ impl Relays {
             RelayEvent::PeerGone(peer) => self.search(now, region, *peer),
             RelayEvent::Data { from } => {
                 self.again.get_or_insert(now + NEWS_PAUSE);
-                return self.found(*from);
+                return self.found(now, region, *from);
             }
-            RelayEvent::Disco { from, .. } => return self.found(*from),
+            RelayEvent::Disco { from, .. } => return self.found(now, region, *from),
         }
         true
     }
 
     /// Something came from a peer by relay: some region has it. Returns whether that is news.
-    fn found(&mut self, peer: NodeKey) -> bool {
-        let place = self.places.get_mut(&peer);
-        place.is_some_and(|place| place.absent.take().is_some())
+    fn found(&mut self, now: Instant, region: RegionId, peer: NodeKey) -> bool {
+        let Some(place) = self.places.get_mut(&peer) else {
+            return false;
+        };
+        place.came = Some((region, now));
+        place.missed = None;
+        place.absent.take().is_some()
     }
 
     /// A region does not have a peer that is looked for there.
@@ -232,14 +247,23 @@ impl Relays {
         let Some(place) = self.places.get_mut(&peer) else {
             return;
         };
-        let lately = |at| now.saturating_duration_since(at) < SEARCH_PAUSE;
-        if !place.searched.is_some_and(lately) {
-            place.searched = Some(now);
-            place.skipped += 1;
-            // Everywhere, and once more: it may just have been on its way.
-            if place.skipped >= 2 * regions {
-                (place.skipped, place.absent) = (0, Some(now + ABSENT));
-            }
+        let within = |time| move |at: Instant| now.saturating_duration_since(at) < time;
+        if place.searched.is_some_and(within(SEARCH_PAUSE)) {
+            return;
+        }
+        place.searched = Some(now);
+        let came = place.came.take();
+        let came = came.filter(|(by, at)| *by != region && within(CAME)(*at));
+        let before = std::mem::replace(&mut place.detour, came.map(|(by, _)| by));
+        if before.is_some() || place.detour.is_some() {
+            return;
+        }
+        place.skipped += 1;
+        let missed = *place.missed.get_or_insert(now);
+        // Everywhere, and once more: it may just have been on its way.
+        if place.skipped >= 2 * regions && !within(SEARCH)(missed) {
+            (place.skipped, place.missed) = (0, None);
+            place.absent = Some(now + ABSENT);
         }
     }
 
@@ -264,6 +288,9 @@ impl Relays {
     }
 
     fn reckon(&self, now: Instant, place: &Place) -> RegionId {
+        if let Some(region) = place.detour.filter(|it| !self.is_lost(now, *it)) {
+            return region;
+        }
         let region = self.at_or_after(now, place.home);
         let from = self.map.range(region..).chain(self.map.range(..region));
         let mut from = from.filter(|(id, _)| !self.is_lost(now, **id));
@@ -467,6 +494,9 @@ impl Place {
             home,
             loopback,
             skipped: 0,
+            detour: None,
+            came: None,
+            missed: None,
             searched: None,
             absent: None,
         }

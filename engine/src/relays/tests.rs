@@ -154,9 +154,10 @@ fn a_peer_that_its_home_does_not_have_is_looked_for_everywhere() {
         now += SEARCH_PAUSE;
     }
     assert_eq!(places, [TWO, THREE, ONE, TWO]);
-    for _ in 0..2 {
+    let begun = now - 4 * SEARCH_PAUSE;
+    while now < begun + SEARCH + SEARCH_PAUSE {
         let region = relays.region_of(&PEER).unwrap();
-        assert!(relays.way_to(now, &PEER).is_some());
+        assert!(relays.way_to(now, &PEER).is_some(), "{:?}", now - begun);
         relays.handle(now, region, &RelayEvent::PeerGone(PEER));
         publish(&mut relays, now, &[PEER]);
         now += SEARCH_PAUSE;
@@ -173,6 +174,28 @@ fn a_peer_that_its_home_does_not_have_is_looked_for_everywhere() {
         Some(ONE),
         "news of its home end the search"
     );
+}
+
+#[test]
+fn a_peer_that_its_home_does_not_have_is_answered_where_it_came_from() {
+    let (mut relays, now) = (relays(&[(PEER, TWO)]), Instant::now());
+    publish(&mut relays, now, &[PEER]);
+    relays.handle(now, ONE, &RelayEvent::Data { from: PEER });
+    publish(&mut relays, now, &[PEER]);
+    assert_eq!(relays.region_of(&PEER), Some(TWO), "its home is its home");
+    relays.handle(now, TWO, &RelayEvent::PeerGone(PEER));
+    publish(&mut relays, now, &[PEER]);
+    assert_eq!(relays.region_of(&PEER), Some(ONE));
+    for (turn, (gone, next)) in [(ONE, TWO), (TWO, THREE)].into_iter().enumerate() {
+        let later = now + SEARCH_PAUSE * (1 + turn as u32);
+        relays.handle(later, gone, &RelayEvent::PeerGone(PEER));
+        publish(&mut relays, later, &[PEER]);
+        assert_eq!(
+            relays.region_of(&PEER),
+            Some(next),
+            "not in {gone} any more"
+        );
+    }
 }
 
 #[test]
