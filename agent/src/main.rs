@@ -9,6 +9,8 @@ use tracing_subscriber::EnvFilter;
 
 /// Says what is logged, in the syntax of `tracing_subscriber::EnvFilter`.
 const LOG_VARIABLE: &str = "WEIR_LOG";
+/// What is logged otherwise: a netlink answer that nobody waits for any more is no news.
+const LOG_DEFAULT: &str = "info,netlink_proto=error";
 /// What systemd sets when stderr is the journal, which has its own times.
 const JOURNAL_VARIABLE: &str = "JOURNAL_STREAM";
 
@@ -48,7 +50,8 @@ fn run(config: Config) -> anyhow::Result<()> {
 }
 
 fn log_to_stderr() {
-    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter =
+        EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new(LOG_DEFAULT));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
