@@ -497,8 +497,8 @@ fn stands(guard: &Guard, to: SocketAddrV6, from: &UdpSocket) {
 }
 
 #[test]
-fn kernel_guard_stands_on_live_links_outlives_the_agent_and_leaves_nothing() {
-    let Some(bed) = Bed::make("kernel_guard_stands_on_live_links") else {
+fn kernels_hold_the_guard_on_live_links_when_the_agent_dies_and_leave_nothing() {
+    let Some(bed) = Bed::make("kernels_hold_the_guard_on_live_links") else {
         return;
     };
     let (underlay, to, from) = pair();

@@ -17,8 +17,8 @@ const PACKETS: u64 = 300;
 const REFUSED: usize = 16;
 
 #[test]
-fn kernel_programs_decide_every_packet_as_the_evaluator_on_the_host() {
-    let Some(bed) = Bed::make("kernel_programs_decide_as_the_host") else {
+fn kernels_decide_every_packet_as_the_evaluator_on_the_host() {
+    let Some(bed) = Bed::make("kernels_decide_as_the_host") else {
         return;
     };
     let full = std::env::var_os("WEIR_FULL").is_some();

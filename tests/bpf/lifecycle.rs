@@ -45,8 +45,8 @@ fn ways() -> Vec<How> {
 }
 
 #[test]
-fn kernel_exactly_the_units_capabilities_suffice() {
-    let Some(bed) = Bed::make("kernel_exactly_the_units_capabilities_suffice") else {
+fn kernels_are_content_with_the_units_capabilities() {
+    let Some(bed) = Bed::make("kernels_are_content_with_the_units_capabilities") else {
         return;
     };
     let four = CapabilitySet::NET_ADMIN
@@ -85,9 +85,9 @@ fn kernel_exactly_the_units_capabilities_suffice() {
 }
 
 #[test]
-fn kernel_programs_see_live_packets_however_they_are_attached_and_go_when_told() {
+fn kernels_show_programs_live_packets_however_they_are_attached_until_told() {
     for how in ways() {
-        let Some(bed) = Bed::make("kernel_programs_see_live_packets") else {
+        let Some(bed) = Bed::make("kernels_show_live_packets") else {
             return;
         };
         // A pair of which one end has the programs; both talk IPv6 by themselves once up.

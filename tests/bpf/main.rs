@@ -11,7 +11,8 @@
 //! programs tell of those that they drop. [`guard`] is about the other object, on the underlay.
 //! [`property`] needs neither root nor kernel. The others
 //! load the committed object, attach it to a TUN device in a network namespace of their own, and
-//! run packets through it; those named `kernel_…` do so in the emulated stock kernels too.
+//! run packets through it; those named `kernel_…` do so in the oldest stock kernel too, those named
+//! `kernels_…` in each.
 #![allow(clippy::unwrap_used, reason = "a test may fail by it")]
 
 mod agreement;

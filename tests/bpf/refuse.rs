@@ -326,7 +326,7 @@ fn ask(peer: IpAddr) -> Option<i32> {
 }
 
 #[test]
-fn kernel_a_refused_connection_fails_at_once_and_in_silence_if_told_so() {
+fn kernels_refuse_a_connection_at_once_and_in_silence_if_told_so() {
     let Some(bed) = Bed::make("kernel_refused") else {
         return;
     };

@@ -49,7 +49,8 @@ pub fn skip(name: &str, reason: &str) {
     }
 }
 
-/// Polls `condition` until it holds.
+/// Polls `condition` until it holds, and spends no more time with looking than with waiting: what is
+/// waited for may need the one processor that a guest has.
 ///
 /// # Errors
 /// If it does not within `bound`: says what was waited for.
@@ -58,16 +59,19 @@ pub fn wait_until(
     bound: Duration,
     mut condition: impl FnMut() -> bool,
 ) -> anyhow::Result<()> {
-    /// Between two looks: short against what people notice, long against the cost of looking.
+    /// Between two looks at least: short against what people notice.
     const PAUSE: Duration = Duration::from_millis(20);
     let deadline = Instant::now() + bound;
-    while !condition() {
+    loop {
+        let look = Instant::now();
+        if condition() {
+            return Ok(());
+        }
         if Instant::now() >= deadline {
             bail!("waited {bound:?} in vain until {what}");
         }
-        std::thread::sleep(PAUSE);
+        std::thread::sleep(PAUSE.max(look.elapsed()));
     }
-    Ok(())
 }
 
 /// Where one of the binaries is: in the folder that `WEIR_BIN_DIR` names, else beside this one.

@@ -3,8 +3,8 @@
 //! Tiers, each of which can be asked for alone:
 //! - `host`: unit, property and integration tests of every package, as whoever calls;
 //! - `sim`: whole networks in one process, where the target exists;
-//! - `bpf`: the real programs by the real verifiers: on the host's kernel, in UML, and those named
-//!   `kernel_…` on the stock kernels that are supported;
+//! - `bpf`: the real programs by the real verifiers: on the host's kernel, in UML, those named
+//!   `kernel_…` on the oldest stock kernel that is supported, and those named `kernels_…` on each;
 //! - `lab`: whole networks of real binaries, in a kernel with WireGuard, spread over guests;
 //! - `check`: formatting, lints, house rules, dependencies, the committed eBPF object.
 //!
@@ -153,6 +153,10 @@ impl Run {
             println!("  {name:8} {:5.0} s", time.as_secs_f64());
         }
         self.times.sort_by_key(|(_, time)| std::cmp::Reverse(*time));
+        let line =
+            |(name, time): &(String, Duration)| format!("{:6.1} {name}\n", time.as_secs_f64());
+        let lines: String = self.times.iter().map(line).collect();
+        std::fs::write(self.folder.join("times.txt"), lines)?;
         for (name, time) in self.times.iter().take(SLOWEST) {
             println!("  slow     {:5.0} s  {name}", time.as_secs_f64());
         }

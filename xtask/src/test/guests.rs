@@ -46,27 +46,42 @@ impl Run {
             return Ok(());
         };
         let names = self.names(&binary)?;
-        let stock: Vec<String> = names
-            .iter()
-            .filter(|name| name.contains("kernel_"))
-            .cloned()
-            .collect();
-        // The slow ones first: the quick one then fills the time that one of them has left.
-        let mut wanted: Vec<(String, Result<Machine, String>, Vec<String>)> = vm::STOCK_KERNELS
-            .iter()
-            .map(|line| (format!("bpf@tcg-{line}"), vm::stock(line), stock.clone()))
-            .collect();
-        wanted.push((
-            "bpf@uml".into(),
-            vm::uml_if_ready(&self.args.wish),
-            names.clone(),
-        ));
-        let host = vec![("bpf@host".to_owned(), vm::host_for_bpf(), names)];
-        // Alone: it is the one whose program measures time.
-        for (wanted, guests) in [(host, 1), (wanted, house::processors().min(2))] {
+        let full = self.args.full;
+        let named = |start: &str| {
+            let fits = |name: &&String| name.split("::").any(|part| part.starts_with(start));
+            names.iter().filter(fits).cloned().collect::<Vec<_>>()
+        };
+        // What the oldest one does, newer ones do: unless it is about what kernels have and how
+        // they are built. UML is a newer one too.
+        let stock = |oldest: bool| match oldest || full {
+            true => [named("kernel_"), named("kernels_")].concat(),
+            false => named("kernels_"),
+        };
+        // The slow ones first: the quick ones then fill the time that one of them has left.
+        let mut wanted: Vec<(String, Result<Machine, String>, Vec<String>)> = Vec::new();
+        for (number, line) in vm::STOCK_KERNELS.iter().rev().enumerate() {
+            wanted.push((
+                format!("bpf@tcg-{line}"),
+                vm::stock(line),
+                stock(number == 0),
+            ));
+        }
+        let uml = vm::uml_if_ready(&self.args.wish);
+        wanted.push(("bpf@uml".into(), uml, names.clone()));
+        let host = ("bpf@host".to_owned(), vm::host_for_bpf(), names);
+        // Its long forms measure time, and so run alone.
+        let turns = match full {
+            true => vec![(vec![host], 1), (wanted, house::processors().min(2))],
+            false => {
+                wanted.push(host);
+                vec![(wanted, house::processors().min(2))]
+            }
+        };
+        for (wanted, guests) in turns {
             let mut places = Vec::new();
             for (name, machine, tests) in wanted {
                 match machine {
+                    Ok(_) if tests.is_empty() => {}
                     Ok(machine) => {
                         let helping = tests.len();
                         places.push(Place {
