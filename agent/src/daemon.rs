@@ -35,7 +35,8 @@ use crate::portmap;
 use crate::relay;
 use crate::state::{Settings, StateDir, StateError};
 use engine::status::Failure;
-use engine::{DEFAULT_MTU, Engine, Input, Output, Router};
+use engine::trace::{self, Start};
+use engine::{Input, Output, Router};
 use guard::Guard;
 use join::Link;
 use monitor::{Look, Monitor};
@@ -606,7 +607,6 @@ fn new_engine(config: &Config, identity: &Identity, shim_port: u16) -> Result<En
         interface: config.interface.to_string(),
         listen_port: config.listen_port,
         shim_port,
-        mtu: DEFAULT_MTU,
     };
     let mut seed = [0; 32];
     getrandom::fill(&mut seed).map_err(|_| DaemonError::System { what: "randomness" })?;

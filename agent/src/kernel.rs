@@ -358,7 +358,14 @@ impl Kernel {
                 let index = self.index().await?;
                 self.routes.remove_addr(index, *addr, *len).await?;
             }
-            Step::AddRoute(prefix) => self.routes.add_route(self.index().await?, *prefix).await?,
+            Step::AddRoute(prefix, mtu) => {
+                let index = self.index().await?;
+                self.routes.add_route(index, *prefix, *mtu).await?;
+            }
+            Step::ChangeRoute(prefix, mtu) => {
+                let index = self.index().await?;
+                self.routes.change_route(index, *prefix, *mtu).await?;
+            }
             Step::RemoveRoute(prefix) => {
                 let index = self.index().await?;
                 self.routes.remove_route(index, *prefix).await?;

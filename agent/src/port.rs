@@ -9,6 +9,10 @@
 //! is WireGuard's and a NAT makes one mapping for all. The WireGuard device receives these packets
 //! too, and drops what is not WireGuard.
 //!
+//! What is sent goes whole or not at all, and as long as its interface takes: a ping that is answered
+//! says that packets of its length pass. Word of a shorter MTU, which the kernel may have from
+//! anybody, does not count here.
+//!
 //! Packets pass the host's own firewall like any others, before the raw socket sees them: a firewall
 //! that lets in the WireGuard port, or only answers, suffices.
 //!
@@ -17,6 +21,9 @@
 
 use proto::derp::{DISCO_MAGIC, is_disco};
 use proto::stun::{self, TRANSACTION_BYTES, Transaction};
+use rustix::net::sockopt::{
+    Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover,
+};
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 use std::collections::BTreeMap;
 use std::io;
@@ -32,7 +39,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Questions that wait for an answer; more are forgotten, the oldest first.
 const MAX_PENDING: usize = 256;
 /// Longest datagram that is looked at, its IP header included.
-const MAX_BYTES: usize = 2048;
+const MAX_BYTES: usize = 9_216;
 /// After an error, so that one that stays does not keep a processor busy.
 const PAUSE: Duration = Duration::from_secs(1);
 /// Bytes of a UDP header (RFC 768).
@@ -95,8 +102,12 @@ impl Word {
 /// What the kernel says: `EPERM` without `CAP_NET_RAW`.
 pub fn spawn(port: u16, events: mpsc::Sender<Event>) -> io::Result<mpsc::Sender<Word>> {
     let v4 = open(Domain::IPV4, &filter_v4(port))?;
+    set_ip_mtu_discover(&v4, Ipv4PathMtuDiscovery::PROBE)?;
     // A host may have no IPv6 at all.
     let v6 = open(Domain::IPV6, &filter_v6(port)).ok();
+    if let Some(v6) = &v6 {
+        set_ipv6_mtu_discover(v6, Ipv6PathMtuDiscovery::PROBE)?;
+    }
     let (words_in, words) = mpsc::channel(QUEUE);
     tokio::spawn(serve(port, v4, v6, words, events));
     Ok(words_in)
@@ -110,7 +121,9 @@ async fn serve(
     events: mpsc::Sender<Event>,
 ) {
     let mut pending = Pending::default();
+    let mut buffers = [vec![0; MAX_BYTES], vec![0; MAX_BYTES]];
     loop {
+        let [buffer_v4, buffer_v6] = &mut buffers;
         let received = tokio::select! {
             word = words.recv() => {
                 let Some(word) = word else { return };
@@ -123,8 +136,8 @@ async fn serve(
                 }
                 continue;
             }
-            received = receive(Some(&v4), after_header) => received,
-            received = receive(v6.as_ref(), |packet| Some(packet)) => received,
+            received = receive(Some(&v4), buffer_v4, after_header) => received,
+            received = receive(v6.as_ref(), buffer_v6, |packet| Some(packet)) => received,
         };
         let datagram = match received {
             Ok(Some(datagram)) => datagram,
@@ -174,13 +187,13 @@ struct Datagram {
 /// The next datagram, once there is one. `None`: one that makes no sense.
 async fn receive(
     socket: Option<&UdpSocket>,
+    buffer: &mut [u8],
     udp: impl Fn(&[u8]) -> Option<&[u8]>,
 ) -> io::Result<Option<Datagram>> {
     let Some(socket) = socket else {
         return std::future::pending().await;
     };
-    let mut buffer = [0; MAX_BYTES];
-    let (length, from) = socket.recv_from(&mut buffer).await?;
+    let (length, from) = socket.recv_from(buffer).await?;
     let read = || {
         let (header, payload) = udp(buffer.get(..length)?)?.split_first_chunk::<UDP_BYTES>()?;
         let [p0, p1, ..] = *header;

@@ -12,6 +12,7 @@
 //! so this is how roaming, dead endpoints and foreign hands are seen.
 
 use crate::acl::{self, Change};
+use crate::mtu;
 use crate::netcheck::{self, Netcheck, Wish};
 use crate::path::{Path, Surroundings, Way};
 use crate::paths::Paths;
@@ -329,10 +330,10 @@ impl Engine {
     /// How one peer is reached, for people; `None` if there is no such peer.
     #[must_use]
     pub fn path_of(&self, now: Instant, peer: &NodeKey) -> Option<PathStatus> {
-        let path = self.paths.get(peer)?;
+        let (path, mtu) = self.paths.with_mtu(peer)?;
         let region = self.relays.region_of(peer);
         let connection = region.map(|region| self.relays.connection(region));
-        Some(PathStatus::of(now, path, region.zip(connection)))
+        Some(PathStatus::of(now, path, mtu, region.zip(connection)))
     }
 
     /// The network's relay regions, for people.
@@ -707,10 +708,11 @@ impl Engine {
             self.routing = Routing::default();
             return;
         };
-        let none = BTreeSet::new();
+        let none = BTreeMap::new();
         let present = self.observed.as_ref().and_then(Observed::present);
         let installed = present.map_or(&none, |present| &present.routes);
-        self.routing = Routing::choose(netmap, &links.routes, installed);
+        let inner = |peer: &NodeKey| self.paths.inner(peer);
+        self.routing = Routing::choose(netmap, &links.routes, installed, inner);
     }
 
     /// What the kernel should hold; `None` as long as that cannot be said, and nothing is touched.
@@ -719,7 +721,7 @@ impl Engine {
             return Some(None);
         }
         let (netmap, policy) = (self.trusted.as_ref()?, self.policy.as_ref()?);
-        self.links.as_ref()?;
+        let links = self.links.as_ref()?;
         if self.routing.is_refused() {
             return None;
         }
@@ -732,7 +734,7 @@ impl Engine {
         let wanted = Wanted {
             key: self.me,
             listen_port: self.config.listen_port,
-            mtu: self.config.mtu,
+            mtu: mtu::of_device(links.mtu),
             addrs: netmap.me().addrs.iter().copied().collect(),
             peers: peers.collect(),
             routes: self.routing.routes.clone(),
@@ -784,7 +786,9 @@ impl Engine {
         let home = |peer: &Peer| peer.home.or(guess.filter(|_| peer.disco.is_some()));
         let homes = peers.clone().map(|peer| (peer.key, home(peer)));
         self.relays.set(&network.relays, homes);
-        self.paths.refresh(now, peers, ground, &self.relays);
+        let present = self.observed.as_ref().and_then(Observed::present);
+        self.paths
+            .refresh(now, peers, ground, &self.relays, present);
         self.refresh_relays(now);
     }
 }
@@ -803,6 +807,7 @@ fn in_force(filter: &Filter, shields_up: bool) -> Cow<'_, Filter> {
 /// Where peers may reach this node: its addresses, those in subnets that it serves last (peers
 /// elsewhere cannot reach them but through this node).
 fn local_endpoints(
+            mtu: links.mtu,
     addrs: &BTreeSet<LinkAddr>,
     served: &BTreeSet<Prefix>,
     listen_port: u16,

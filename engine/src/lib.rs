@@ -11,7 +11,6 @@
 //!     interface: "weir0".into(),
 //!     listen_port: 51820,
 //!     shim_port: 51821,
-//!     mtu: engine::DEFAULT_MTU,
 //! };
 //! let me = (proto::key::NodeKey([7; 32]), proto::key::DiscoKey([8; 32]));
 //! let mut engine = Engine::new(config, me.0, me.1, [9; 32]);
@@ -76,9 +75,6 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The MTU of the device unless configured: 1,500 less 80 bytes of WireGuard over IPv6.
-pub const DEFAULT_MTU: u32 = 1420;
-
 /// What does not change while an engine lives.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -89,8 +85,6 @@ pub struct Config {
     /// The UDP port of the shim, which carries relayed packets, on addresses of `lo`; 0 if there is
     /// none, and nothing can be relayed.
     pub shim_port: u16,
-    /// Largest packet inside the tunnel, in bytes.
-    pub mtu: u32,
 }
 
 /// Something that happened.
@@ -234,6 +228,9 @@ pub struct Links {
 pub struct Router {
     /// Its address in our network.
     pub gateway: Ipv4Addr,
+    /// The longest packet, in bytes, that one of the interfaces with such an address takes; 0 if
+    /// there is none.
+    pub mtu: u32,
     /// Ours.
     pub own: Ipv4Addr,
 }

@@ -67,7 +67,7 @@ pub const POSTPONED: Duration = Duration::from_millis(100);
 
 /// The direct path as it is now, as far as it matters here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Ground {
+pub struct Seen {
     /// Where packets go; `None` while the path is not direct, or the peer answers no pings.
     pub endpoint: Option<SocketAddr>,
     /// Whether packets were exchanged lately.
@@ -75,13 +75,13 @@ pub struct Ground {
     /// How long an answer took lately.
     pub rtt: Option<Duration>,
     /// The longest packet that a link of this host takes, in bytes.
-    pub links: u16,
+    pub links: u32,
 }
 
 /// What is known of the path to one peer, and what is being found out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Mtu {
-    ground: Ground,
+    seen: Seen,
     /// The longest packet that passes, in bytes, as far as it was found out.
     known: Option<u16>,
     study: Option<Study>,
@@ -117,7 +117,7 @@ impl Mtu {
     /// The longest packet inside the tunnel that leads to none longer than that.
     #[must_use]
     pub fn inner(&self) -> Option<u16> {
-        Some(self.known? - overhead(self.ground.endpoint?))
+        Some(self.known? - overhead(self.seen.endpoint?))
     }
 
     /// Whether pings are under way.
@@ -129,23 +129,25 @@ impl Mtu {
     /// Takes over what an earlier run of the agent found out, as said by its routes: packets of
     /// this many bytes inside the tunnel pass. Whoever knows better does not listen.
     pub fn adopt(&mut self, inner: u16) {
-        if let (None, Some(endpoint)) = (self.known, self.ground.endpoint) {
+        if let (None, Some(endpoint)) = (self.known, self.seen.endpoint) {
             let bytes = inner.saturating_add(overhead(endpoint));
             self.known = Some(bytes.clamp(FLOOR, self.ceiling()));
         }
     }
 
     /// The path is this now. Another one is studied at once.
-    pub fn follow(&mut self, now: Instant, ground: Ground) {
-        let before = std::mem::replace(&mut self.ground, ground);
-        if before.endpoint != ground.endpoint {
+    pub fn follow(&mut self, now: Instant, seen: Seen) {
+        let before = std::mem::replace(&mut self.seen, seen);
+        if before.endpoint != seen.endpoint {
             *self = Self {
-                ground,
+                seen,
                 ..Self::default()
             };
         }
-        let changed = before.endpoint != ground.endpoint || before.links != ground.links;
-        if changed && ground.endpoint.is_some() {
+        let ceiling = self.ceiling();
+        self.known = self.known.map(|known| known.min(ceiling));
+        let changed = before.endpoint != seen.endpoint || before.links != seen.links;
+        if changed && seen.endpoint.is_some() {
             self.begin(now, true);
         }
     }
@@ -153,7 +155,7 @@ impl Mtu {
     /// Packets get no answer: maybe because they are too long now.
     pub fn suspect(&mut self, now: Instant) {
         let lately = |at| now.saturating_duration_since(at) < SUSPECT_PAUSE;
-        let idle = self.study.is_none() && self.ground.endpoint.is_some();
+        let idle = self.study.is_none() && self.seen.endpoint.is_some();
         if idle && !self.suspected.is_some_and(lately) {
             self.suspected = Some(now);
             self.begin(now, false);
@@ -163,10 +165,10 @@ impl Mtu {
     /// When [`Mtu::poll`] has something to do at the latest; `None`: not before something happens.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        self.ground.endpoint?;
+        self.seen.endpoint?;
         match &self.study {
             Some(study) => Some(study.next),
-            None => self.next.filter(|_| self.ground.active),
+            None => self.next.filter(|_| self.seen.active),
         }
     }
 
@@ -231,7 +233,7 @@ impl Mtu {
         let Some(bytes) = study.asked.remove(&tx) else {
             return false;
         };
-        if self.ground.endpoint != Some(from) {
+        if self.seen.endpoint != Some(from) {
             return true;
         }
         study.best = study.best.max(Some(bytes));
@@ -276,15 +278,28 @@ impl Mtu {
     }
 
     fn ceiling(&self) -> u16 {
-        self.ground.links.clamp(FLOOR, CEILING)
+        ceiling(self.seen.links)
     }
 
     fn patience(&self) -> Duration {
-        let twice = self.ground.rtt.map(|rtt| rtt.saturating_mul(2));
+        let twice = self.seen.rtt.map(|rtt| rtt.saturating_mul(2));
         twice
             .unwrap_or_default()
             .clamp(LEAST_PATIENCE, MOST_PATIENCE)
     }
+}
+
+/// The device's MTU where our own links take packets of this many bytes: what any path may lead to,
+/// for routes to say less.
+#[must_use]
+pub fn of_device(links: u32) -> u32 {
+    ceiling(links).saturating_sub(OVERHEAD_V4).max(FLOOR).into()
+}
+
+/// The longest packet worth asking for where our own links take this many bytes.
+fn ceiling(links: u32) -> u16 {
+    let links = u16::try_from(links).unwrap_or(u16::MAX);
+    links.clamp(FLOOR, CEILING)
 }
 
 /// How many zeros make a ping to `endpoint` a packet of so many bytes.

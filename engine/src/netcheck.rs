@@ -476,6 +476,7 @@ mod tests {
             router(&links("10.1.0.2", 24, Some("10.2.0.1"))),
             None,
             "another network's"
+            mtu: 1500,
         );
         assert_eq!(
             router(&links("198.51.100.2", 24, Some("198.51.100.1"))),

@@ -289,6 +289,32 @@ impl Path {
     pub fn take_look(&mut self) -> bool {
         std::mem::take(&mut self.look)
     }
+    /// Whether packets go out and none comes back, though probes are answered.
+    #[must_use]
+    pub fn is_silent(&self) -> bool {
+        self.silence.is_some()
+    }
+
+    /// Packets were too long for the path: that they had no answer proves nothing against it.
+    pub fn excuse(&mut self) {
+        self.silence = None;
+    }
+
+    /// How long an answer of the endpoint in use took lately.
+    #[must_use]
+    pub fn rtt(&self) -> Option<Duration> {
+        let Way::Direct(endpoint) = self.way else {
+            return None;
+        };
+        self.candidates.get(&endpoint)?.answered.map(|(_, rtt)| rtt)
+    }
+
+    /// Whether the kernel's counters were ever looked at.
+    #[must_use]
+    pub fn is_seen(&self) -> bool {
+        self.seen.is_some()
+    }
+
 
     /// The candidates.
     #[must_use]

@@ -6,12 +6,14 @@
 
 use crate::Via;
 use crate::dice::Dice;
+use crate::mtu::{self, Mtu, Seen};
 use crate::path::probe::{Budget, MAX_TRANSMITS};
-use crate::path::{Errand, Path, Surroundings};
-use crate::plan::{PeerState, Stats};
+use crate::path::{Errand, Path, Surroundings, Way};
+use crate::plan::{PeerState, Present, Stats};
 use crate::relays::{Relays, is_loopback};
 use proto::disco::{Message, TxId};
 use proto::key::{DiscoKey, NodeKey};
+use proto::net::Prefix;
 use proto::netmap::Peer;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
@@ -22,6 +24,8 @@ use std::time::Instant;
 pub const EAGER_PEERS: usize = 128;
 /// Answers to one peer in a second, at most.
 const MAX_ANSWERS: u32 = 50;
+/// Rounds of long pings in a second, at most; with many peers a fifth of their number.
+const MAX_LONG_ROUNDS: u32 = 50;
 
 /// All peers' paths.
 pub(crate) struct Paths {
@@ -35,6 +39,7 @@ pub(crate) struct Paths {
     budget: Budget,
     ground: Surroundings,
     /// Where we can be reached, for calls.
+    long: Budget,
     endpoints: Vec<SocketAddr>,
     outbox: VecDeque<Sent>,
     /// Whether what is wanted of kernel or relays may have changed.
@@ -49,6 +54,9 @@ struct Entry {
     path: Path,
     disco: Option<DiscoKey>,
     timer: Option<Instant>,
+    mtu: Mtu,
+    /// What was last said of it.
+    inner: Option<u16>,
     answers: Budget,
 }
 
@@ -64,6 +72,7 @@ impl Paths {
             budget: Budget::default(),
             ground: Surroundings::default(),
             endpoints: Vec::new(),
+            long: Budget::default(),
             outbox: VecDeque::new(),
             moved: false,
             look: false,
@@ -84,6 +93,15 @@ impl Paths {
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&NodeKey, &Path)> {
         self.all.iter().map(|(key, entry)| (key, &entry.path))
+    pub(crate) fn with_mtu(&self, key: &NodeKey) -> Option<(&Path, &Mtu)> {
+        self.all.get(key).map(|entry| (&entry.path, &entry.mtu))
+    }
+
+    /// The longest packet inside the tunnel that the path to this peer takes, if that is known.
+    pub(crate) fn inner(&self, key: &NodeKey) -> Option<u16> {
+        self.all.get(key)?.inner
+    }
+
     }
 
     /// Whether anything changed that plans or relays depend on, since this was last asked.
@@ -117,8 +135,8 @@ impl Paths {
         self.all.keys().copied().collect()
     }
 
-    /// The peers and the host are these. Candidates are ranked anew; new peers get a path, gone ones
-    /// lose it.
+    /// The peers and the host are these. Candidates are ranked anew; new peers get a path, the one
+    /// that is `present` if there is one, gone ones lose it.
     pub(crate) fn refresh<'a>(
         &mut self,
         now: Instant,
@@ -128,8 +146,9 @@ impl Paths {
     ) {
         self.ground = ground;
         let mut before = std::mem::take(&mut self.all);
+        present: Option<&Present>,
         self.by_disco.clear();
-        let mut news = Vec::new();
+        let (mut news, mut new) = (Vec::new(), Vec::new());
         for peer in peers {
             let candidates = self.ground.rank(&peer.endpoints);
             let relay = relays.way_to(now, &peer.key);
@@ -150,9 +169,12 @@ impl Paths {
                     let (probes, yields) = (peer.disco.is_some(), self.me > peer.key);
                     Entry {
                         path: Path::new(probes, yields, &candidates, relay),
+                    new.push(peer);
                         disco: peer.disco,
                         timer: None,
                         answers: Budget::default(),
+                        mtu: Mtu::default(),
+                        inner: None,
                     }
                 }
             };
@@ -164,6 +186,9 @@ impl Paths {
         self.timers.retain(|(_, key)| self.all.contains_key(key));
         for key in news {
             self.news(now, key);
+        }
+        for (peer, present) in new.into_iter().zip(present.into_iter().cycle()) {
+            self.adopt(now, peer, present);
         }
         for key in self.keys() {
             self.reschedule(now, key);
@@ -182,7 +207,7 @@ impl Paths {
     fn news(&mut self, now: Instant, key: NodeKey) {
         let few = self.all.len() <= EAGER_PEERS;
         self.touch(now, key, |path| {
-            let relayed = matches!(path.way(), crate::path::Way::Relay);
+            let relayed = matches!(path.way(), Way::Relay);
             if few || !relayed || path.is_active(now) {
                 path.seek(now, few || !relayed);
             }
@@ -227,12 +252,46 @@ impl Paths {
         }
     }
 
+            if let Some(entry) = self.all.get_mut(&key)
+                && entry.path.is_silent()
+            {
+                entry.mtu.suspect(now);
+                self.reschedule(now, key);
+            }
+        }
+    }
+
+    /// Takes over what an earlier run of the agent left of a new path: a session at its endpoint,
+    /// and routes that say how long its packets may be.
+    fn adopt(&mut self, now: Instant, peer: &Peer, present: &Present) {
+        let Some(state) = present.peers.get(&peer.key) else {
+            return;
+        };
+        let tier = self.tier_of(&state.stats);
+        self.touch(now, peer.key, |path| path.observe(now, &state.stats, tier));
+        let mut hosts = peer.addrs.iter().map(|addr| Prefix::host(*addr));
+        let said = hosts.find_map(|host| present.routes.get(&host));
+        if let (Some(said), Some(entry)) = (said, self.all.get_mut(&peer.key)) {
+            entry.mtu.adopt(said.inner());
+            self.reschedule(now, peer.key);
     fn tier_of(&self, stats: &Stats) -> Option<crate::path::Tier> {
         let endpoint = stats.endpoint.filter(|it| !is_loopback(*it))?;
         self.ground.tier(endpoint)
     }
 
-    /// Whether the kernel should be read now, to decide on some path. Said once.
+    /// Peers that the kernel was just given: their counters begin here.
+    pub(crate) fn made(&mut self, now: Instant, peers: &BTreeMap<NodeKey, PeerState>) {
+        for key in self.keys() {
+            let unseen = self.all.get(&key).is_some_and(|it| !it.path.is_seen());
+            if let Some(peer) = peers.get(&key).filter(|_| unseen) {
+                let tier = self.tier_of(&peer.stats);
+                self.touch(now, key, |path| path.observe(now, &peer.stats, tier));
+            }
+        }
+    }
+
+    /// Whether some path fell silent, so that the kernel should be read now, and servers be asked
+    /// whether we are still who we were. Said once.
     pub(crate) fn take_look(&mut self) -> bool {
         std::mem::take(&mut self.look)
     }
@@ -267,7 +326,12 @@ impl Paths {
             }
             (Message::Pong { tx, seen }, Via::Direct(addr)) => {
                 let (addr, seen) = (canonical(addr), canonical(seen));
-                self.touch(now, key, |path| path.ponged(now, tx, addr, seen));
+                let entry = self.all.get_mut(&key);
+                if entry.is_some_and(|entry| entry.mtu.ponged(now, tx, addr)) {
+                    self.reschedule(now, key);
+                } else {
+                    self.touch(now, key, |path| path.ponged(now, tx, addr, seen));
+                }
             }
             (Message::CallMeMaybe { endpoints }, Via::Relay(_, node)) if node == key => {
                 let candidates = self.ground.rank(&endpoints);
@@ -342,6 +406,7 @@ impl Paths {
         }
         self.outbox.pop_front()
     }
+            self.measure(now, key);
 
     /// Many peers in use need a heartbeat each in two seconds.
     fn may_send(&mut self, now: Instant) -> bool {
@@ -383,6 +448,39 @@ impl Paths {
     /// When there is something to do at the latest.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         self.timers.first().map(|(at, _)| *at)
+    /// Long pings, if some are due.
+    fn measure(&mut self, now: Instant, key: NodeKey) {
+        let peers = u32::try_from(self.all.len()).unwrap_or(u32::MAX);
+        let Some(entry) = self.all.get_mut(&key) else {
+            return;
+        };
+        if entry.mtu.deadline().is_none_or(|at| now < at) {
+            return;
+        }
+        let endpoint = match entry.path.way() {
+            Way::Direct(endpoint) => endpoint,
+            Way::Relay | Way::Blind => return,
+        };
+        let mut pings = Vec::new();
+        if self.long.take(now, MAX_LONG_ROUNDS.max(peers / 5)) {
+            for bytes in entry.mtu.poll(now) {
+                let tx = TxId(self.dice.draw());
+                entry.mtu.pinged(bytes, tx);
+                pings.push(Message::Ping {
+                    tx,
+                    node: Some(self.me),
+                    padding: mtu::padding(bytes, endpoint),
+                });
+            }
+        } else {
+            entry.mtu.postpone(now);
+        }
+        for ping in pings {
+            self.send(key, Via::Direct(endpoint), ping);
+        }
+        self.reschedule(now, key);
+    }
+
     }
 
     /// Does something with one path, and notes what that changes.
@@ -400,7 +498,16 @@ impl Paths {
         let Some(entry) = self.all.get_mut(&key) else {
             return;
         };
-        let at = entry.path.deadline(now);
+        entry.mtu.follow(now, entry.seen(now, &self.ground));
+        let inner = entry.mtu.inner();
+        if inner != entry.inner {
+            if inner < entry.inner {
+                entry.path.excuse();
+            }
+            (entry.inner, self.moved) = (inner, true);
+        }
+        let deadlines = [entry.path.deadline(now), entry.mtu.deadline()];
+        let at = deadlines.into_iter().flatten().min();
         if entry.timer == at {
             return;
         }
@@ -414,4 +521,19 @@ impl Paths {
 /// Sockets of both families say IPv4 addresses in two ways.
 fn canonical(addr: SocketAddr) -> SocketAddr {
     SocketAddr::new(addr.ip().to_canonical(), addr.port())
+impl Entry {
+    fn seen(&self, now: Instant, ground: &Surroundings) -> Seen {
+        let endpoint = match self.path.way() {
+            Way::Direct(endpoint) if self.path.can_probe() => Some(endpoint),
+            Way::Direct(_) | Way::Relay | Way::Blind => None,
+        };
+        Seen {
+            endpoint,
+            active: self.path.is_active(now),
+            rtt: self.path.rtt(),
+            links: ground.mtu,
+        }
+    }
+}
+
 }

@@ -35,7 +35,7 @@ use std::time::Duration;
 mod peers;
 mod routes;
 
-pub use routes::{LiveRoute, Overlap, Routing};
+pub use routes::{LEAST_MTU, LiveRoute, Overlap, RouteMtu, Routing};
 
 /// Most peers that are greeted: each costs a handshake, and those beyond will notice by themselves.
 pub const MAX_GREETED: usize = 1_024;
@@ -56,8 +56,8 @@ pub struct Wanted {
     pub addrs: BTreeSet<IpAddr>,
     /// Peers.
     pub peers: BTreeMap<NodeKey, WantedPeer>,
-    /// What is routed into the device.
-    pub routes: BTreeSet<Prefix>,
+    /// What is routed into the device, and how long its packets may be.
+    pub routes: BTreeMap<Prefix, RouteMtu>,
     /// Where packets must be forwarded.
     pub forwarding: BTreeSet<Forwarding>,
     /// Policy, lowered.
@@ -163,7 +163,7 @@ pub struct Present {
     /// Peers.
     pub peers: BTreeMap<NodeKey, PeerState>,
     /// Routes to it that carry our protocol number, in the main table.
-    pub routes: BTreeSet<Prefix>,
+    pub routes: BTreeMap<Prefix, RouteMtu>,
 }
 
 /// A peer that is there.
@@ -238,8 +238,10 @@ pub enum Step {
     AddAddr(IpAddr),
     /// Removes an address from the device.
     RemoveAddr(IpAddr, u8),
-    /// Routes a prefix into the device.
-    AddRoute(Prefix),
+    /// Routes a prefix into the device; one that is there stays as it is.
+    AddRoute(Prefix, RouteMtu),
+    /// Changes what a route into the device says of its packets, at no moment without the route.
+    ChangeRoute(Prefix, RouteMtu),
     /// No longer routes a prefix into the device.
     RemoveRoute(Prefix),
     /// Sends each peer an empty packet, and leaves it with this persistent keepalive. A device that
@@ -398,11 +400,16 @@ impl Plan<'_> {
 
     fn route(&mut self, wanted: &Wanted) {
         let device = self.device();
-        for route in device.routes.difference(&wanted.routes) {
-            self.step(Step::RemoveRoute(*route));
+        for route in device.routes.keys() {
+            if !wanted.routes.contains_key(route) {
+                self.step(Step::RemoveRoute(*route));
+            }
         }
-        for route in wanted.routes.difference(&device.routes) {
-            self.step(Step::AddRoute(*route));
+        for (route, mtu) in &wanted.routes {
+            match device.routes.get(route) {
+                None => self.step(Step::AddRoute(*route, *mtu)),
+                Some(has) => self.step_if(has != mtu, Step::ChangeRoute(*route, *mtu)),
+            }
         }
         let forwarding = self.state.forwarding.clone();
         for gone in forwarding.difference(&wanted.forwarding) {
@@ -492,7 +499,8 @@ impl Observed {
             | Step::RemovePeers(_)
             | Step::AddAddr(_)
             | Step::RemoveAddr(..)
-            | Step::AddRoute(_)
+            | Step::AddRoute(..)
+            | Step::ChangeRoute(..)
             | Step::RemoveRoute(_) => {
                 if let Device::Present(present) = &mut self.device {
                     present.apply(step);
@@ -505,7 +513,7 @@ impl Observed {
 impl Present {
     fn apply(&mut self, step: &Step) {
         match step {
-            Step::SetMtu(mtu) => self.mtu = *mtu,
+            Step::SetMtu(mtu) => self.set_mtu(*mtu),
             Step::SetUp(up) => self.set_up(*up),
             Step::Configure { key, listen_port } => {
                 self.key = Some(*key);
@@ -519,8 +527,11 @@ impl Present {
                 self.addrs.insert(host(*addr));
             }
             Step::RemoveAddr(addr, len) => self.remove_addr(*addr, *len),
-            Step::AddRoute(route) => {
-                self.routes.insert(*route);
+            Step::AddRoute(route, mtu) => {
+                self.routes.entry(*route).or_insert(*mtu);
+            }
+            Step::ChangeRoute(route, mtu) => {
+                self.routes.insert(*route, *mtu);
             }
             Step::RemoveRoute(route) => {
                 self.routes.remove(route);
@@ -541,11 +552,23 @@ impl Present {
     fn remove_addr(&mut self, addr: IpAddr, len: u8) {
         let removed = self.addrs.remove(&(addr, len));
         if removed && addr.is_ipv4() && !self.addrs.iter().any(|(addr, _)| addr.is_ipv4()) {
-            self.routes.retain(|route| !route.is_v4());
+            self.routes.retain(|route, _| !route.is_v4());
         }
     }
 
     /// A device that goes down loses its routes and its IPv6 addresses (`addrconf_ifdown` in
+    /// IPv6 routes that said more than a device's new MTU, or as much as its old one, say what the
+    /// new one is (`rt6_nh_mtu_change` in net/ipv6/route.c).
+    fn set_mtu(&mut self, mtu: u32) {
+        let before = std::mem::replace(&mut self.mtu, mtu);
+        for (prefix, route) in &mut self.routes {
+            let follows = route.mtu >= mtu || route.mtu == before;
+            if !prefix.is_v4() && follows {
+                route.mtu = mtu;
+            }
+        }
+    }
+
     /// net/ipv6/addrconf.c; IPv4 addresses stay).
     fn set_up(&mut self, up: bool) {
         if self.up && !up {
@@ -584,6 +607,16 @@ impl fmt::Display for Step {
             Self::SetUp(false) => f.write_str("take the device down"),
             Self::AttachAcl => f.write_str("attach the programs"),
             Self::SetAcl(_) => f.write_str("swap the policy"),
+impl fmt::Display for RouteMtu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "mtu {}", self.mtu)?;
+        if self.mss > 0 {
+            write!(f, ", mss {}", self.mss)?;
+        }
+        Ok(())
+    }
+}
+
             Self::DetachAcl => f.write_str("remove programs, links and maps"),
             Self::Configure { key, listen_port } => {
                 write!(f, "configure key {key} port {listen_port}")
@@ -592,7 +625,8 @@ impl fmt::Display for Step {
             Self::RemovePeers(keys) => write!(f, "remove {} peer(s)", keys.len()),
             Self::AddAddr(addr) => write!(f, "add address {addr}"),
             Self::RemoveAddr(addr, len) => write!(f, "remove address {addr}/{len}"),
-            Self::AddRoute(route) => write!(f, "add route {route}"),
+            Self::AddRoute(route, mtu) => write!(f, "add route {route}, {mtu}"),
+            Self::ChangeRoute(route, mtu) => write!(f, "change route {route}: {mtu}"),
             Self::RemoveRoute(route) => write!(f, "remove route {route}"),
             Self::Greet(peers) => write!(f, "greet {} peer(s)", peers.len()),
             Self::Forward(Forwarding { side, family }) => {

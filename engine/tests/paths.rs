@@ -5,9 +5,7 @@
 
 use engine::plan::{Device, LiveRoute, Observed};
 use engine::status::{Now, Probe};
-use engine::{
-    Config, DEFAULT_MTU, Engine, Input, LinkAddr, Links, Output, RelayEvent, RelayTable, Via,
-};
+use engine::{Config, Engine, Input, LinkAddr, Links, Output, RelayEvent, RelayTable, Via};
 use proptest::prelude::*;
 use proto::disco::Message;
 use proto::filter::Filter;
@@ -123,7 +121,6 @@ impl Net {
                     interface: "weir0".to_owned(),
                     listen_port: 51820,
                     shim_port: 51821,
-                    mtu: DEFAULT_MTU,
                 },
                 key(side),
                 disco(side),

@@ -6,8 +6,8 @@
 
 use engine::acl::{Change, Tables};
 use engine::plan::{
-    Acl, Desired, Device, Family, Forwarding, Observed, PeerState, Policy, Present, Side, Stats,
-    Step, Wanted, WantedPeer, diff,
+    Acl, Desired, Device, Family, Forwarding, Observed, PeerState, Policy, Present, RouteMtu, Side,
+    Stats, Step, Wanted, WantedPeer, diff,
 };
 use proptest::prelude::*;
 use proto::key::NodeKey;
@@ -30,6 +30,13 @@ fn remote(n: u8) -> Prefix {
         0..3 => Prefix::host(IpAddr::from([100, 64, 0, n])),
         3 => Prefix::containing(IpAddr::from([10, n, 0, 0]), 16).unwrap(),
         _ => format!("fd00:0:0:{n}::/64").parse().unwrap(),
+    }
+}
+
+fn mtu(n: u32) -> RouteMtu {
+    RouteMtu {
+        mtu: 1280 + 20 * n,
+        mss: 0,
     }
 }
 
@@ -56,7 +63,7 @@ struct World {
     owners: BTreeMap<u8, u8>,
     locals: BTreeSet<u8>,
     allowed: BTreeSet<(u8, u8)>,
-    routes: BTreeSet<u8>,
+    routes: BTreeMap<u8, u32>,
     peers: BTreeSet<u8>,
     port: u16,
 }
@@ -66,7 +73,7 @@ fn world() -> impl Strategy<Value = World> {
         prop::collection::btree_map(0u8..6, 0u8..4, 0..6),
         prop::collection::btree_set(0u8..3, 0..4),
         prop::collection::btree_set((0u8..6, 0u8..3), 0..18),
-        prop::collection::btree_set(0u8..6, 0..6),
+        prop::collection::btree_map(0u8..6, 0u32..3, 0..6),
         prop::collection::btree_set(0u8..4, 0..4),
         1u16..3,
     )
@@ -113,7 +120,11 @@ impl World {
                     (key(*peer), wanted)
                 })
                 .collect(),
-            routes: self.routes.iter().map(|n| remote(*n)).collect(),
+            routes: self
+                .routes
+                .iter()
+                .map(|n| (remote(*n.0), mtu(*n.1)))
+                .collect(),
             forwarding: BTreeSet::new(),
             policy: policy(NEW),
         }
@@ -140,7 +151,7 @@ impl World {
                     .map(|addr| (*addr, Prefix::host(*addr).len()))
                     .collect(),
                 peers: peers.collect(),
-                routes: if up { wanted.routes } else { BTreeSet::new() },
+                routes: if up { wanted.routes } else { BTreeMap::new() },
             }),
             acl,
             forwarding: BTreeSet::new(),
@@ -178,7 +189,7 @@ fn carries(state: &Observed, force: Force<'_>, peer: u8, from: u8, to: u8) -> bo
 
 fn routed(state: &Observed, from: u8) -> bool {
     let device = state.present();
-    device.is_some_and(|device| device.routes.contains(&remote(from)))
+    device.is_some_and(|device| device.routes.contains_key(&remote(from)))
 }
 
 fn flows() -> impl Iterator<Item = (u8, u8, u8)> {
@@ -403,7 +414,7 @@ fn small() -> Wanted {
             (key(3), peer(&["100.64.0.3/32", "10.3.0.0/16"])),
         ]),
         routes: ["100.64.0.0/10", "fd00::/48", "10.3.0.0/16"]
-            .map(|route| route.parse().unwrap())
+            .map(|route| (route.parse().unwrap(), mtu(0)))
             .into(),
         forwarding: BTreeSet::new(),
         policy: policy(1),
@@ -495,6 +506,27 @@ fn a_peer_joins_and_another_leaves() {
     wanted.peers.insert(key(4), peer(&["100.64.0.4/32"]));
     wanted.policy = policy(2);
     check("join-and-leave", &Some(wanted), &before);
+}
+
+#[test]
+fn a_path_takes_other_lengths() {
+    let before = converged(&small());
+    let mut wanted = small();
+    for (route, inner) in [
+        ("100.64.0.2/32", 1440),
+        ("fd00::2/128", 1440),
+        ("10.3.0.0/16", 1220),
+    ] {
+        let route: Prefix = route.parse().unwrap();
+        let mtu = RouteMtu::of(Some(inner), Family::of(&route));
+        wanted.routes.insert(route, mtu);
+    }
+    check("path-mtu", &Some(wanted.clone()), &before);
+    // Another link: IPv6 routes that follow the device's MTU are set right in the same plan.
+    wanted.mtu = 1440;
+    let before = converged(&wanted);
+    wanted.mtu = 8940;
+    check("device-mtu", &Some(wanted), &before);
 }
 
 #[test]

@@ -11,7 +11,9 @@
 //! ```
 
 use agent::kernel::{Config, Kernel};
-use engine::plan::{Device, Observed, PeerChange, Present, Stats, Step, Wanted, WantedPeer, diff};
+use engine::plan::{
+    Device, Observed, PeerChange, Present, RouteMtu, Stats, Step, Wanted, WantedPeer, diff,
+};
 use proto::key::{NodeKey, NodeSecret};
 use proto::net::Prefix;
 use proto::netmap::MAX_ROUTES_PER_NODE;
@@ -101,6 +103,13 @@ fn prefixes(dice: &mut Dice) -> BTreeSet<Prefix> {
     (0..dice.roll(5)).map(|_| prefix(dice.roll(12))).collect()
 }
 
+fn mtu(dice: &mut Dice) -> RouteMtu {
+    RouteMtu {
+        mtu: 1280 + 20 * dice.roll(8) as u32,
+        mss: 1140 * dice.roll(2) as u32,
+    }
+}
+
 /// The next step of a script. What no plan does is left out: a device that comes up without a port
 /// (the kernel picks one), routes to a device that is down (refused).
 fn roll_step(dice: &mut Dice, model: &Observed) -> Step {
@@ -149,7 +158,8 @@ fn roll_step(dice: &mut Dice, model: &Observed) -> Step {
             let addr = addr(dice.roll(4));
             Step::RemoveAddr(addr, Prefix::host(addr).len())
         }
-        11 | 12 if device.up => Step::AddRoute(prefix(dice.roll(2))),
+        11 if device.up => Step::AddRoute(prefix(dice.roll(2)), mtu(dice)),
+        12 if device.up => Step::ChangeRoute(prefix(dice.roll(2)), mtu(dice)),
         13 => Step::RemoveRoute(prefix(dice.roll(2))),
         14 if dice.roll(8) == 0 => Step::DeleteLink,
         _ => Step::SetUp(true),
@@ -218,7 +228,11 @@ fn wanted(peers: BTreeMap<NodeKey, WantedPeer>) -> Wanted {
         mtu: 1420,
         addrs: [[100, 127, 255, 1].into()].into(),
         peers,
-        routes: ["100.64.0.0/10".parse().expect("a prefix")].into(),
+        routes: [(
+            "100.64.0.0/10".parse().expect("a prefix"),
+            RouteMtu::default(),
+        )]
+        .into(),
         forwarding: BTreeSet::new(),
         policy: Arc::new(engine::plan::Policy {
             serial: 1,

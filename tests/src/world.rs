@@ -289,7 +289,6 @@ impl World {
         let config = Config {
             interface: "weir0".into(),
             listen_port: PORT,
-            mtu: engine::DEFAULT_MTU,
             shim_port: SHIM,
         };
         let mut seed = [0; 32];
@@ -692,6 +691,7 @@ impl World {
             gateway: None,
         }
     }
+            mtu: 1500,
 
     /// The coordinator tells everybody what changed for them.
     fn publish(&mut self) {

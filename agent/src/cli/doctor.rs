@@ -6,8 +6,8 @@
 
 mod host;
 
-use super::{Agent, Console, Failure, PATIENCE};
-use crate::local::report::{Acl, Coordinator, Phase, Problem, Status};
+use super::{Agent, Console, Failure, PATIENCE, path};
+use crate::local::report::{Acl, Coordinator, PeerStatus, Phase, Problem, Status};
 use crate::local::{Request, Response};
 use proto::net::Prefix;
 use serde::Serialize;
@@ -15,6 +15,8 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::path::Path;
 use std::time::Duration;
 
+/// What helps a path that takes only short packets.
+const WIDEN: &str = "Give the links and tunnels that it goes by an MTU of 1360 or more.";
 /// How long the coordinator may take to take a connection.
 const REACH: Duration = Duration::from_secs(5);
 
@@ -147,6 +149,7 @@ fn of_agent(status: &Status) -> Vec<Check> {
     if interface.up {
         checks.push(host::threaded(device));
     }
+    checks.extend(narrow(&status.active));
     // A route that leads nowhere from here is not forwarded: that problem comes below.
     let unserved = problems
         .iter()
@@ -161,6 +164,24 @@ fn of_agent(status: &Status) -> Vec<Check> {
             .map(|Problem { message, next, .. }| Check::fail("problem", message, next)),
     );
     checks
+}
+
+/// Peers in use whose path takes less than IPv6 needs.
+fn narrow(active: &[PeerStatus]) -> Option<Check> {
+    let narrow = active.iter().filter(|peer| path::is_narrow(peer));
+    let peers: Vec<String> = narrow
+        .map(|peer| {
+            format!(
+                "{} ({} bytes)",
+                peer.name,
+                peer.path_mtu.unwrap_or_default()
+            )
+        })
+        .collect();
+    (!peers.is_empty()).then(|| {
+        let message = format!("the path takes only short packets to {}", peers.join(", "));
+        Check::warn("mtu", format!("{message}. {}", path::NARROW), WIDEN)
+    })
 }
 
 fn acl_check(acl: &Acl, wanted: bool) -> Check {

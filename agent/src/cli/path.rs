@@ -4,6 +4,7 @@ use super::show::Table;
 use super::{Agent, Console, Failure, PATIENCE, astray};
 use crate::local::report::{PeerPath, PeerStatus, Way};
 use crate::local::{Request, Response};
+use engine::plan::LEAST_MTU;
 
 pub(super) fn path(agent: &Agent, console: &Console, peer: &str) -> Result<(), Failure> {
     let path = ask(agent, peer)?;
@@ -62,6 +63,7 @@ fn text(path: &PeerPath) -> String {
         by(peer),
         since.unwrap_or_default()
     );
+    text.push_str(&lengths(peer));
     if peer.way == Way::Direct
         && let Some(region) = region
     {
@@ -92,6 +94,35 @@ fn text(path: &PeerPath) -> String {
         ]);
     }
     text + &table.print()
+}
+
+/// How long packets may be.
+fn lengths(peer: &PeerStatus) -> String {
+    let inside = peer.mtu;
+    let bytes = match (peer.path_mtu, peer.way) {
+        (Some(bytes), _) => bytes,
+        (None, Way::Direct) => {
+            return format!(
+                "How long its packets may be is not known yet: its routes say {inside} bytes.\n"
+            );
+        }
+        (None, Way::Relayed | Way::None) => return String::new(),
+    };
+    let mut text = format!("Packets of {bytes} bytes pass: its routes say {inside}.\n");
+    if is_narrow(peer) {
+        text.push_str(NARROW);
+        text.push('\n');
+    }
+    text
+}
+
+/// What a path means that takes less than IPv6's least packet needs.
+pub(super) const NARROW: &str = "IPv6 needs more: TCP and IPv4 fit themselves in, IPv6 datagrams \
+    beyond that are fragmented on the way, or lost.";
+
+/// Whether IPv6's least packet is too long for the path.
+pub(super) fn is_narrow(peer: &PeerStatus) -> bool {
+    peer.path_mtu.is_some() && peer.mtu < LEAST_MTU
 }
 
 fn result(result: &str, rtt: Option<String>) -> String {

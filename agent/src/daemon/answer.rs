@@ -10,7 +10,7 @@ use crate::local::report::{
 use crate::local::{RefusedCode, Response};
 use ebpf::abi;
 use ebpf::refuse::Outcome;
-use engine::plan;
+use engine::plan::{self, Family, RouteMtu};
 use engine::status::{FailureKind, Problem as EngineProblem};
 use proto::net::Protocol;
 use proto::netmap::{Netmap, Peer};
@@ -211,6 +211,10 @@ impl Daemon {
         let now = now.unwrap_or(Duration::ZERO);
         let (rx_rate, tx_rate) = self.rates.of(Instant::now(), &peer.key);
         let path = self.engine.path_of(Instant::now(), &peer.key);
+        let mtu = path
+            .as_ref()
+            .map(|path| (path.mtu, path.inner_mtu))
+            .unwrap_or_default();
         let (way, region, rtt) = path.map_or((Way::None, None, None), |path| reach::way(&path.now));
         PeerStatus {
             id: peer.id,
@@ -231,6 +235,8 @@ impl Daemon {
             way,
             relay: region.map(|region| self.region_name(region)),
             rtt_us: rtt.map(reach::micros),
+            path_mtu: mtu.0,
+            mtu: RouteMtu::of(mtu.1, Family::V4).mtu,
         }
     }
 

@@ -8,7 +8,7 @@
 //! written to a file first, and put back from it. IPv6 knows no forwarding of one interface before
 //! Linux 6.17 (`force_forwarding`): there we use what the machine has and say so if it has none.
 
-use engine::plan::{Family, Forwarding, Side};
+use engine::plan::{Family, Forwarding, RouteMtu, Side};
 use futures_util::{StreamExt, TryStreamExt};
 use proto::net::Prefix;
 use rtnetlink::packet_route::address::AddressAttribute;
@@ -16,7 +16,7 @@ use rtnetlink::packet_route::link::{
     InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol,
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol,
 };
 use rtnetlink::packet_route::tc::TcHandle;
 use rtnetlink::packet_route::{AddressFamily, route::RouteScope};
@@ -200,8 +200,8 @@ impl Routes {
     ///
     /// # Errors
     /// What the kernel says.
-    pub async fn routes(&self, index: u32) -> io::Result<BTreeSet<Prefix>> {
-        let mut routes = BTreeSet::new();
+    pub async fn routes(&self, index: u32) -> io::Result<BTreeMap<Prefix, RouteMtu>> {
+        let mut routes = BTreeMap::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut wanted = RouteMessage::default();
             wanted.header.address_family = family;
@@ -213,7 +213,8 @@ impl Routes {
             while let Some(answer) = answers.next().await {
                 match answer.map_err(errno) {
                     Ok(message) if is_ours(&message, index) => {
-                        routes.extend(destination(&message));
+                        let mtu = says(&message);
+                        routes.extend(destination(&message).map(|prefix| (prefix, mtu)));
                     }
                     Ok(_) => {}
                     // The kernel says so when a filtered dump finds nothing.
@@ -229,12 +230,22 @@ impl Routes {
     ///
     /// # Errors
     /// What the kernel says.
-    pub async fn add_route(&self, index: u32, prefix: Prefix) -> io::Result<()> {
-        let message = route(index, prefix)?;
+    pub async fn add_route(&self, index: u32, prefix: Prefix, mtu: RouteMtu) -> io::Result<()> {
+        let message = saying(route(index, prefix)?, mtu);
         done(
             self.handle.route().add(message).execute().await,
             libc::EEXIST,
         )
+    }
+
+    /// Puts a route of ours in the place of one that says something else of its packets.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub async fn change_route(&self, index: u32, prefix: Prefix, mtu: RouteMtu) -> io::Result<()> {
+        let message = saying(route(index, prefix)?, mtu);
+        let request = self.handle.route().add(message).replace();
+        request.execute().await.map_err(errno)
     }
 
     /// Takes a route of ours away; one that is not there is no error.
@@ -263,6 +274,36 @@ fn route(index: u32, prefix: Prefix) -> io::Result<RouteMessage> {
         builder
     };
     Ok(builder.build())
+}
+
+fn saying(mut message: RouteMessage, mtu: RouteMtu) -> RouteMessage {
+    let metrics = [RouteMetric::Mtu(mtu.mtu), RouteMetric::Advmss(mtu.mss)];
+    let metrics = metrics
+        .into_iter()
+        .filter(|metric| !matches!(metric, RouteMetric::Mtu(0) | RouteMetric::Advmss(0)));
+    let metrics = RouteAttribute::Metrics(metrics.collect());
+    message.attributes.push(metrics);
+    message
+}
+
+/// What a route says of its packets.
+fn says(message: &RouteMessage) -> RouteMtu {
+    let mut mtu = RouteMtu::default();
+    let metrics = message
+        .attributes
+        .iter()
+        .filter_map(|attribute| match attribute {
+            RouteAttribute::Metrics(metrics) => Some(metrics),
+            _ => None,
+        });
+    for metric in metrics.flatten() {
+        match metric {
+            RouteMetric::Mtu(bytes) => mtu.mtu = *bytes,
+            RouteMetric::Advmss(bytes) => mtu.mss = *bytes,
+            _ => {}
+        }
+    }
+    mtu
 }
 
 fn read_link(message: &LinkMessage) -> Link {

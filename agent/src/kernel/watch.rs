@@ -67,18 +67,17 @@ pub async fn run(interface: &str, links: mpsc::Sender<Links>) -> io::Result<()> 
 /// What the kernel says.
 pub async fn read(handle: &Handle, interface: &str) -> io::Result<Links> {
     let names = names(handle).await?;
-    let foreign = |index: &u32| {
-        let (name, loopback) = names.get(index)?;
-        (name != interface).then_some((name.as_str(), *loopback))
-    };
+    let foreign = |index: &u32| names.get(index).filter(|link| link.name != interface);
     let mut links = Links::default();
     let mut answers = std::pin::pin!(handle.address().get().execute());
     while let Some(message) = answers.try_next().await.map_err(errno)? {
-        if let Some((name, false)) = foreign(&message.header.index)
+        if let Some(link) = foreign(&message.header.index)
+            && !link.loopback
             && let Some(addr) = reachable(&message)
         {
+            links.mtu = links.mtu.max(link.mtu);
             links.addrs.insert(LinkAddr {
-                interface: name.to_owned(),
+                interface: link.name.clone(),
                 addr,
                 prefix_len: message.header.prefix_len,
             });
@@ -100,16 +99,30 @@ pub async fn read(handle: &Handle, interface: &str) -> io::Result<Links> {
     Ok(links)
 }
 
-async fn names(handle: &Handle) -> io::Result<BTreeMap<u32, (String, bool)>> {
+/// What is to be known of a link.
+#[derive(Default)]
+struct Link {
+    name: String,
+    loopback: bool,
+    mtu: u32,
+}
+
+async fn names(handle: &Handle) -> io::Result<BTreeMap<u32, Link>> {
     let mut names = BTreeMap::new();
     let mut answers = std::pin::pin!(handle.link().get().execute());
     while let Some(message) = answers.try_next().await.map_err(errno)? {
-        let loopback = message.header.flags.contains(LinkFlags::Loopback);
+        let mut link = Link {
+            loopback: message.header.flags.contains(LinkFlags::Loopback),
+            ..Link::default()
+        };
         for attribute in message.attributes {
-            if let LinkAttribute::IfName(name) = attribute {
-                names.insert(message.header.index, (name, loopback));
+            match attribute {
+                LinkAttribute::IfName(name) => link.name = name,
+                LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+                _ => {}
             }
         }
+        names.insert(message.header.index, link);
     }
     Ok(names)
 }
@@ -130,11 +143,7 @@ fn reachable(message: &AddressMessage) -> Option<IpAddr> {
 }
 
 /// Routes of the main table that lead out by another device than ours, or nowhere.
-fn live(
-    message: &RouteMessage,
-    names: &BTreeMap<u32, (String, bool)>,
-    interface: &str,
-) -> Vec<LiveRoute> {
+fn live(message: &RouteMessage, names: &BTreeMap<u32, Link>, interface: &str) -> Vec<LiveRoute> {
     let table = message
         .attributes
         .iter()
@@ -157,8 +166,8 @@ fn live(
         RouteType::Unicast => exits(message)
             .iter()
             .filter_map(|index| names.get(index))
-            .filter(|(name, _)| name != interface)
-            .map(|(name, _)| route(name))
+            .filter(|link| link.name != interface)
+            .map(|link| route(&link.name))
             .collect(),
         RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit | RouteType::Throw => {
             vec![route("")]

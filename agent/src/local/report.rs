@@ -210,6 +210,12 @@ pub struct PeerStatus {
     pub relay: Option<String>,
     /// How long the last probe of a direct path took, or the relay's last answer; `null` if unknown.
     pub rtt_us: Option<u64>,
+    /// The longest packet, in bytes, that the direct path takes (1,280 may stand for less); `null` if
+    /// there is none, or that is not known yet.
+    pub path_mtu: Option<u16>,
+    /// The longest packet to it inside the tunnel, in bytes: what its IPv4 routes say. IPv6's never
+    /// say less than 1,280.
+    pub mtu: u32,
 }
 
 /// The way of packets to a peer.

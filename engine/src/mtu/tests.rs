@@ -10,7 +10,7 @@ const RTT: Duration = Duration::from_millis(30);
 
 struct Rig {
     mtu: Mtu,
-    ground: Ground,
+    seen: Seen,
     start: Instant,
     now: Instant,
     /// Longer ones are lost.
@@ -24,19 +24,19 @@ struct Rig {
 }
 
 impl Rig {
-    fn new(endpoint: &str, links: u16, takes: u16) -> Self {
+    fn new(endpoint: &str, links: u32, takes: u16) -> Self {
         let now = Instant::now();
-        let ground = Ground {
+        let seen = Seen {
             endpoint: endpoint.parse().ok(),
             active: true,
             rtt: Some(RTT),
             links,
         };
         let mut mtu = Mtu::default();
-        mtu.follow(now, ground);
+        mtu.follow(now, seen);
         Self {
             mtu,
-            ground,
+            seen,
             start: now,
             now,
             takes,
@@ -74,7 +74,7 @@ impl Rig {
                 self.pongs.push((now + RTT, tx));
             }
         }
-        let from = self.ground.endpoint.unwrap();
+        let from = self.seen.endpoint.unwrap();
         let (due, later) = self.pongs.iter().partition(|(at, _)| *at <= now);
         self.pongs = later;
         let due: Vec<(Instant, TxId)> = due;
@@ -103,7 +103,7 @@ fn every_path_is_known_in_a_second_and_few_pings() {
             for takes in [1_280, 1_360, 1_400, 1_492, 1_500, 9_000] {
                 let mut rig = Rig::new(endpoint, links, takes);
                 rig.seconds(4);
-                let expected = takes.min(links);
+                let expected = takes.min(u16::try_from(links).unwrap());
                 assert_eq!(rig.mtu.known(), Some(expected), "{endpoint} {links}");
                 let (took, pings) = (rig.took(rig.start), rig.sent.len());
                 assert!(took <= Duration::from_millis(800), "{expected}: {took:?}");
@@ -123,9 +123,9 @@ fn links_that_take_an_unusual_length_are_asked_for_that() {
     let mut rig = Rig::new(V6, 1_450, 9_000);
     rig.seconds(1);
     assert_eq!(rig.mtu.known(), Some(1_450));
-    rig.ground.links = 1_300;
+    rig.seen.links = 1_300;
     rig.takes = 1_300;
-    rig.mtu.follow(rig.now, rig.ground);
+    rig.mtu.follow(rig.now, rig.seen);
     rig.seconds(1);
     assert_eq!(rig.mtu.known(), Some(1_300));
 }
@@ -205,13 +205,13 @@ fn an_idle_peer_costs_nothing_and_one_in_use_what_was_said() {
         rig.sent.clear();
         rig.seconds(3_600);
         assert!(rig.sent.len() <= 900, "{takes}: {}", rig.sent.len());
-        rig.ground.active = false;
-        rig.mtu.follow(rig.now, rig.ground);
+        rig.seen.active = false;
+        rig.mtu.follow(rig.now, rig.seen);
         rig.sent.clear();
         rig.seconds(3_600);
         assert_eq!(rig.sent, []);
-        rig.ground.active = true;
-        rig.mtu.follow(rig.now, rig.ground);
+        rig.seen.active = true;
+        rig.mtu.follow(rig.now, rig.seen);
         rig.seconds(1);
         assert!(!rig.sent.is_empty(), "what it was may be over");
     }
@@ -221,11 +221,11 @@ fn an_idle_peer_costs_nothing_and_one_in_use_what_was_said() {
 fn another_path_is_another_matter_and_one_found_at_start_is_believed() {
     let mut rig = Rig::new(V4, 1_500, 1_400);
     rig.seconds(4);
-    rig.ground.endpoint = None;
-    rig.mtu.follow(rig.now, rig.ground);
+    rig.seen.endpoint = None;
+    rig.mtu.follow(rig.now, rig.seen);
     assert_eq!((rig.mtu.known(), rig.mtu.deadline()), (None, None));
-    rig.ground.endpoint = V6.parse().ok();
-    rig.mtu.follow(rig.now, rig.ground);
+    rig.seen.endpoint = V6.parse().ok();
+    rig.mtu.follow(rig.now, rig.seen);
     assert_eq!(rig.mtu.inner(), None);
     rig.mtu.adopt(1_320);
     assert_eq!(rig.mtu.inner(), Some(1_320));

@@ -46,6 +46,8 @@ pub struct Surroundings {
     pub routed: Cover,
     /// What is reached through the tunnel: an endpoint in there would be a loop.
     pub tunnelled: Cover,
+    /// The longest packet, in bytes, that a link of this host takes.
+    pub mtu: u32,
 }
 
 /// The addresses of many prefixes: a question costs one look-up for each length in use, however
@@ -261,6 +263,7 @@ mod tests {
             on_link: prefix("10.1.0.0/24"),
             routed: prefix("0.0.0.0/0"),
             tunnelled: prefix("100.64.0.0/10"),
+            mtu: 1500,
         };
         let expected = [
             (Tier::OnLink, at("10.1.0.1:1")),

@@ -5,15 +5,75 @@
 //! one), so a peer's *default* route is refused on any host that has its own; exit nodes come
 //! later. A prefix that is already routed into our device stays, whatever appears beside it later:
 //! cutting what works would help nobody.
+//!
+//! Each route says how long its packets may be. The network's own say what passes nearly everywhere;
+//! what is known of the path to one peer, the routes of its subnets and those of its addresses say,
+//! which there are for that alone.
 
 use super::{Family, Forwarding, Side};
 use crate::trust::VerifiedNetmap;
 use proto::id::NodeId;
+use proto::key::NodeKey;
 use proto::net::Prefix;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Packets inside the tunnel that leave as outer ones of 1,360 bytes at most, where nothing better
+/// is known; and IPv6's least (RFC 8200 5).
+pub const LEAST_MTU: u32 = 1_280;
+/// What passes where IPv6 does: 1,280 less WireGuard over IPv6.
+const LEAST_INNER: u32 = 1_200;
+/// Headers of IPv6 and TCP.
+const TCP_V6: u32 = 60;
+
+/// What a route into the device says of its packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct RouteMtu {
+    /// The longest, in bytes; 0: as long as the device takes.
+    pub mtu: u32,
+    /// The longest segment that TCP asks the other end for, in bytes; 0: what follows from `mtu`.
+    pub mss: u32,
+}
+
+impl RouteMtu {
+    /// For a path that takes packets of this many bytes inside the tunnel, if that is known.
+    ///
+    /// IPv6 is not told less than its least: datagrams could not be sent at all. On a path that
+    /// takes less, or may take less, TCP asks the other end for segments that fit; where the other
+    /// end does the same, TCP is spared what befalls longer packets.
+    #[must_use]
+    pub fn of(inner: Option<u16>, family: Family) -> Self {
+        let inner = inner.map(u32::from);
+        match family {
+            Family::V4 => Self {
+                mtu: inner.unwrap_or(LEAST_MTU),
+                mss: 0,
+            },
+            Family::V6 => {
+                let inner = inner.unwrap_or(LEAST_INNER);
+                Self {
+                    mtu: inner.max(LEAST_MTU),
+                    mss: if inner < LEAST_MTU { inner - TCP_V6 } else { 0 },
+                }
+            }
+        }
+    }
+
+    /// The path that this was made for.
+    #[must_use]
+    pub fn inner(self) -> u16 {
+        let inner = if self.mss > 0 {
+            self.mss + TCP_V6
+        } else {
+            self.mtu
+        };
+        u16::try_from(inner).unwrap_or(u16::MAX)
+    }
+}
+
 /// A route of the host that is not ours.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LiveRoute {
     /// Where it leads.
     pub prefix: Prefix,
@@ -36,7 +96,7 @@ pub struct Overlap {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Routing {
     /// Prefixes to route into the device.
-    pub routes: BTreeSet<Prefix>,
+    pub routes: BTreeMap<Prefix, RouteMtu>,
     /// Where packets must be forwarded, for the routes that this node serves.
     pub forwarding: BTreeSet<Forwarding>,
     /// Prefixes that are refused. If one has no node, nothing may be routed at all.
@@ -61,24 +121,43 @@ impl Routing {
     }
 
     /// Decides. `live` are the host's own routes, `installed` those that already lead to our
-    /// device.
+    /// device; `inner`: the longest packet inside the tunnel that the path to a peer takes.
     #[must_use]
     pub fn choose(
         netmap: &VerifiedNetmap,
         live: &BTreeSet<LiveRoute>,
-        installed: &BTreeSet<Prefix>,
+        installed: &BTreeMap<Prefix, RouteMtu>,
+        inner: impl Fn(&NodeKey) -> Option<u16>,
     ) -> Self {
         let mut routing = Self::default();
         let network = netmap.network();
         for prefix in [network.v4, network.v6] {
             let used = netmap.me().addrs.iter().any(|addr| prefix.contains(*addr));
             if used {
-                routing.consider(prefix, None, live, installed);
+                routing.consider(prefix, None, None, (live, installed));
             }
         }
-        let peers = netmap.peers().values();
-        for (node, prefix) in peers.flat_map(|peer| peer.routes.iter().map(|p| (peer.id, *p))) {
-            routing.consider(prefix, Some(node), live, installed);
+        let networks = routing.routes.clone();
+        let ours = |route: &&LiveRoute| networks.keys().any(|it| it.overlaps(&route.prefix));
+        let beside: Vec<&LiveRoute> = live
+            .iter()
+            .filter(|route| route.prefix.len() > 0)
+            .filter(ours)
+            .collect();
+        for peer in netmap.peers().values() {
+            let inner = inner(&peer.key);
+            for prefix in &peer.routes {
+                routing.consider(*prefix, Some(peer.id), inner, (live, installed));
+            }
+            for host in peer.addrs.iter().map(|addr| Prefix::host(*addr)) {
+                let mtu = RouteMtu::of(inner, Family::of(&host));
+                let routed = networks.iter().find(|(it, _)| it.contains(host.addr()));
+                let differs = routed.is_some_and(|(_, whole)| *whole != mtu);
+                let foreign = beside.iter().any(|route| route.prefix.overlaps(&host));
+                if inner.is_some() && differs && (!foreign || installed.contains_key(&host)) {
+                    routing.routes.insert(host, mtu);
+                }
+            }
         }
         routing.serve(&netmap.me().routes, live);
         routing
@@ -88,21 +167,22 @@ impl Routing {
         &mut self,
         prefix: Prefix,
         node: Option<NodeId>,
-        live: &BTreeSet<LiveRoute>,
-        installed: &BTreeSet<Prefix>,
+        inner: Option<u16>,
+        (live, installed): (&BTreeSet<LiveRoute>, &BTreeMap<Prefix, RouteMtu>),
     ) {
         let collides = |route: &&LiveRoute| {
             let both_default = route.prefix.len() == 0 && prefix.len() == 0;
             route.prefix.overlaps(&prefix) && (route.prefix.len() > 0 || both_default)
         };
         match live.iter().find(collides) {
-            Some(route) if !installed.contains(&prefix) => self.overlaps.push(Overlap {
+            Some(route) if !installed.contains_key(&prefix) => self.overlaps.push(Overlap {
                 prefix,
                 node,
                 live: route.clone(),
             }),
             Some(_) | None => {
-                self.routes.insert(prefix);
+                let mtu = RouteMtu::of(inner, Family::of(&prefix));
+                self.routes.insert(prefix, mtu);
             }
         }
     }

@@ -1,5 +1,6 @@
 //! How one peer is reached, and why so, for `weir path`, `weir ping` and `weir status`.
 
+use crate::mtu::Mtu;
 use crate::path::candidate::PING_TIMEOUT;
 use crate::path::{Candidate, Fault, Path, Source, Tier, Way};
 use crate::relays::Connection;
@@ -22,6 +23,12 @@ pub struct PathStatus {
     pub probing: bool,
     /// The region where the peer is found, if it can be reached by relay.
     pub region: Option<RegionId>,
+    /// The longest packet, in bytes, that the direct path takes, if there is one and that is known.
+    pub mtu: Option<u16>,
+    /// What that leaves for a packet inside the tunnel, in bytes.
+    pub inner_mtu: Option<u16>,
+    /// Whether long pings are being sent to find out.
+    pub measuring: bool,
     /// Every endpoint that it may be reached at, the one in use first, then best first.
     pub candidates: Vec<CandidateStatus>,
 }
@@ -101,7 +108,7 @@ pub struct RegionStatus {
 type Reached = (RegionId, (Connection, Option<Duration>));
 
 impl PathStatus {
-    pub(crate) fn of(now: Instant, path: &Path, reached: Option<Reached>) -> Self {
+    pub(crate) fn of(now: Instant, path: &Path, mtu: &Mtu, reached: Option<Reached>) -> Self {
         let region = reached.as_ref().map(|(region, _)| *region);
         let in_use = match path.way() {
             Way::Direct(endpoint) => Some(endpoint),
@@ -123,6 +130,9 @@ impl PathStatus {
             active: path.is_active(now),
             probing: path.is_probing(),
             region,
+            mtu: mtu.known(),
+            inner_mtu: mtu.inner(),
+            measuring: mtu.is_studying(),
             now: how(path, reached),
             candidates,
         }

@@ -82,6 +82,8 @@ fn peer() -> PeerStatus {
         way: Way::Direct,
         relay: None,
         rtt_us: Some(1_240),
+        path_mtu: Some(1_500),
+        mtu: 1_440,
     }
 }
 
