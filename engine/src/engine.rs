@@ -778,6 +778,7 @@ impl Engine {
             on_link: on_link.collect(),
             routed: links.routes.iter().map(|route| route.prefix).collect(),
             tunnelled: routes.copied().chain([network.v4, network.v6]).collect(),
+            mtu: links.mtu,
         };
         let peers = netmap.peers().values();
         // Who has not said yet where its home is most likely has the same as we.
@@ -807,7 +808,6 @@ fn in_force(filter: &Filter, shields_up: bool) -> Cow<'_, Filter> {
 /// Where peers may reach this node: its addresses, those in subnets that it serves last (peers
 /// elsewhere cannot reach them but through this node).
 fn local_endpoints(
-            mtu: links.mtu,
     addrs: &BTreeSet<LinkAddr>,
     served: &BTreeSet<Prefix>,
     listen_port: u16,

@@ -221,6 +221,9 @@ pub struct Links {
     pub routes: BTreeSet<LiveRoute>,
     /// The gateway of the IPv4 default route, the best of them.
     pub gateway: Option<Ipv4Addr>,
+    /// The longest packet, in bytes, that one of the interfaces with such an address takes; 0 if
+    /// there is none.
+    pub mtu: u32,
 }
 
 /// The router between a private IPv4 network and the world.
@@ -228,9 +231,6 @@ pub struct Links {
 pub struct Router {
     /// Its address in our network.
     pub gateway: Ipv4Addr,
-    /// The longest packet, in bytes, that one of the interfaces with such an address takes; 0 if
-    /// there is none.
-    pub mtu: u32,
     /// Ours.
     pub own: Ipv4Addr,
 }

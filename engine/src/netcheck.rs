@@ -464,6 +464,7 @@ mod tests {
             }]),
             routes: BTreeSet::new(),
             gateway: gateway.map(|gateway| gateway.parse().unwrap()),
+            mtu: 1500,
         };
         let found = router(&links("10.1.0.2", 24, Some("10.1.0.1"))).unwrap();
         assert_eq!(
@@ -476,7 +477,6 @@ mod tests {
             router(&links("10.1.0.2", 24, Some("10.2.0.1"))),
             None,
             "another network's"
-            mtu: 1500,
         );
         assert_eq!(
             router(&links("198.51.100.2", 24, Some("198.51.100.1"))),

@@ -285,10 +285,6 @@ impl Path {
         in_use && matches!(self.way, Way::Direct(_)) && self.relay.is_some()
     }
 
-    /// Whether the kernel's counters should be looked at now. Said once.
-    pub fn take_look(&mut self) -> bool {
-        std::mem::take(&mut self.look)
-    }
     /// Whether packets go out and none comes back, though probes are answered.
     #[must_use]
     pub fn is_silent(&self) -> bool {
@@ -315,6 +311,10 @@ impl Path {
         self.seen.is_some()
     }
 
+    /// Whether the kernel's counters should be looked at now. Said once.
+    pub fn take_look(&mut self) -> bool {
+        std::mem::take(&mut self.look)
+    }
 
     /// The candidates.
     #[must_use]

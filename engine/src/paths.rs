@@ -37,9 +37,9 @@ pub(crate) struct Paths {
     /// When each path wants to be asked: at most one entry each.
     timers: BTreeSet<(Instant, NodeKey)>,
     budget: Budget,
+    long: Budget,
     ground: Surroundings,
     /// Where we can be reached, for calls.
-    long: Budget,
     endpoints: Vec<SocketAddr>,
     outbox: VecDeque<Sent>,
     /// Whether what is wanted of kernel or relays may have changed.
@@ -52,11 +52,11 @@ type Sent = (Via, DiscoKey, Message);
 
 struct Entry {
     path: Path,
-    disco: Option<DiscoKey>,
-    timer: Option<Instant>,
     mtu: Mtu,
     /// What was last said of it.
     inner: Option<u16>,
+    disco: Option<DiscoKey>,
+    timer: Option<Instant>,
     answers: Budget,
 }
 
@@ -70,9 +70,9 @@ impl Paths {
             by_disco: BTreeMap::new(),
             timers: BTreeSet::new(),
             budget: Budget::default(),
+            long: Budget::default(),
             ground: Surroundings::default(),
             endpoints: Vec::new(),
-            long: Budget::default(),
             outbox: VecDeque::new(),
             moved: false,
             look: false,
@@ -91,8 +91,6 @@ impl Paths {
         self.all.get(key).map(|entry| &entry.path)
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (&NodeKey, &Path)> {
-        self.all.iter().map(|(key, entry)| (key, &entry.path))
     pub(crate) fn with_mtu(&self, key: &NodeKey) -> Option<(&Path, &Mtu)> {
         self.all.get(key).map(|entry| (&entry.path, &entry.mtu))
     }
@@ -102,6 +100,8 @@ impl Paths {
         self.all.get(key)?.inner
     }
 
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&NodeKey, &Path)> {
+        self.all.iter().map(|(key, entry)| (key, &entry.path))
     }
 
     /// Whether anything changed that plans or relays depend on, since this was last asked.
@@ -143,10 +143,10 @@ impl Paths {
         peers: impl Iterator<Item = &'a Peer>,
         ground: Surroundings,
         relays: &Relays,
+        present: Option<&Present>,
     ) {
         self.ground = ground;
         let mut before = std::mem::take(&mut self.all);
-        present: Option<&Present>,
         self.by_disco.clear();
         let (mut news, mut new) = (Vec::new(), Vec::new());
         for peer in peers {
@@ -166,15 +166,15 @@ impl Paths {
                 }
                 None => {
                     news.push(peer.key);
+                    new.push(peer);
                     let (probes, yields) = (peer.disco.is_some(), self.me > peer.key);
                     Entry {
                         path: Path::new(probes, yields, &candidates, relay),
-                    new.push(peer);
+                        mtu: Mtu::default(),
+                        inner: None,
                         disco: peer.disco,
                         timer: None,
                         answers: Budget::default(),
-                        mtu: Mtu::default(),
-                        inner: None,
                     }
                 }
             };
@@ -184,11 +184,11 @@ impl Paths {
             self.all.insert(peer.key, entry);
         }
         self.timers.retain(|(_, key)| self.all.contains_key(key));
-        for key in news {
-            self.news(now, key);
-        }
         for (peer, present) in new.into_iter().zip(present.into_iter().cycle()) {
             self.adopt(now, peer, present);
+        }
+        for key in news {
+            self.news(now, key);
         }
         for key in self.keys() {
             self.reschedule(now, key);
@@ -249,9 +249,6 @@ impl Paths {
             };
             let tier = self.tier_of(&peer.stats);
             self.touch(now, key, |path| path.observe(now, &peer.stats, tier));
-        }
-    }
-
             if let Some(entry) = self.all.get_mut(&key)
                 && entry.path.is_silent()
             {
@@ -274,6 +271,9 @@ impl Paths {
         if let (Some(said), Some(entry)) = (said, self.all.get_mut(&peer.key)) {
             entry.mtu.adopt(said.inner());
             self.reschedule(now, peer.key);
+        }
+    }
+
     fn tier_of(&self, stats: &Stats) -> Option<crate::path::Tier> {
         let endpoint = stats.endpoint.filter(|it| !is_loopback(*it))?;
         self.ground.tier(endpoint)
@@ -403,10 +403,10 @@ impl Paths {
                 self.run(now, key, errand, relays);
             }
             self.reschedule(now, key);
+            self.measure(now, key);
         }
         self.outbox.pop_front()
     }
-            self.measure(now, key);
 
     /// Many peers in use need a heartbeat each in two seconds.
     fn may_send(&mut self, now: Instant) -> bool {
@@ -445,9 +445,6 @@ impl Paths {
         }
     }
 
-    /// When there is something to do at the latest.
-    pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.timers.first().map(|(at, _)| *at)
     /// Long pings, if some are due.
     fn measure(&mut self, now: Instant, key: NodeKey) {
         let peers = u32::try_from(self.all.len()).unwrap_or(u32::MAX);
@@ -481,6 +478,9 @@ impl Paths {
         self.reschedule(now, key);
     }
 
+    /// When there is something to do at the latest.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.timers.first().map(|(at, _)| *at)
     }
 
     /// Does something with one path, and notes what that changes.
@@ -518,9 +518,6 @@ impl Paths {
     }
 }
 
-/// Sockets of both families say IPv4 addresses in two ways.
-fn canonical(addr: SocketAddr) -> SocketAddr {
-    SocketAddr::new(addr.ip().to_canonical(), addr.port())
 impl Entry {
     fn seen(&self, now: Instant, ground: &Surroundings) -> Seen {
         let endpoint = match self.path.way() {
@@ -536,4 +533,7 @@ impl Entry {
     }
 }
 
+/// Sockets of both families say IPv4 addresses in two ways.
+fn canonical(addr: SocketAddr) -> SocketAddr {
+    SocketAddr::new(addr.ip().to_canonical(), addr.port())
 }

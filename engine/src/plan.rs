@@ -547,16 +547,6 @@ impl Present {
         }
     }
 
-    /// A device that loses its last IPv4 address loses its IPv4 routes (`fib_disable_ip` in
-    /// net/ipv4/fib_frontend.c).
-    fn remove_addr(&mut self, addr: IpAddr, len: u8) {
-        let removed = self.addrs.remove(&(addr, len));
-        if removed && addr.is_ipv4() && !self.addrs.iter().any(|(addr, _)| addr.is_ipv4()) {
-            self.routes.retain(|route, _| !route.is_v4());
-        }
-    }
-
-    /// A device that goes down loses its routes and its IPv6 addresses (`addrconf_ifdown` in
     /// IPv6 routes that said more than a device's new MTU, or as much as its old one, say what the
     /// new one is (`rt6_nh_mtu_change` in net/ipv6/route.c).
     fn set_mtu(&mut self, mtu: u32) {
@@ -569,6 +559,16 @@ impl Present {
         }
     }
 
+    /// A device that loses its last IPv4 address loses its IPv4 routes (`fib_disable_ip` in
+    /// net/ipv4/fib_frontend.c).
+    fn remove_addr(&mut self, addr: IpAddr, len: u8) {
+        let removed = self.addrs.remove(&(addr, len));
+        if removed && addr.is_ipv4() && !self.addrs.iter().any(|(addr, _)| addr.is_ipv4()) {
+            self.routes.retain(|route, _| !route.is_v4());
+        }
+    }
+
+    /// A device that goes down loses its routes and its IPv6 addresses (`addrconf_ifdown` in
     /// net/ipv6/addrconf.c; IPv4 addresses stay).
     fn set_up(&mut self, up: bool) {
         if self.up && !up {
@@ -597,16 +597,6 @@ impl fmt::Display for Side {
     }
 }
 
-impl fmt::Display for Step {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::CreateLink { mtu } => write!(f, "create the device, mtu {mtu}"),
-            Self::DeleteLink => f.write_str("delete the device"),
-            Self::SetMtu(mtu) => write!(f, "set mtu {mtu}"),
-            Self::SetUp(true) => f.write_str("bring the device up"),
-            Self::SetUp(false) => f.write_str("take the device down"),
-            Self::AttachAcl => f.write_str("attach the programs"),
-            Self::SetAcl(_) => f.write_str("swap the policy"),
 impl fmt::Display for RouteMtu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "mtu {}", self.mtu)?;
@@ -617,6 +607,16 @@ impl fmt::Display for RouteMtu {
     }
 }
 
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::CreateLink { mtu } => write!(f, "create the device, mtu {mtu}"),
+            Self::DeleteLink => f.write_str("delete the device"),
+            Self::SetMtu(mtu) => write!(f, "set mtu {mtu}"),
+            Self::SetUp(true) => f.write_str("bring the device up"),
+            Self::SetUp(false) => f.write_str("take the device down"),
+            Self::AttachAcl => f.write_str("attach the programs"),
+            Self::SetAcl(_) => f.write_str("swap the policy"),
             Self::DetachAcl => f.write_str("remove programs, links and maps"),
             Self::Configure { key, listen_port } => {
                 write!(f, "configure key {key} port {listen_port}")

@@ -689,9 +689,9 @@ impl World {
             addrs: BTreeSet::from([addr]),
             routes: BTreeSet::from([default]),
             gateway: None,
+            mtu: 1500,
         }
     }
-            mtu: 1500,
 
     /// The coordinator tells everybody what changed for them.
     fn publish(&mut self) {
