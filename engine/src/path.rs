@@ -129,6 +129,7 @@ pub struct Path {
     relayed: Option<Instant>,
     last_direct: Option<SocketAddr>,
     burst: Option<Burst>,
+    /// When the last one began.
     last_burst: Option<Instant>,
     next_burst: Option<Instant>,
     /// Bursts in a row that found nothing.
@@ -145,6 +146,8 @@ pub struct Path {
     greeting: Greeting,
     /// By which endpoint the peer was asked last, and as whom it saw us there.
     appears: Option<(SocketAddr, SocketAddr)>,
+    /// Whether that became another address, which the peer's kernel does not know yet.
+    strayed: bool,
     /// Until when the other side may go first.
     settles: Option<Instant>,
     /// Whether something became due that the kernel is to be told.
@@ -214,6 +217,7 @@ impl Path {
             trial: None,
             greeting: Greeting::None,
             appears: None,
+            strayed: false,
             settles: None,
             ripe: false,
             urgent: BTreeSet::new(),
@@ -488,22 +492,44 @@ impl Path {
         if matches!(self.way, Way::Direct(_)) {
             self.heart.check(now);
         }
+        self.freshen_burst(now);
         self.start_burst(now);
+    }
+
+    /// We can be reached elsewhere: whoever was called with other endpoints is called again.
+    pub fn recall(&mut self, now: Instant) {
+        self.called = None;
+        if let Some(burst) = &mut self.burst {
+            burst.hurry(now);
+        }
     }
 
     fn start_burst(&mut self, now: Instant) {
         if self.burst.is_none() {
-            self.burst = Some(Burst::new(now));
+            (self.burst, self.last_burst) = (Some(Burst::new(now)), Some(now));
         }
         self.next_burst = None;
     }
 
     /// A burst that the other side asks for, by a call or by packets.
     fn prompted(&mut self, now: Instant) {
-        let recent = |at: Instant| now.saturating_duration_since(at) < PROMPTED_PAUSE;
-        if !self.last_burst.is_some_and(recent) {
+        self.freshen_burst(now);
+        if self.may_prompt(now) {
             self.start_burst(now);
         }
+    }
+
+    /// The pauses of a burst become longer and longer: with news it begins anew.
+    fn freshen_burst(&mut self, now: Instant) {
+        if self.burst.is_some() && self.may_prompt(now) {
+            self.burst = None;
+            self.start_burst(now);
+        }
+    }
+
+    fn may_prompt(&self, now: Instant) -> bool {
+        let recent = |at: Instant| now.saturating_duration_since(at) < PROMPTED_PAUSE;
+        !self.last_burst.is_some_and(recent)
     }
 
     /// Packets of the peer come by relay.
@@ -661,8 +687,14 @@ impl Path {
     /// that has something to say cannot know. An empty packet of ours moves its kernel.
     fn appear(&mut self, now: Instant, from: SocketAddr, seen: SocketAddr) {
         let before = self.appears.replace((from, seen));
-        let moved = before.is_some_and(|(at, as_whom)| at == from && as_whom != seen);
-        if moved && self.live && self.greeting == Greeting::None {
+        self.strayed |= before.is_some_and(|(at, as_whom)| at == from && as_whom != seen);
+        self.say_where(now);
+    }
+
+    /// As soon as there is a session, if that was not known to be there before.
+    fn say_where(&mut self, now: Instant) {
+        if self.strayed && self.live && self.greeting == Greeting::None {
+            self.strayed = false;
             self.greeting = Greeting::Due(now);
         }
     }

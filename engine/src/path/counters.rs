@@ -82,6 +82,7 @@ impl Path {
         if growth.answered || growth.restarted {
             self.live = growth.answered;
         }
+        self.say_where(now);
         if stats.endpoint != before.endpoint && growth.answered {
             self.roam(now, direct);
         }

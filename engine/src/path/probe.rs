@@ -29,7 +29,7 @@ pub const AGAIN: [Duration; 5] = [
 ];
 /// While a direct path is in use, a better one is looked for this often.
 pub const UPGRADE: Duration = Duration::from_secs(60);
-/// Between two bursts that the other side asks for.
+/// Between the beginnings of two bursts that news or the other side ask for.
 pub const PROMPTED_PAUSE: Duration = Duration::from_secs(1);
 /// Between two calls of one peer.
 pub const CALL_PAUSE: Duration = Duration::from_secs(2);
@@ -60,6 +60,13 @@ impl Burst {
             began: now,
             next: now,
             round: 0,
+        }
+    }
+
+    /// The next round is due now, if there is one.
+    pub(super) fn hurry(&mut self, now: Instant) {
+        if self.round < BURST.len() {
+            self.next = now;
         }
     }
 
@@ -217,9 +224,9 @@ impl Path {
             Ok(Some(round)) => {
                 let targets = self.targets(now, burst.began);
                 let wanting = !matches!(self.way, Way::Direct(_)) || !targets.is_empty();
-                let may = |at| now.saturating_duration_since(at) >= CALL_PAUSE;
-                let may = self.is_relay_up() && self.called.is_none_or(may);
-                if round == 0 && wanting && may {
+                let again = |at| round == 0 && now.saturating_duration_since(at) >= CALL_PAUSE;
+                let may = self.is_relay_up() && self.called.is_none_or(again);
+                if wanting && may {
                     self.called = Some(now);
                     errands.push(Errand::Call);
                 }
@@ -228,7 +235,6 @@ impl Path {
             }
             Err(Over) => {
                 self.burst = None;
-                self.last_burst = Some(now);
                 self.eager = self.eager.saturating_sub(1);
                 self.next_burst = Some(match self.way {
                     Way::Direct(_) => now + UPGRADE,
