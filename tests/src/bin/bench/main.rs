@@ -6,6 +6,8 @@ mod acl;
 mod acl_tax;
 mod nodes;
 mod relay;
+mod relayed;
+mod spread;
 mod verdict;
 
 use std::path::PathBuf;
@@ -32,6 +34,8 @@ enum Bench {
     AclTax(acl_tax::Args),
     /// What one packet and one idle client cost a relay, against a UDP echo
     Relay(relay::Args),
+    /// What a path by relay carries between two nodes, beside a direct one
+    Relayed(relayed::Args),
     /// The echo's own process
     #[command(hide = true)]
     UdpEcho(relay::echo::Args),
@@ -54,6 +58,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Bench::Acl(args) => acl::run(args)?,
         Bench::AclTax(args) => acl_tax::run(args)?,
         Bench::Relay(args) => relay::run(args)?,
+        Bench::Relayed(args) => relayed::run(args)?,
         Bench::UdpEcho(args) => return relay::echo::serve(args),
         Bench::Verdict(args) => verdict::run(args)?,
     };

@@ -32,6 +32,8 @@ use pair::{Batch, Carrier, Contender, Receiver, Sender};
 use serde_json::{Value, json};
 use tests::process::Process;
 
+use super::spread::{Spread, late};
+
 const READY: Duration = Duration::from_secs(20);
 /// Length of a packet's number and time at its start.
 const STAMP_BYTES: usize = 16;
@@ -64,13 +66,6 @@ struct Round {
     cpu_us: f64,
     p50_us: f64,
     p99_us: f64,
-}
-
-/// The middle of some measurements, and their least and greatest.
-struct Spread {
-    median: f64,
-    least: f64,
-    most: f64,
 }
 
 /// Measures, prints tables, and returns the document.
@@ -259,40 +254,9 @@ fn transfer(
     }
 }
 
-/// Microseconds that this share of the packets took at most.
-fn late(times: &mut [Duration], share: f64) -> f64 {
-    times.sort_unstable();
-    let place = (times.len() as f64 * share) as usize;
-    times
-        .get(place)
-        .map_or(0.0, |time| time.as_secs_f64() * 1e6)
-}
-
-impl Spread {
-    fn of(values: impl Iterator<Item = f64>) -> Self {
-        let mut values: Vec<f64> = values.collect();
-        values.sort_by(f64::total_cmp);
-        let at = |place: usize| values.get(place).copied().unwrap_or(f64::NAN);
-        Self {
-            median: at(values.len() / 2),
-            least: at(0),
-            most: at(values.len().saturating_sub(1)),
-        }
-    }
-
-    fn json(&self) -> Value {
-        let Self {
-            median,
-            least,
-            most,
-        } = self;
-        json!({ "median": median, "min": least, "max": most })
-    }
-}
-
-/// User and system time of the relay, in clock ticks (proc(5), fields 14 and 15).
-fn cpu_ticks(relay: &Process) -> anyhow::Result<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", relay.pid()))?;
+/// User and system time of a process, in clock ticks (proc(5), fields 14 and 15).
+pub fn cpu_ticks(process: &Process) -> anyhow::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.pid()))?;
     let (_, fields) = stat.rsplit_once(')').context("no process status")?;
     let fields: Vec<&str> = fields.split_whitespace().collect();
     let field = |number: usize| -> anyhow::Result<u64> {
@@ -302,7 +266,8 @@ fn cpu_ticks(relay: &Process) -> anyhow::Result<u64> {
     Ok(field(14)? + field(15)?)
 }
 
-fn tick_us() -> f64 {
+/// Length of such a tick.
+pub fn tick_us() -> f64 {
     1e6 / rustix::param::clock_ticks_per_second() as f64
 }
 
