@@ -42,6 +42,8 @@ pub const TICK: Duration = Duration::from_secs(2);
 pub const TICK_PER_PEER: Duration = Duration::from_millis(1);
 /// How often while direct paths are in use that a relay could replace.
 pub const CLOSE_TICK: Duration = Duration::from_secs(1);
+/// How soon it is read after something that leads to a new session.
+const FIRST_LOOK: Duration = Duration::from_millis(500);
 /// The pause after the first failure of a plan or a read; doubled with each further one.
 pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest such pause.
@@ -163,7 +165,7 @@ impl Engine {
                 self.failed = Some(Problem::Unreadable(detail));
                 self.pause(now);
             }
-            Input::Applied => self.handle_applied(),
+            Input::Applied => self.handle_applied(now),
             Input::Failed(failure) => self.handle_failed(now, failure),
             Input::Resolved(servers) => self.netcheck.resolved(now, servers),
             Input::Mapped { server, addr } => self.handle_mapped(now, server, addr),
@@ -216,6 +218,7 @@ impl Engine {
         let transmit = self.paths.poll(now, &self.relays);
         if self.paths.take_look() {
             self.observe_at = Some(now);
+            self.netcheck.doubt(now);
         }
         let (via, to, message) = transmit?;
         Some(Output::Transmit { via, to, message })
@@ -239,10 +242,11 @@ impl Engine {
         self.outbox.pop_front()
     }
 
-    /// Whether a plan has changed what paths or relays want now.
+    /// Whether a plan has changed what paths or relays want now, or a path what servers are asked.
     fn is_due(&self, now: Instant) -> bool {
-        let paths = self.paths.deadline().filter(|_| self.up == Some(true));
-        paths.is_some_and(|at| at <= now) || self.paths.is_moved()
+        let network = [self.paths.deadline(), self.netcheck.deadline()];
+        let network = network.into_iter().filter(|_| self.up == Some(true));
+        network.flatten().any(|at| at <= now) || self.paths.is_moved()
     }
 
     fn deadline(&self, now: Instant) -> Instant {
@@ -288,6 +292,11 @@ impl Engine {
     #[must_use]
     pub fn knows(&self, disco: &DiscoKey) -> bool {
         self.paths.knows(disco)
+    }
+
+    /// The kernel as the engine takes it to be.
+    pub(crate) fn observed(&self) -> Option<&Observed> {
+        self.observed.as_ref()
     }
 
     /// What is known of this node's NAT.
@@ -576,6 +585,9 @@ impl Engine {
             let via = Via::Relay(region, from);
             self.paths.receive(now, via, sender, message, &self.relays);
         } else if let RelayEvent::Data { from } = event {
+            if self.paths.get(&from).is_some_and(|path| !path.is_live()) {
+                self.look_soon(now);
+            }
             self.paths.relayed(now, from);
             self.relays_at = self.relays_at.into_iter().chain(self.relays.again()).min();
         }
@@ -638,18 +650,18 @@ impl Engine {
         if let Some(peers) = peers {
             self.paths.observe(now, peers);
         }
-        let count = u32::try_from(peers.map_or(0, BTreeMap::len)).unwrap_or(u32::MAX);
+        let count = peers.map_or(0, BTreeMap::len);
         let tick = if self.paths.are_watched(now) {
             CLOSE_TICK
         } else {
             TICK
         };
-        self.observe_at = Some(now + tick + TICK_PER_PEER.saturating_mul(count));
+        self.observe_at = Some(now + longer(tick, count));
         self.observed = Some(observed);
         self.dirty = true;
     }
 
-    fn handle_applied(&mut self) {
+    fn handle_applied(&mut self, now: Instant) {
         let Some(steps) = self.in_flight.take() else {
             return;
         };
@@ -658,9 +670,28 @@ impl Engine {
                 observed.apply(step);
             }
         }
+        if steps.iter().any(|it| matches!(it, Step::SetPeers(_))) {
+            let peers = self.observed.as_ref().and_then(Observed::present);
+            if let Some(present) = peers {
+                self.paths.made(now, &present.peers);
+            }
+        }
+        if steps
+            .iter()
+            .any(|it| matches!(it, Step::Greet(_) | Step::SetPeers(_)))
+        {
+            self.look_soon(now);
+        }
         self.failed = None;
         self.failures = 0;
         self.dirty = true;
+    }
+
+    /// What a plan began, and what a peer's first packets by relay begin, is a session in a moment.
+    fn look_soon(&mut self, now: Instant) {
+        let present = self.observed.as_ref().and_then(Observed::present);
+        let soon = now + longer(FIRST_LOOK, present.map_or(0, |present| present.peers.len()));
+        self.observe_at = self.observe_at.map(|at| at.min(soon));
     }
 
     fn handle_failed(&mut self, now: Instant, failure: Failure) {
@@ -792,6 +823,12 @@ impl Engine {
             .refresh(now, peers, ground, &self.relays, present);
         self.refresh_relays(now);
     }
+}
+
+/// A tick with so many peers.
+fn longer(tick: Duration, peers: usize) -> Duration {
+    let peers = u32::try_from(peers).unwrap_or(u32::MAX);
+    tick + TICK_PER_PEER.saturating_mul(peers)
 }
 
 /// The filter that is lowered: with shields up it permits nothing to come in.

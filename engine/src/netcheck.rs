@@ -36,6 +36,8 @@ pub const AGAIN: [Duration; 4] = [
 /// From the start of a round to the start of the next: below the 30 s after which the strictest
 /// routers forget a mapping, with time for a repetition.
 pub const REFRESH: Duration = Duration::from_secs(23);
+/// Between two rounds that paths ask for which fell silent.
+const DOUBT_PAUSE: Duration = Duration::from_secs(2);
 /// Names are looked up again after this long.
 pub const RESOLVE: Duration = Duration::from_secs(300);
 /// While nobody answers, names are looked up this often.
@@ -104,6 +106,8 @@ pub struct Netcheck {
     /// When the round began, and how often was asked in it.
     began: Option<Instant>,
     attempt: usize,
+    /// When the last round began.
+    last: Option<Instant>,
     /// Whether a round has ended since the servers became known.
     concluded: bool,
     /// Under which address the router opened WireGuard's port, if it did.
@@ -163,6 +167,14 @@ impl Netcheck {
         }
     }
 
+    /// A path fell silent: a router may map us anew. Servers are asked, unless they just were.
+    pub fn doubt(&mut self, now: Instant) {
+        let lately = |at| now.saturating_duration_since(at) < DOUBT_PAUSE;
+        if !self.last.is_some_and(lately) {
+            self.begin(now);
+        }
+    }
+
     fn begin(&mut self, now: Instant) {
         self.next = (!self.servers.is_empty()).then_some(now);
         self.began = None;
@@ -200,7 +212,7 @@ impl Netcheck {
             return None;
         }
         if self.began.is_none() {
-            self.began = Some(now);
+            (self.began, self.last) = (Some(now), Some(now));
             self.attempt = 0;
             for server in self.servers.values_mut() {
                 server.answered = false;
@@ -525,6 +537,19 @@ mod tests {
         check.hurry(later);
         assert!(matches!(check.poll(later), Some(Wish::Resolve(_))));
         assert_eq!(check.poll(later), Some(Wish::Ask([at(ONE)].into())));
+    }
+
+    #[test]
+    fn a_path_that_fell_silent_asks_who_we_are_and_not_more_often_than_it_may() {
+        let (mut check, start) = asking(&[ONE]);
+        check.answered(start, at(ONE), at("192.0.2.1:51820"));
+        check.doubt(start + DOUBT_PAUSE / 2);
+        assert_eq!(check.poll(start + DOUBT_PAUSE / 2), None, "it just was");
+        let later = start + DOUBT_PAUSE;
+        check.doubt(later);
+        assert_eq!(check.poll(later), Some(Wish::Ask([at(ONE)].into())));
+        check.doubt(later);
+        assert_eq!(check.poll(later), None);
     }
 
     #[test]

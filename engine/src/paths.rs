@@ -127,6 +127,7 @@ impl Paths {
         }
         self.endpoints = endpoints.to_vec();
         for key in self.keys() {
+            self.touch(now, key, |path| path.recall(now));
             self.news(now, key);
         }
     }
