@@ -328,6 +328,23 @@ mod tests {
     }
 
     #[test]
+    fn the_example_is_a_configuration_once_its_lines_are_switched_on() {
+        let example = include_str!("../../packaging/examples/relay.toml");
+        let line = |line: &str| match line.strip_prefix('#') {
+            Some(on) if !on.starts_with(' ') => on.to_owned(),
+            _ => line.to_owned(),
+        };
+        let all: Vec<String> = example.lines().map(line).collect();
+        let config = load(&all.join("\n"), Flags::default()).unwrap();
+        assert_eq!(config.rate, DEFAULT_RATE);
+        // What it says behind `#` is the default.
+        let silent = load(&network(1), Flags::default()).unwrap();
+        assert_eq!(config.listen, silent.listen);
+        assert_eq!(config.stun_listen, silent.stun_listen);
+        assert_eq!(config.status_listen, silent.status_listen);
+    }
+
+    #[test]
     fn nobody_is_let_in_by_leaving_something_out() {
         let check = |text: &str, expected: &str| {
             let error = load(text, Flags::default()).unwrap_err().to_string();

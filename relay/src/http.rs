@@ -3,11 +3,13 @@
 //! One request a connection, its head alone, read by hand: a client in a hurry gets no answer to
 //! its upgrade but the first frame (`Derp-Fast-Start`), which no HTTP server offers.
 
+use crate::websocket::PROTOCOL;
 use bytes::BytesMut;
 use proto::derp::{FAST_START_HEADER, UPGRADE, VERSION};
 use proto::key::RelayKey;
 use std::io;
 use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 /// Longest head of a request.
 const MAX_HEAD_BYTES: usize = 8 << 10;
@@ -27,6 +29,11 @@ pub enum Request {
     Derp {
         /// Whether the client waits for no answer.
         fast: bool,
+    },
+    /// The stream inside a WebSocket.
+    WebSocket {
+        /// Proves to the client that the request was understood (RFC 6455 4.2.2).
+        accept: String,
     },
     /// The stream's path, without asking for the stream.
     NotUpgraded,
@@ -93,9 +100,17 @@ fn parse(bytes: &[u8]) -> Option<(Request, usize)> {
     let wanted = match path {
         "/derp" => {
             let upgrade = header("Upgrade").unwrap_or_default();
+            let offers = |list: &str| list.split(',').any(|one| one.trim() == PROTOCOL);
             if upgrade.eq_ignore_ascii_case(UPGRADE) {
                 let fast = header(FAST_START_HEADER) == Some("1");
                 Request::Derp { fast }
+            } else if upgrade.eq_ignore_ascii_case("websocket")
+                && header("Sec-WebSocket-Version") == Some("13")
+                && header("Sec-WebSocket-Protocol").is_some_and(offers)
+                && let Some(key) = header("Sec-WebSocket-Key")
+            {
+                let accept = derive_accept_key(key.as_bytes());
+                Request::WebSocket { accept }
             } else {
                 Request::NotUpgraded
             }
@@ -139,6 +154,15 @@ pub fn switching(key: RelayKey) -> String {
     format!(
         "HTTP/1.1 101 Switching Protocols\r\nUpgrade: {UPGRADE}\r\nConnection: Upgrade\r\n\
          Derp-Version: {VERSION}\r\nDerp-Public-Key: {key}\r\n\r\n"
+    )
+}
+
+/// The answer that opens a WebSocket.
+#[must_use]
+pub fn switching_to_websocket(accept: &str) -> String {
+    format!(
+        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+         Sec-WebSocket-Accept: {accept}\r\nSec-WebSocket-Protocol: {PROTOCOL}\r\n\r\n"
     )
 }
 
@@ -192,6 +216,17 @@ mod tests {
         check("GET / HTTP/1.1\r\n\r\n", Some(Request::NotFound));
         let by_url = "POST https://relay:443/derp HTTP/1.1\r\nupgrade: DERP\r\n\r\n";
         check(by_url, derp(false));
+        // The example of RFC 6455 1.3.
+        let socket = |protocol: &str| {
+            format!(
+                "GET /derp HTTP/1.1\r\nUpgrade: WebSocket\r\nSec-WebSocket-Version: 13\r\n\
+                 Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+                 Sec-WebSocket-Protocol: {protocol}\r\n\r\n"
+            )
+        };
+        let accept = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=".to_owned();
+        check(&socket("chat, derp"), Some(Request::WebSocket { accept }));
+        check(&socket("chat"), Some(Request::NotUpgraded));
         check("GET http://relay HTTP/1.1\r\n\r\n", Some(Request::NotFound));
         check("POST /health HTTP/1.1\r\n\r\n", Some(Request::Bad));
         check("\x16\x03\x01 no text at all", Some(Request::Bad));

@@ -14,6 +14,7 @@
 //! | [`config`] | what `serve` is told |
 //! | [`tls`] | the certificate shown, and the relay's own key |
 //! | [`http`] | the request that opens a stream, and the few pages beside it |
+//! | [`websocket`] | the stream inside a WebSocket, for proxies |
 //! | [`admit`] | who may use the relay, for which network, how long and how fast |
 //! | [`session`] | one client: login, its frames, what it is sent |
 //! | [`switch`] | who is here; where a packet goes. Synchronous, no socket |
@@ -35,3 +36,4 @@ pub mod session;
 pub mod stun;
 pub mod switch;
 pub mod tls;
+pub mod websocket;

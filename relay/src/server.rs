@@ -11,6 +11,7 @@ use crate::session::{End, Session, Shared};
 use crate::stun;
 use crate::switch::Switch;
 use crate::tls::{self, Identity, TlsError};
+use crate::websocket;
 use bytes::BytesMut;
 use proto::derp::LOGIN_TIMEOUT;
 use proto::key::{Fingerprint, RelayKey};
@@ -194,6 +195,12 @@ impl Server {
     }
 }
 
+/// A client that has logged in, on the bare stream or inside a WebSocket.
+enum Opened<S> {
+    Plain(Session<S>),
+    WebSocket(Session<websocket::Stream<S>>),
+}
+
 /// One listening address and what is offered there.
 struct Door {
     shared: Arc<Shared>,
@@ -260,9 +267,9 @@ impl Door {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let session = tokio::select! {
+        let opened = tokio::select! {
             opened = timeout(LOGIN_TIMEOUT, self.open(stream)) => match opened {
-                Ok(Some(session)) => session,
+                Ok(Some(opened)) => opened,
                 Ok(None) => return,
                 Err(_) => {
                     tracing::debug!("a login took too long");
@@ -272,46 +279,63 @@ impl Door {
             _ = ends.wait_for(|end| *end) => return,
         };
         // A session ends itself when the switch stops: it has a last word to say.
-        let end = session.run().await;
+        let end = match opened {
+            Opened::Plain(session) => session.run().await,
+            Opened::WebSocket(session) => session.run().await,
+        };
         tracing::debug!(reason = %end, "a client left");
     }
 
     /// Answers the request, and logs the client in if that is what it wants.
-    async fn open<S>(&self, mut stream: S) -> Option<Session<S>>
+    async fn open<S>(&self, mut stream: S) -> Option<Opened<S>>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let mut buffer = BytesMut::new();
         let request = http::read(&mut stream, &mut buffer).await.ok()?;
-        let fast = match request {
-            Request::Derp { fast } if !self.page => fast,
+        let shared = Arc::clone(&self.shared);
+        match request {
+            Request::Derp { fast } if !self.page => {
+                let greeting = if fast {
+                    String::new()
+                } else {
+                    http::switching(shared.key())
+                };
+                let login = Session::login(stream, greeting, buffer, shared).await;
+                self.logged_in(login).map(Opened::Plain)
+            }
+            Request::WebSocket { accept } if !self.page => {
+                let answer = http::switching_to_websocket(&accept);
+                stream.write_all(answer.as_bytes()).await.ok()?;
+                let stream = websocket::Stream::accepted(stream, buffer).await;
+                let (greeting, buffer) = (String::new(), BytesMut::new());
+                let login = Session::login(stream, greeting, buffer, shared).await;
+                self.logged_in(login).map(Opened::WebSocket)
+            }
             other => {
                 let answer = self.answer(&other);
                 // How it ends is the other side's business.
                 let _ = stream.write_all(answer.as_bytes()).await;
                 let _ = stream.shutdown().await;
-                return None;
-            }
-        };
-        let greeting = if fast {
-            String::new()
-        } else {
-            http::switching(self.shared.key())
-        };
-        let login = Session::login(stream, greeting, buffer, Arc::clone(&self.shared)).await;
-        match login {
-            Ok(session) => Some(session),
-            Err(end) => {
-                let metrics = &self.shared.metrics;
-                let counter = match end {
-                    End::Refused(_) => &metrics.refused,
-                    _ => &metrics.broken,
-                };
-                Metrics::add(counter, 1);
-                tracing::debug!(reason = &end as &dyn std::error::Error, "a login failed");
                 None
             }
         }
+    }
+
+    /// The session, or why there is none, counted.
+    fn logged_in<S>(&self, login: Result<Session<S>, End>) -> Option<Session<S>> {
+        let metrics = &self.shared.metrics;
+        let end = match login {
+            Ok(session) => return Some(session),
+            Err(end) => end,
+        };
+        let counter = match end {
+            End::Refused(_) => &metrics.refused,
+            _ => &metrics.broken,
+        };
+        Metrics::add(counter, 1);
+        tracing::debug!(reason = &end as &dyn std::error::Error, "a login failed");
+        None
     }
 
     fn answer(&self, request: &Request) -> String {
@@ -334,12 +358,14 @@ impl Door {
             Request::Probe => http::probed(),
             Request::Portal { challenge } => http::no_content(challenge.as_deref()),
             Request::NotUpgraded => {
-                let body = "DERP wants a connection upgrade (Upgrade: DERP)\n";
+                let body = "DERP wants a connection upgrade (Upgrade: DERP, or websocket with the \
+                            subprotocol derp)\n";
                 http::page("426 Upgrade Required", text, body)
             }
-            Request::Derp { .. } | Request::Metrics | Request::NotFound => {
-                http::page("404 Not Found", text, "there is no such page\n")
-            }
+            Request::Derp { .. }
+            | Request::WebSocket { .. }
+            | Request::Metrics
+            | Request::NotFound => http::page("404 Not Found", text, "there is no such page\n"),
             Request::Bad => http::page("400 Bad Request", text, "this is no request\n"),
         }
     }

@@ -65,15 +65,7 @@ pub async fn join_with(
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
-    pub async fn login(stream: S, seed: u8, login: Login) -> Result<Self, String> {
-        let secret = secret(seed);
-        let mut client = Self {
-            key: secret.public(),
-            relay: RelayKey([0; 32]),
-            info: ServerInfo::default(),
-            stream,
-            buffer: Vec::new(),
-        };
+    pub async fn login(mut stream: S, seed: u8, login: Login) -> Result<Self, String> {
         let fast = if login.fast {
             "Derp-Fast-Start: 1\r\n"
         } else {
@@ -82,10 +74,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         let request = format!(
             "GET /derp HTTP/1.1\r\nHost: relay\r\nUpgrade: DERP\r\nConnection: Upgrade\r\n{fast}\r\n"
         );
-        client.stream.write_all(request.as_bytes()).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
         if !login.fast {
-            client.skip_head().await;
+            skip_head(&mut stream).await;
         }
+        Self::greet(stream, seed, login).await
+    }
+
+    /// The login on a stream that was upgraded.
+    pub async fn greet(stream: S, seed: u8, login: Login) -> Result<Self, String> {
+        let secret = secret(seed);
+        let mut client = Self {
+            key: secret.public(),
+            relay: RelayKey([0; 32]),
+            info: ServerInfo::default(),
+            stream,
+            buffer: Vec::new(),
+        };
         let hello = client.next().await.unwrap();
         let Frame::ServerKey(relay) = parse(&hello) else {
             return Err(format!("{:?}", parse(&hello)));
@@ -119,15 +124,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
     pub fn into_stream(self) -> S {
         assert!(self.buffer.is_empty(), "the relay has said more");
         self.stream
-    }
-
-    async fn skip_head(&mut self) {
-        let mut head = Vec::new();
-        while !head.ends_with(b"\r\n\r\n") {
-            head.push(self.stream.read_u8().await.unwrap());
-        }
-        let head = String::from_utf8(head).unwrap();
-        assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
     }
 
     pub async fn send(&mut self, frame: Frame<'_>) {
@@ -182,6 +178,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
             }
         }
     }
+}
+
+/// Reads the answer to an upgrade.
+async fn skip_head<S: AsyncRead + Unpin>(stream: &mut S) {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await.unwrap());
+    }
+    let head = String::from_utf8(head).unwrap();
+    assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
 }
 
 pub fn parse(bytes: &[u8]) -> Frame<'_> {

@@ -12,3 +12,4 @@ mod place;
 mod program;
 mod protocol;
 mod strangers;
+mod websocket;
