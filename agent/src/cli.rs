@@ -17,6 +17,7 @@
 //! verb needs stands on its command line or comes by stdin.
 
 mod arguments;
+mod debug;
 mod doctor;
 mod monitor;
 mod netcheck;
@@ -28,6 +29,7 @@ mod show;
 mod target;
 mod up;
 
+use arguments::Debug;
 pub use arguments::{Arguments, Verb, parse};
 
 use crate::config::{Config, DEFAULT_STATE_DIR, socket_of};
@@ -261,6 +263,7 @@ pub fn run(arguments: Arguments) -> ExitCode {
         Verb::Counters => show::counters(&agent, &console),
         Verb::Netcheck => netcheck::netcheck(&agent, &console),
         Verb::Monitor(monitor) => monitor::monitor(&agent, &console, monitor),
+        Verb::Debug(Debug::Record(record)) => debug::record(&agent, &console, record),
         Verb::Doctor => doctor::doctor(&agent, &console, &state_dir),
         Verb::Policy(verb) => policy::policy(&console, &verb),
     };

@@ -24,6 +24,7 @@ mod netcheck;
 mod paths;
 mod reach;
 mod settings;
+mod tap;
 
 use crate::config::Config;
 use crate::control;
@@ -51,6 +52,7 @@ use std::error::Error;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tap::Tap;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -135,7 +137,7 @@ struct Daemon {
     /// What is wrong with the state folder, until it is right again.
     trouble: Vec<(&'static str, String)>,
     identity: watch::Sender<Arc<Identity>>,
-    engine: Engine,
+    engine: Tap,
     jobs: mpsc::Sender<Job>,
     inputs: mpsc::Sender<Input>,
     link: Link,
@@ -348,8 +350,9 @@ impl Daemon {
 
     /// Lets the engine do all that it wants now; returns when to wake it.
     fn settle(&mut self) -> Instant {
+        let now = Instant::now();
         let deadline = loop {
-            match self.engine.poll(Instant::now()) {
+            match self.engine.poll(now) {
                 Output::Apply(steps) => self.ask_kernel(
                     |reply| Job::Apply(steps, reply),
                     |done| match done {
@@ -375,7 +378,12 @@ impl Daemon {
                 Output::Resolve(names) => self.resolve(names),
                 Output::Ask(servers) => self.ask_servers(&servers),
                 Output::Transmit { via, to, message } => self.transmit(via, to, &message),
-                Output::Relays(table) => self.set_relays(&table),
+                Output::Relays(table) => {
+                    self.set_relays(&table);
+                    for input in self.engine.stood(&table) {
+                        self.engine.handle(now, input);
+                    }
+                }
                 Output::Router(router) => {
                     self.routers.send_replace(router);
                 }
@@ -431,6 +439,7 @@ impl Daemon {
             Request::Counters => self.answer_counters(reply),
             Request::Netcheck => send(reply, Response::Netcheck(Box::new(self.netcheck()))),
             Request::Monitor(monitor) => self.follow(monitor, more, reply),
+            Request::Record { anew } => self.record(anew, more, reply),
         }
     }
 
@@ -602,7 +611,7 @@ impl Daemon {
     }
 }
 
-fn new_engine(config: &Config, identity: &Identity, shim_port: u16) -> Result<Engine, DaemonError> {
+fn new_engine(config: &Config, identity: &Identity, shim_port: u16) -> Result<Tap, DaemonError> {
     let config = engine::Config {
         interface: config.interface.to_string(),
         listen_port: config.listen_port,
@@ -610,8 +619,15 @@ fn new_engine(config: &Config, identity: &Identity, shim_port: u16) -> Result<En
     };
     let mut seed = [0; 32];
     getrandom::fill(&mut seed).map_err(|_| DaemonError::System { what: "randomness" })?;
-    let disco = identity.disco_key();
-    Ok(Engine::new(config, identity.node_key(), disco, seed))
+    let start = Start {
+        version: trace::VERSION,
+        weir: env!("CARGO_PKG_VERSION").to_owned(),
+        config,
+        me: identity.node_key(),
+        disco: identity.disco_key(),
+        seed,
+    };
+    Ok(Tap::new(&start, Instant::now()))
 }
 
 /// Watches the host's addresses and routes for as long as the loop lives.

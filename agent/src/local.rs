@@ -8,8 +8,8 @@
 //! ← {"version":1,"response":{"status":{"interface":{"name":"weir0", …}, …}}}
 //! ```
 //!
-//! Only [`Request::Monitor`] is answered with more than one line: after the first one the agent goes
-//! on, a line whenever there is something to tell, until the client hangs up.
+//! Only [`Request::Monitor`] and [`Request::Record`] are answered with more than one line: after the
+//! first one the agent goes on, a line whenever there is something to tell, until the client hangs up.
 //!
 //! Anyone on the machine may connect and read ([`Access::Read`]); verbs that change something
 //! ([`Access::Change`]) or show other users' traffic ([`Access::Watch`]) are for root and for the
@@ -104,6 +104,11 @@ pub enum Request {
     Netcheck,
     /// Dropped packets, as they are dropped.
     Monitor(Monitor),
+    /// What the agent's decisions came from since its start, and what comes.
+    Record {
+        /// Let it decide everything anew first.
+        anew: bool,
+    },
 }
 
 /// See [`Request::Monitor`]. What is `None` does not matter.
@@ -198,6 +203,8 @@ pub enum Response {
     Netcheck(Box<Netcheck>),
     /// To [`Request::Monitor`], again and again.
     Seen(Seen),
+    /// To [`Request::Record`], again and again: lines of a trace (`engine/src/trace.rs`).
+    Trace(String),
     /// To anything: it is not done.
     Refused(Refused),
 }
@@ -250,7 +257,7 @@ impl Request {
     #[must_use]
     pub fn access(&self) -> Access {
         match self {
-            Self::Up(_) | Self::Down { .. } | Self::Set(_) => Access::Change,
+            Self::Up(_) | Self::Down { .. } | Self::Set(_) | Self::Record { .. } => Access::Change,
             Self::Monitor(_) => Access::Watch,
             Self::Status
             | Self::Peers

@@ -157,6 +157,8 @@ fn wrong_use_ends_with_2_and_says_how_it_is_meant() {
         (&["explain", "a", "b:80", "--proto", "gre"], "has no ports"),
         (&["up", "weir1.nonsense"], "not a join token"),
         (&["agent", "--interface", "x/y"], "1 to 15 characters"),
+        (&["debug"], "record"),
+        (&["debug", "record", "--seconds", "0"], "0 is not in"),
     ] {
         let output = weir(arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
@@ -310,6 +312,31 @@ fn what_other_machines_say_does_not_command_the_terminal() {
 }
 
 #[test]
+fn a_trace_is_written_into_a_file_that_was_not_there() {
+    let agent = Agent::answering(|request| match request {
+        Request::Record { anew: false } => Response::Trace("one\ntwo\n".to_owned()),
+        _ => refused(RefusedCode::Unavailable),
+    });
+    let path = agent.folder.path().join("a.trace");
+    let file = path.to_str().expect("a plain path");
+    let record = ["debug", "record", "--seconds", "1", file];
+    let said = agent.weir(&record, "");
+    assert_eq!(said.status.code(), Some(0), "{}", err(&said));
+    assert!(out(&said).contains("2 lines") && out(&said).contains(&format!("WEIR_TRACE={file}")));
+    assert_eq!(fs::read_to_string(&path).expect("a file"), "one\ntwo\n");
+    let mode = fs::metadata(&path).expect("a file").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "addresses are in it");
+
+    let again = agent.weir(&record, "");
+    assert_eq!(again.status.code(), Some(1));
+    assert!(err(&again).contains("Name another file"), "{}", err(&again));
+    let other = agent.folder.path().join("b.trace");
+    let anew = ["debug", "record", "--anew", other.to_str().expect("plain")];
+    assert_eq!(agent.weir(&anew, "").status.code(), Some(1));
+    assert!(!other.exists(), "nothing came, so nothing is there");
+}
+
+#[test]
 fn another_user_may_read_but_neither_change_nor_watch() {
     let name = "another_user_may_read_but_neither_change_nor_watch";
     if !rustix::process::geteuid().is_root() {
@@ -322,6 +349,7 @@ fn another_user_may_read_but_neither_change_nor_watch() {
         Request::Peers => Response::Peers(Vec::new()),
         Request::Counters => Response::Counters(Counters::default()),
         Request::Monitor(_) => Response::Seen(Seen::Begun),
+        Request::Record { .. } => Response::Trace(String::new()),
         Request::Ping { .. } | Request::Path { .. } | Request::Explain(_) | Request::Netcheck => {
             refused(RefusedCode::UnknownPeer)
         }
@@ -338,7 +366,13 @@ fn another_user_may_read_but_neither_change_nor_watch() {
     for verb in [&["up"][..], &["down"], &["down", "--purge"]] {
         assert_eq!(agent.weir(verb, "").status.code(), Some(0), "{verb:?}");
     }
-    for verb in [&["up"][..], &["down"], &["down", "--purge"], &["monitor"]] {
+    for verb in [
+        &["up"][..],
+        &["down"],
+        &["down", "--purge"],
+        &["monitor"],
+        &["debug", "record"],
+    ] {
         let output = as_nobody(verb);
         assert_eq!(output.status.code(), Some(1), "{verb:?}");
         assert!(err(&output).contains("only root") && err(&output).contains("sudo"));

@@ -36,6 +36,7 @@
 //! | [`acl`] | filter -> table contents, what changes, `explain` |
 //! | [`plan`] | desired and observed state, and the steps from one to the other |
 //! | [`status`] | what is known and what is wrong, for people |
+//! | [`trace`] | what an engine was told, to be told again |
 //!
 //! The machines do not know each other; they meet through values in [`Engine`].
 //!
@@ -54,6 +55,7 @@ mod paths;
 pub mod plan;
 pub mod relays;
 pub mod status;
+pub mod trace;
 pub mod trust;
 
 pub use engine::{
@@ -69,6 +71,7 @@ use proto::id::RegionId;
 use proto::key::{DiscoKey, NodeKey};
 use proto::net::Prefix;
 use proto::netmap::{Netmap, Update};
+use serde::{Deserialize, Serialize};
 use status::Failure;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -76,7 +79,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// What does not change while an engine lives.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Config {
     /// Name of the WireGuard device.
     pub interface: String,
@@ -88,7 +92,8 @@ pub struct Config {
 }
 
 /// Something that happened.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Input {
     /// The operator wants the node up, or down. Before the first word nothing is touched.
     Up(bool),
@@ -139,7 +144,8 @@ pub enum Input {
 }
 
 /// What happened at the connection to a region's relay.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum RelayEvent {
     /// It stands.
     Up,
@@ -213,7 +219,8 @@ pub enum Via {
 }
 
 /// The host's own addresses and routes: those of our device are left out.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Links {
     /// Addresses that others may reach: no loopback, link-local, tentative or temporary ones.
     pub addrs: BTreeSet<LinkAddr>,
@@ -236,7 +243,8 @@ pub struct Router {
 }
 
 /// An address of this host.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LinkAddr {
     /// The interface that has it.
     pub interface: String,

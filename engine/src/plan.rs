@@ -25,6 +25,7 @@
 use crate::acl::{Change, Tables};
 use proto::key::NodeKey;
 use proto::net::Prefix;
+use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -90,7 +91,8 @@ pub struct WantedPeer {
 }
 
 /// Forwarding of packets that come in by one side.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Forwarding {
     /// Where they come in.
     pub side: Side,
@@ -99,7 +101,8 @@ pub struct Forwarding {
 }
 
 /// One side of a subnet router.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Side {
     /// Our device.
     Tunnel,
@@ -108,7 +111,8 @@ pub enum Side {
 }
 
 /// An address family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Family {
     /// IPv4.
     V4,
@@ -125,7 +129,8 @@ impl Family {
 }
 
 /// What the kernel holds.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Observed {
     /// The device of our name.
     pub device: Device,
@@ -136,7 +141,8 @@ pub struct Observed {
 }
 
 /// The device of our name.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Device {
     /// There is none.
     #[default]
@@ -148,7 +154,8 @@ pub enum Device {
 }
 
 /// A WireGuard device that is there.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Present {
     /// Public half of its key; `None` before it has one.
     pub key: Option<NodeKey>,
@@ -167,7 +174,8 @@ pub struct Present {
 }
 
 /// A peer that is there.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PeerState {
     /// Prefixes that are its own.
     pub allowed_ips: BTreeSet<Prefix>,
@@ -178,7 +186,8 @@ pub struct PeerState {
 }
 
 /// What moves by itself.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Stats {
     /// Where the kernel sends to.
     pub endpoint: Option<SocketAddr>,
@@ -191,7 +200,8 @@ pub struct Stats {
 }
 
 /// Our programs and maps.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Acl {
     /// None are loaded.
     #[default]
@@ -437,7 +447,7 @@ fn host(addr: IpAddr) -> (IpAddr, u8) {
 }
 
 impl Present {
-    fn clone_without_peers(&self) -> Self {
+    pub(crate) fn clone_without_peers(&self) -> Self {
         Self {
             key: self.key,
             listen_port: self.listen_port,

@@ -10,6 +10,7 @@ use crate::plan::{Observed, Overlap};
 use crate::trust::Distrust;
 use proto::net::Prefix;
 use proto::netmap::Netmap;
+use serde::{Deserialize, Serialize};
 
 /// The engine's view of this node.
 #[derive(Clone, Debug)]
@@ -79,7 +80,8 @@ pub enum Problem {
 }
 
 /// Kinds of failure of a step, as far as they differ in what to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum FailureKind {
     /// The kernel is too old, or lacks WireGuard or BPF features.
     Unsupported,
@@ -183,7 +185,8 @@ impl FailureKind {
 }
 
 /// A step that failed, as the hand tells it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Failure {
     /// How many steps of the plan were done before it.
     pub done: usize,

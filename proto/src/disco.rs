@@ -24,6 +24,7 @@ use crate::key::{DiscoKey, DiscoSecret, KEY_BYTES, NodeKey};
 use crate::nacl::{BOX_OVERHEAD, NONCE_BYTES, NaclBox, Sealed};
 use crate::net::{decode_endpoint, encode_endpoint};
 use crate::netmap::MAX_ENDPOINTS_PER_NODE;
+use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 
 /// First bytes of every packet: `TS💬`.
@@ -43,11 +44,13 @@ const PONG: u8 = 2;
 const CALL_ME_MAYBE: u8 = 3;
 
 /// What joins a pong to its ping. Not guessable, so that a pong proves that its ping arrived.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct TxId(pub [u8; TX_BYTES]);
 
 /// What is said.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Message {
     /// Are you there?
     Ping {

@@ -83,11 +83,37 @@ pub enum Verb {
     Netcheck,
     /// Follow dropped packets as they are dropped, until Ctrl-C
     Monitor(Monitor),
+    /// For whoever looks for a fault in weir
+    #[command(subcommand)]
+    Debug(Debug),
     /// Check what weir needs of this machine
     Doctor,
     /// Policy files, without an agent
     #[command(subcommand)]
     Policy(Policy),
+}
+
+/// `weir debug`.
+#[derive(Subcommand)]
+pub enum Debug {
+    /// Write down what the agent's decisions came from since its start, and what comes, so that they
+    /// can be replayed; addresses and names of this network are in it, no keys but public ones
+    Record(Record),
+}
+
+/// `weir debug record`.
+#[derive(Args)]
+pub struct Record {
+    /// How long to go on
+    #[arg(long, value_name = "N", default_value_t = 60)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    pub seconds: u32,
+    /// Let the agent decide everything anew first, as after a restart, where the beginning is no
+    /// longer kept; packets go on meanwhile
+    #[arg(long)]
+    pub anew: bool,
+    /// The new file [default: weir-TIME.trace]
+    pub file: Option<PathBuf>,
 }
 
 /// `weir policy`.

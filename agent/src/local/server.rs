@@ -159,7 +159,7 @@ async fn converse(stream: UnixStream, owner: u32, calls: mpsc::Sender<Call>) -> 
         let response = match parse(&line, may_change) {
             Ok(request) => {
                 let (more_in, more) = mpsc::channel(STREAM);
-                let streams = matches!(request, Request::Monitor(_));
+                let streams = matches!(request, Request::Monitor(_) | Request::Record { .. });
                 stream = streams.then_some(more);
                 tokio::select! {
                     response = answer(request, streams.then_some(more_in), &calls) => response,

@@ -60,6 +60,7 @@ fn requests() -> Vec<(Request, Access)> {
         (Request::Counters, Access::Read),
         (Request::Netcheck, Access::Read),
         (Request::Monitor(Monitor::default()), Access::Watch),
+        (Request::Record { anew: false }, Access::Change),
     ]
 }
 
