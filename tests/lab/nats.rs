@@ -1,18 +1,20 @@
 //! Nodes behind NATs: STUN from WireGuard's own port, direct paths where NATs allow them, and relays
 //! where they do not.
 
+mod grid;
+mod site;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use serde_json::Value;
 use tests::host::Host;
-use tests::lab::{Lab, results};
+use tests::lab::Lab;
 use tests::mesh::{Coordinator, Join, Mesh, Node, SPREAD_BOUND};
 use tests::nat::{MAPPED_PORT, Nat, Reflector, two_lans};
 use tests::probe::{PASS_BOUND, Question, Talk, passes};
-use tests::relay::{Relay, relays_section};
 use tests::topology::Topology;
 use tests::wait_until;
 
@@ -36,9 +38,9 @@ chain input {
 }
 ";
 
-/// See [`two_lans`]; `c` has no router, and `near` is there for a relay.
+/// See [`two_lans`]; `c` has no router.
 fn topology() -> Topology {
-    two_lans(&["c", "near"])
+    two_lans(&["c"])
         .host("a2", &[("lan-a", "10.1.0.3/24")])
         .route("default", "10.1.0.1")
 }
@@ -225,169 +227,6 @@ fn a_nat_that_allows_no_direct_path_is_told_in_a_sentence() -> anyhow::Result<()
     ensure!(
         peer(&a, "b")["handshake_seconds"].is_null(),
         "by what path?"
-    );
-    world.lab.passed();
-    Ok(())
-}
-
-/// What is between a node and the world, for the grid.
-type Place = Option<Nat>;
-
-const PLACES: [Place; 6] = [
-    None,
-    Some(Nat::FullCone),
-    Some(Nat::AddressRestricted),
-    Some(Nat::PortRestricted),
-    Some(Nat::Symmetric),
-    Some(Nat::UdpBlocked),
-];
-/// The pairs that tell most, in the order of what they prove: a hole on both sides, a packet from
-/// another port than was told, and no hole at all.
-const TELLING: [(Place, Place); 3] = [
-    (Some(Nat::PortRestricted), Some(Nat::PortRestricted)),
-    (Some(Nat::AddressRestricted), Some(Nat::Symmetric)),
-    (Some(Nat::PortRestricted), Some(Nat::Symmetric)),
-];
-/// After so long without one there is no direct path.
-const GIVE_UP: Duration = Duration::from_secs(10);
-/// How soon 95 of 100 pairs have one: two seconds on a machine of its own, and this in an emulator.
-const SOON: Duration = Duration::from_secs(6);
-
-/// Whether a direct path is possible at all, without guessing ports.
-fn possible(one: Place, other: Place) -> bool {
-    let hard = |place| place == Some(Nat::Symmetric);
-    let strict = |place| hard(place) || place == Some(Nat::PortRestricted);
-    let blocked = |place| place == Some(Nat::UdpBlocked);
-    let guess = hard(one) && strict(other) || hard(other) && strict(one);
-    !(blocked(one) || blocked(other) || guess)
-}
-
-fn named(place: Place) -> String {
-    place.map_or("no NAT".to_owned(), |nat| format!("{nat:?}"))
-}
-
-/// How two nodes found each other.
-struct Found {
-    /// From the first packet to its answer.
-    first: Duration,
-    /// From there to a direct path on both sides; `None` if there is none.
-    direct: Option<Duration>,
-}
-
-/// Where the kernel of `node` sends packets for `name`, if it has a session.
-fn endpoint(node: &Node, name: &str) -> Option<String> {
-    let peer = peer(node, name);
-    let shaken = !peer["handshake_seconds"].is_null();
-    peer["endpoint"]
-        .as_str()
-        .filter(|_| shaken)
-        .map(str::to_owned)
-}
-
-impl World {
-    /// Takes a node down, and puts another router before it. Nobody has a session with it any more.
-    fn move_behind(&self, name: &str, place: Place) -> anyhow::Result<Arc<Node>> {
-        let node = self.mesh.node(name);
-        node.weir("down")?;
-        node.process().stop()?;
-        if let Some(nat) = place {
-            let router = self.lab.host(&format!("router-{name}"));
-            nat.install(&router, node.host.v4())?;
-        }
-        Ok(node)
-    }
-
-    fn find(&self, one: Place, other: Place) -> anyhow::Result<Found> {
-        // Whoever has no router is c; two of them would be no test of routers.
-        let names = match (one, other) {
-            (None, _) => ["c", "a"],
-            _ => ["a", "b"],
-        };
-        let nodes = [
-            self.move_behind(names[0], one)?,
-            self.move_behind(names[1], other)?,
-        ];
-        for node in &nodes {
-            node.restart()?;
-            node.weir("up")?;
-        }
-        for node in &nodes {
-            let known = || netcheck(node).is_ok_and(|check| check["home"].is_string());
-            wait_until("the node has a home", SPREAD_BOUND, known)?;
-        }
-        let [left, right] = nodes;
-        let question = echo(&left, &right)?;
-        let start = Instant::now();
-        ensure!(
-            passes(&question, PASS_BOUND)?,
-            "neither direct nor by relay"
-        );
-        let first = start.elapsed();
-        let is_direct = |endpoint: Option<String>| {
-            endpoint.is_some_and(|endpoint| !endpoint.starts_with("127."))
-        };
-        while start.elapsed() < GIVE_UP {
-            let ends = [endpoint(&left, names[1]), endpoint(&right, names[0])];
-            if ends.into_iter().all(is_direct) {
-                let direct = Some(start.elapsed());
-                return Ok(Found { first, direct });
-            }
-            passes(&question, PASS_BOUND)?;
-        }
-        Ok(Found {
-            first,
-            direct: None,
-        })
-    }
-}
-
-/// See [`topology`]: every kind of NAT with every other, with a relay for those that no direct path
-/// can join. `WEIR_FULL` runs all pairs.
-#[test]
-fn every_pair_of_nats_goes_direct_where_it_can_and_by_relay_where_not() -> anyhow::Result<()> {
-    let open = Nat::PortRestricted;
-    let mut world = world("nat-grid", open, open)?;
-    let near = Relay::start(&world.lab.host("near"), "near", &world.mesh.coordinator)?;
-    let stun = format!("[relays]\nstun = {SERVERS:?}\n");
-    let config = stun + &relays_section(&[&near]);
-    world.mesh.coordinator.configure(&config)?;
-    world.join(&["a", "b", "c"])?;
-    let full = std::env::var_os("WEIR_FULL").is_some();
-    let later = |(number, one): (usize, &Place)| {
-        let (one, others) = (*one, PLACES.into_iter().skip(number));
-        others.map(move |other| (one, other))
-    };
-    let pairs: Vec<(Place, Place)> = match full {
-        true => PLACES.iter().enumerate().flat_map(later).collect(),
-        false => TELLING.to_vec(),
-    };
-    let mut table = "| NATs | path | first answer | direct after |\n|---|---|---|---|\n".to_owned();
-    let (mut wrong, mut times) = (Vec::new(), Vec::new());
-    for (one, other) in pairs {
-        if (one, other) == (None, None) {
-            continue;
-        }
-        let names = format!("{} and {}", named(one), named(other));
-        let found = world.find(one, other);
-        let Found { first, direct } = found.with_context(|| names.clone())?;
-        let path = if direct.is_some() { "direct" } else { "relay" };
-        let after = direct.map_or("-".to_owned(), |after| format!("{after:.2?}"));
-        table += &format!("| {names} | {path} | {first:.2?} | {after} |\n");
-        times.extend(direct);
-        if direct.is_some() != possible(one, other) {
-            wrong.push(names);
-        }
-    }
-    println!("{table}");
-    std::fs::create_dir_all(results())?;
-    std::fs::write(results().join("nat-grid.md"), &table)?;
-    ensure!(wrong.is_empty(), "not as it can be: {wrong:?}\n{table}");
-    times.sort();
-    let most = times.len() * 95 / 100;
-    let p95 = times.get(most.min(times.len() - 1)).copied();
-    ensure!(
-        p95.is_some_and(|p95| p95 <= SOON),
-        "too late: {p95:?}\n{table}"
     );
     world.lab.passed();
     Ok(())

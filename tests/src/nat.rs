@@ -1,7 +1,7 @@
 //! Routers that translate addresses, and servers that tell what comes out of them.
 //!
 //! A router is a host of the topology with the world at `eth0` and a LAN at `eth1`; [`Nat::install`]
-//! makes it one. A [`Reflector`] is a STUN server of the least kind.
+//! makes it one, and [`Firewall::install`] says what it does with IPv6. A [`Reflector`] is a STUN server of the least kind.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -35,6 +35,16 @@ pub enum Nat {
     UdpBlocked,
 }
 
+/// A node's WireGuard behind a router, and the router's port that the world sees it at, if the kind
+/// has one for all destinations.
+#[derive(Clone, Copy, Debug)]
+pub struct Mapping {
+    /// The node, or the next router before it.
+    pub inside: SocketAddr,
+    /// The router's port.
+    pub port: u16,
+}
+
 impl Nat {
     /// Makes a router of this kind of `host`, whatever it was before, with no memory: for the LAN's
     /// IPv4 hosts, of which the one at `inside` is the node.
@@ -42,35 +52,57 @@ impl Nat {
     /// # Errors
     /// If the kernel does not take it.
     pub fn install(self, host: &Host, inside: IpAddr) -> anyhow::Result<()> {
+        let inside = SocketAddr::new(inside, 51820);
+        let port = MAPPED_PORT;
+        self.install_for(host, &[Mapping { inside, port }], false)
+    }
+
+    /// The same for several in the LAN. With `hairpin`, they reach each other by the router's own
+    /// address: whoever knows a mapping may use it from the LAN.
+    ///
+    /// # Errors
+    /// If the kernel does not take it.
+    pub fn install_for(
+        self,
+        host: &Host,
+        mappings: &[Mapping],
+        hairpin: bool,
+    ) -> anyhow::Result<()> {
         host.run("sysctl -q -w net.ipv4.ip_forward=1")?;
-        let outside = host.v4();
-        // The node's mapping where the kind has one for all destinations.
-        let one = format!(
-            "ip saddr {inside} udp sport 51820 oifname eth0 snat ip to {outside}:{MAPPED_PORT}
-  oifname eth0 masquerade"
-        );
-        let mine = format!("iifname eth0 udp dport {MAPPED_PORT}");
-        let come_in = format!("dnat ip to {inside}:51820");
-        let (translate, come_in, forward) = match self {
-            Self::FullCone => (one, format!("{mine} {come_in}"), ""),
-            Self::AddressRestricted => (
-                one,
-                format!("{mine} ip saddr @spoken {come_in}"),
-                "iifname eth1 udp sport 51820 update @spoken { ip daddr timeout 2m }",
-            ),
-            Self::PortRestricted => (one, String::new(), ""),
-            Self::Symmetric => (
-                "meta l4proto udp oifname eth0 masquerade fully-random\n  oifname eth0 masquerade"
-                    .to_owned(),
-                String::new(),
-                "",
-            ),
-            Self::UdpBlocked => (
-                "oifname eth0 masquerade".to_owned(),
-                String::new(),
-                "meta l4proto udp drop",
-            ),
-        };
+        // A packet that turns back into the LAN is no reason to tell of a shorter way.
+        for device in ["all", "default", "eth1"] {
+            host.run(&format!(
+                "sysctl -q -w net.ipv4.conf.{device}.send_redirects=0"
+            ))?;
+        }
+        let (mut translate, mut come_in, mut forward) = Default::default();
+        for mapping in mappings {
+            self.rules(
+                host.v4(),
+                *mapping,
+                &mut translate,
+                &mut come_in,
+                &mut forward,
+            );
+            if hairpin {
+                let Mapping { inside, port } = mapping;
+                let (outside, ip, own) = (host.v4(), inside.ip(), inside.port());
+                come_in += &format!(
+                    "  iifname eth1 ip daddr {outside} udp dport {port} dnat ip to {inside}\n"
+                );
+                translate += &format!(
+                    "  ip saddr {ip} udp sport {own} oifname eth1 ct status dnat \
+                     snat ip to {outside}:{port}\n"
+                );
+            }
+        }
+        match self {
+            Self::Symmetric => {
+                translate += "  meta l4proto udp oifname eth0 masquerade fully-random\n";
+            }
+            Self::UdpBlocked => forward += "  meta l4proto udp drop\n",
+            Self::FullCone | Self::AddressRestricted | Self::PortRestricted => {}
+        }
         // What nobody asked for is dropped before it is tracked: a flow that the router has seen
         // from outside would take the port from the one that comes out later.
         let rules = format!(
@@ -79,14 +111,12 @@ delete table ip router
 table ip router {{
  set spoken {{ type ipv4_addr; flags dynamic,timeout; size 1024; }}
  chain into {{ type nat hook prerouting priority dstnat; policy accept;
-  {come_in}
- }}
+{come_in} }}
  chain out {{ type nat hook postrouting priority srcnat; policy accept;
-  {translate}
+{translate}  oifname eth0 masquerade
  }}
  chain through {{ type filter hook forward priority filter; policy accept;
-  {forward}
-  ct status dnat accept
+{forward}  ct status dnat accept
   iifname eth0 ct state new drop
  }}
  chain mine {{ type filter hook input priority filter; policy accept;
@@ -98,6 +128,74 @@ table ip router {{
         host.run_with("nft -f -", &rules)
             .with_context(|| format!("{} does not become a router", host.name))?;
         host.run("conntrack -F")?;
+        Ok(())
+    }
+
+    /// The rules that one mapping needs: to translate what leaves, to let in what comes, and to
+    /// remember what was spoken to.
+    fn rules(
+        self,
+        outside: IpAddr,
+        Mapping { inside, port }: Mapping,
+        translate: &mut String,
+        come_in: &mut String,
+        forward: &mut String,
+    ) {
+        let (ip, own) = (inside.ip(), inside.port());
+        if matches!(self, Self::Symmetric | Self::UdpBlocked) {
+            return;
+        }
+        *translate +=
+            &format!("  ip saddr {ip} udp sport {own} oifname eth0 snat ip to {outside}:{port}\n");
+        let mine = format!("  iifname eth0 udp dport {port}");
+        match self {
+            Self::FullCone => *come_in += &format!("{mine} dnat ip to {inside}\n"),
+            Self::AddressRestricted => {
+                *come_in += &format!("{mine} ip saddr @spoken dnat ip to {inside}\n");
+                *forward += &format!(
+                    "  iifname eth1 udp sport {own} update @spoken {{ ip daddr timeout 2m }}\n"
+                );
+            }
+            Self::PortRestricted | Self::Symmetric | Self::UdpBlocked => {}
+        }
+    }
+}
+
+/// What a router does with IPv6 from its LAN: it translates nothing, it only lets through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Firewall {
+    /// Everything, in both directions.
+    Open,
+    /// Out everything, in only what answers (RFC 6092).
+    Answers,
+    /// No UDP.
+    UdpBlocked,
+}
+
+impl Firewall {
+    /// Makes `host` such a router for IPv6.
+    ///
+    /// # Errors
+    /// If the kernel does not take it.
+    pub fn install(self, host: &Host) -> anyhow::Result<()> {
+        host.run("sysctl -q -w net.ipv6.conf.all.forwarding=1")?;
+        let rule = match self {
+            Self::Open => "accept",
+            Self::Answers => "iifname eth0 meta l4proto udp ct state new drop",
+            Self::UdpBlocked => "meta l4proto udp drop",
+        };
+        let rules = format!(
+            "table ip6 firewall
+delete table ip6 firewall
+table ip6 firewall {{
+ chain through {{ type filter hook forward priority filter; policy accept;
+  {rule}
+ }}
+}}
+"
+        );
+        host.run_with("nft -f -", &rules)
+            .with_context(|| format!("{} does not become a firewall", host.name))?;
         Ok(())
     }
 }
