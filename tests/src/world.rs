@@ -16,12 +16,14 @@
 //! packet reaches an application that policy denies; an engine keeps no unbounded queue and sends
 //! no storm. What a test asks for itself: who reaches whom, over what, how soon ([`Talk`]).
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use engine::{Config, Engine, Input, LinkAddr, Links, Output, RelayEvent, RelayTable, Via};
+use engine::trace::{Line, Recorder, Start, VERSION};
+use engine::{Config, Engine, Input, LinkAddr, Links, Output, RelayTable, Via};
 use proto::disco;
 use proto::id::{NodeId, RegionId};
 use proto::key::{DiscoKey, NodeKey};
@@ -31,11 +33,15 @@ use proto::netmap::{Netmap, Update};
 mod acl;
 mod authority;
 pub mod nat;
+mod relays;
+mod shim;
+mod wire;
 pub mod wireguard;
 
 use authority::Authority;
 use nat::{Kind, Nat};
-use wireguard::{Inner, Kernel, Message, Sent};
+use shim::Shim;
+use wireguard::{Inner, Kernel, Message};
 
 /// The port that every node's WireGuard has.
 pub const PORT: u16 = 51820;
@@ -87,6 +93,8 @@ enum Event {
     Dialled(usize, RegionId),
     /// A conversation's next question.
     Ask(usize),
+    /// A message of a handshake may have to be said again.
+    Repeat(usize),
 }
 
 /// What a host of a network is.
@@ -129,9 +137,12 @@ struct Node {
     connected: BTreeSet<RegionId>,
     dialling: BTreeSet<RegionId>,
     deadline: Option<Duration>,
+    shim: Shim,
     spoken: BTreeSet<NodeKey>,
     /// Discovery messages in the current second.
     second: (u64, usize),
+    /// What its engine was told since it started, if that is recorded.
+    trace: Option<(Recorder, Vec<String>)>,
 }
 
 /// Questions from one node to another, one after the other, and what came of them.
@@ -183,6 +194,8 @@ pub struct World {
     pub quality: Quality,
     /// Whether the coordinator answers.
     coordinator: bool,
+    /// Whether it is written down what engines are told that start from now on.
+    pub recorded: bool,
 }
 
 impl World {
@@ -214,6 +227,7 @@ impl World {
                 jitter: Duration::ZERO,
             },
             coordinator: true,
+            recorded: false,
         };
         for (index, delay) in regions.iter().enumerate() {
             let relay = Relay {
@@ -276,8 +290,10 @@ impl World {
             connected: BTreeSet::new(),
             dialling: BTreeSet::new(),
             deadline: None,
+            shim: Shim::new(key),
             spoken: BTreeSet::new(),
             second: (0, 0),
+            trace: None,
         });
         self.start_agent(index);
         self.publish();
@@ -293,8 +309,19 @@ impl World {
         };
         let mut seed = [0; 32];
         seed[..8].copy_from_slice(&self.chance().to_le_bytes());
+        let (now, recorded) = (self.at(), self.recorded);
         let node = &mut self.nodes[index];
-        node.engine = Some(Engine::new(config, node.key, disco_key(node.key), seed));
+        let start = Start {
+            version: VERSION,
+            weir: env!("CARGO_PKG_VERSION").into(),
+            config,
+            me: node.key,
+            disco: disco_key(node.key),
+            seed,
+        };
+        node.engine = Some(start.engine());
+        let first = text(&Line::Start(Cow::Owned(start)));
+        node.trace = recorded.then(|| (Recorder::new(now), vec![first]));
         let cached = node.cache.clone();
         let links = self.links_of(index);
         self.tell(index, Input::Up(true));
@@ -313,6 +340,7 @@ impl World {
         node.table = Arc::default();
         node.connected.clear();
         node.dialling.clear();
+        node.shim = Shim::new(node.key);
         node.spoken.clear();
         for relay in self.relays.values_mut() {
             relay.connected.remove(&index);
@@ -433,6 +461,13 @@ impl World {
         self.nodes[from].kernel.handshakes(&self.nodes[to].key)
     }
 
+    /// The lines of a node's trace, if it is recorded.
+    #[must_use]
+    pub fn trace(&self, index: usize) -> &[String] {
+        let trace = self.nodes[index].trace.as_ref();
+        trace.map_or(&[], |(_, lines)| lines)
+    }
+
     /// The world's time.
     #[must_use]
     pub fn now(&self) -> Duration {
@@ -478,6 +513,11 @@ fn disco_key(node: NodeKey) -> DiscoKey {
     DiscoKey(node.0.map(|byte| !byte))
 }
 
+/// A line of a trace, as it stands in a file.
+fn text(line: &Line<'_>) -> String {
+    serde_json::to_string(line).unwrap_or_default()
+}
+
 fn relay_lost() -> String {
     "the relay closed the connection".into()
 }
@@ -515,6 +555,7 @@ impl World {
             }
             Event::Dialled(index, region) => self.dialled(index, region),
             Event::Ask(talk) => self.ask(talk),
+            Event::Repeat(index) => self.repeat(index),
         }
     }
 
@@ -598,13 +639,21 @@ impl World {
 
     fn tell(&mut self, index: usize, input: Input) {
         let at = self.at();
-        let Some(engine) = &mut self.nodes[index].engine else {
+        let Node { engine, trace, .. } = &mut self.nodes[index];
+        let Some(engine) = engine else {
             return;
         };
+        if let Some((recorder, lines)) = trace {
+            recorder.input(at, engine, &input, |line| lines.push(text(&line)));
+        }
         engine.handle(at, input);
         let mut outputs = Vec::new();
         let deadline = loop {
-            match engine.poll(at) {
+            let output = engine.poll(at);
+            if let Some((recorder, lines)) = trace {
+                recorder.output(at, &output, |line| lines.push(text(&line)));
+            }
+            match output {
                 Output::Timeout(deadline) => break deadline,
                 output => outputs.push(output),
             }
@@ -715,263 +764,6 @@ impl World {
             let update = Update::Full(Box::new(netmap));
             let delay = self.nodes[index].delay * 2;
             self.after(delay, Event::Input(index, Input::Netmap(update)));
-        }
-    }
-}
-
-// Datagrams.
-impl World {
-    fn send_all(&mut self, index: usize, sent: Vec<Sent>) {
-        for (endpoint, peer, message) in sent {
-            let me = self.nodes[index].key;
-            let payload = Payload::WireGuard(me, peer, message);
-            if endpoint.ip().is_loopback() {
-                self.shim_out(index, endpoint, payload);
-            } else {
-                self.datagram(index, endpoint, payload);
-            }
-        }
-    }
-
-    /// Sends a datagram from WireGuard's port.
-    fn datagram(&mut self, index: usize, to: SocketAddr, payload: Payload) {
-        let node = &self.nodes[index];
-        if !node.linked || self.chance() % 1000 < self.quality.loss {
-            return;
-        }
-        let node = &self.nodes[index];
-        let from = SocketAddr::new(node.local, PORT);
-        let (realm, delay) = (node.realm, node.delay);
-        let Some((place, seen)) = self.carry(realm, from, to) else {
-            return;
-        };
-        let jitter = self.jitter();
-        match (place, payload) {
-            (Place::Node(other), payload) => {
-                let delay = delay + self.nodes[other].delay + jitter;
-                self.after(delay, Event::Datagram(other, seen, payload));
-            }
-            (Place::Stun, Payload::StunRequest) => {
-                // The answer takes the way back that the question opened.
-                if let Some((Place::Node(back), from)) = self.carry(0, to, seen) {
-                    let answer = Payload::StunAnswer(seen);
-                    self.after(delay * 2 + jitter, Event::Datagram(back, from, answer));
-                }
-            }
-            (Place::Stun | Place::Router(_), _) => {}
-        }
-    }
-
-    /// Where a datagram ends, and under which source it is seen there.
-    fn carry(
-        &mut self,
-        mut realm: usize,
-        mut from: SocketAddr,
-        mut to: SocketAddr,
-    ) -> Option<(Place, SocketAddr)> {
-        let now = self.now;
-        for _ in 0..MAX_HOPS {
-            match self.realms[realm].hosts.get(&to.ip()).copied() {
-                Some(Place::Router(inner)) => {
-                    let (nat, _) = self.realms[inner].router.as_mut()?;
-                    to = nat.back(now, from, to.port())?;
-                    realm = inner;
-                }
-                Some(place) => return Some((place, from)),
-                None => {
-                    let (nat, outer) = self.realms[realm].router.as_mut()?;
-                    let hairpin = to.ip() == nat.outside;
-                    from = nat.out(now, from, to)?;
-                    if hairpin {
-                        if !nat.kind.hairpin {
-                            return None;
-                        }
-                        to = nat.back(now, from, to.port())?;
-                    } else {
-                        realm = *outer;
-                    }
-                }
-            }
-        }
-        None
-    }
-
-    fn arrive(&mut self, index: usize, from: SocketAddr, payload: Payload) {
-        match payload {
-            Payload::WireGuard(peer, to, message) => self.wireguard(index, from, peer, to, message),
-            Payload::Disco(sender, to, message) if self.opens(index, sender, to) => {
-                let input = Input::Disco {
-                    from,
-                    sender,
-                    message,
-                };
-                self.tell(index, input);
-            }
-            Payload::Disco(..) => {}
-            Payload::StunAnswer(addr) => self.tell(index, Input::Mapped { server: from, addr }),
-            Payload::StunRequest => {}
-        }
-    }
-
-    /// Whether a node's agent opens a box: it is for the node, and a peer's.
-    fn opens(&self, index: usize, sender: DiscoKey, to: DiscoKey) -> bool {
-        let node = &self.nodes[index];
-        let engine = node.engine.as_ref();
-        to == disco_key(node.key) && engine.is_some_and(|engine| engine.knows(&sender))
-    }
-
-    fn wireguard(
-        &mut self,
-        index: usize,
-        from: SocketAddr,
-        peer: NodeKey,
-        to: NodeKey,
-        message: Message,
-    ) {
-        // A stranger's datagram fails its authentication.
-        if self.nodes[index].key != to {
-            return;
-        }
-        let (sent, inside) = self.nodes[index]
-            .kernel
-            .receive(self.now, from, peer, message);
-        self.send_all(index, sent);
-        if let Some(inner) = inside {
-            self.deliver(index, inner);
-        }
-    }
-}
-
-// Relays, and what the agents do with them.
-impl World {
-    fn set_table(&mut self, index: usize, table: Arc<RelayTable>) {
-        let wanted: BTreeSet<RegionId> = table.regions.keys().copied().collect();
-        let node = &mut self.nodes[index];
-        node.table = table;
-        let gone: Vec<RegionId> = node.connected.difference(&wanted).copied().collect();
-        node.dialling.retain(|region| wanted.contains(region));
-        for region in gone {
-            self.nodes[index].connected.remove(&region);
-            if let Some(relay) = self.relays.get_mut(&region) {
-                relay.connected.remove(&index);
-            }
-        }
-        for region in wanted {
-            self.dial(index, region, Duration::ZERO);
-        }
-    }
-
-    fn dial(&mut self, index: usize, region: RegionId, pause: Duration) {
-        let Some(relay) = self.relays.get(&region) else {
-            return;
-        };
-        let node = &mut self.nodes[index];
-        if !node.connected.contains(&region) && node.dialling.insert(region) {
-            // TCP, TLS and the login: three times there and back.
-            let delay = pause + (node.delay + relay.delay) * 6;
-            self.after(delay, Event::Dialled(index, region));
-        }
-    }
-
-    fn dialled(&mut self, index: usize, region: RegionId) {
-        let node = &mut self.nodes[index];
-        if node.engine.is_none() || !node.dialling.remove(&region) {
-            return;
-        }
-        let linked = node.linked;
-        let Some(relay) = self.relays.get_mut(&region) else {
-            return;
-        };
-        if !relay.up || !linked {
-            let why = "the relay does not answer".to_owned();
-            self.tell(index, Input::Relay(region, RelayEvent::Down(why)));
-            if self.nodes[index].table.regions.contains_key(&region) {
-                self.dial(index, region, REDIAL);
-            }
-            return;
-        }
-        relay.connected.insert(index);
-        let latency = (relay.delay + self.nodes[index].delay) * 2;
-        self.nodes[index].connected.insert(region);
-        self.tell(index, Input::Relay(region, RelayEvent::Up));
-        self.tell(index, Input::Relay(region, RelayEvent::Latency(latency)));
-    }
-
-    /// A connection is lost, which is noticed a while later.
-    fn lose(&mut self, index: usize, region: RegionId, why: String) {
-        self.nodes[index].connected.remove(&region);
-        let noticed = if self.nodes[index].linked {
-            self.nodes[index].delay
-        } else {
-            NOTICED
-        };
-        let down = Input::Relay(region, RelayEvent::Down(why));
-        self.after(noticed, Event::Input(index, down));
-        if self.nodes[index].table.regions.contains_key(&region) {
-            self.dial(index, region, REDIAL);
-        }
-    }
-
-    /// What WireGuard sent to a loopback address: the shim hands it to the peer's region.
-    fn shim_out(&mut self, index: usize, endpoint: SocketAddr, payload: Payload) {
-        let table = Arc::clone(&self.nodes[index].table);
-        let peer = table
-            .peers
-            .iter()
-            .find(|(_, peer)| peer.loopback == endpoint);
-        if let Some((key, peer)) = peer {
-            self.frame(index, peer.region, *key, payload);
-        }
-    }
-
-    fn frame(&mut self, index: usize, region: RegionId, to: NodeKey, payload: Payload) {
-        let node = &self.nodes[index];
-        if !node.connected.contains(&region) || !node.linked {
-            return;
-        }
-        let (me, delay) = (node.key, node.delay);
-        let Some(relay) = self.relays.get(&region).filter(|relay| relay.up) else {
-            return;
-        };
-        let there = relay.connected.iter().find(|it| self.nodes[**it].key == to);
-        match there.copied() {
-            Some(other) => {
-                let delay = delay + relay.delay * 2 + self.nodes[other].delay;
-                self.after(delay, Event::Frame(other, region, me, payload));
-            }
-            None => {
-                let gone = Input::Relay(region, RelayEvent::PeerGone(to));
-                self.after((delay + relay.delay) * 2, Event::Input(index, gone));
-            }
-        }
-    }
-
-    fn arrive_relayed(&mut self, index: usize, region: RegionId, peer: NodeKey, payload: Payload) {
-        if !self.nodes[index].connected.contains(&region) {
-            return;
-        }
-        match payload {
-            Payload::Disco(sender, to, message) if self.opens(index, sender, to) => {
-                let event = RelayEvent::Disco {
-                    from: peer,
-                    sender,
-                    message,
-                };
-                self.tell(index, Input::Relay(region, event));
-            }
-            Payload::Disco(..) => {}
-            Payload::WireGuard(_, to, message) => {
-                if self.nodes[index].spoken.insert(peer) {
-                    let event = RelayEvent::Data { from: peer };
-                    self.tell(index, Input::Relay(region, event));
-                }
-                let table = Arc::clone(&self.nodes[index].table);
-                if let Some(rule) = table.peers.get(&peer) {
-                    let from = rule.appear_as.unwrap_or(rule.loopback);
-                    self.wireguard(index, from, peer, to, message);
-                }
-            }
-            Payload::StunRequest | Payload::StunAnswer(_) => {}
         }
     }
 }
