@@ -3,6 +3,8 @@
 //! A topology is plain data. Addresses come from the ranges set aside for documentation
 //! (RFC 5737, RFC 3849) and from private ones for LANs, so that nothing outside is ever meant.
 
+use std::collections::BTreeMap;
+
 /// Switches and hosts.
 #[derive(Clone, Debug, Default)]
 pub struct Topology {
@@ -10,6 +12,9 @@ pub struct Topology {
     pub switches: Vec<String>,
     /// Machines.
     pub hosts: Vec<HostPlan>,
+    /// The longest packet that each of these switches and its cables take, in bytes; 1,500 where
+    /// nothing is said.
+    pub mtus: BTreeMap<String, u32>,
 }
 
 /// One machine of a topology.
@@ -34,6 +39,17 @@ impl Topology {
     #[must_use]
     pub fn switch(mut self, name: &str) -> Self {
         self.switches.push(name.to_owned());
+        self
+    }
+
+    /// Lets the switch that was added last take packets of this many bytes.
+    ///
+    /// # Panics
+    /// If no switch was added yet.
+    #[must_use]
+    pub fn mtu(mut self, bytes: u32) -> Self {
+        let switch = self.switches.last().expect("an MTU belongs to a switch");
+        self.mtus.insert(switch.clone(), bytes);
         self
     }
 
