@@ -22,6 +22,7 @@
 pub mod login;
 
 pub use crate::disco::{MAGIC as DISCO_MAGIC, MIN_BYTES as DISCO_MIN_BYTES, is_disco};
+use crate::id::NetworkId;
 use crate::key::{KEY_BYTES, NodeKey, RelayKey};
 pub use crate::nacl::{NaclBox as LoginBox, Sealed};
 use crate::net::{decode_endpoint, encode_endpoint};
@@ -39,6 +40,8 @@ pub const HEADER_BYTES: usize = 5;
 pub const MAX_PACKET_BYTES: usize = 64 << 10;
 /// Longest body of any frame that is not a packet.
 pub const MAX_INFO_BYTES: usize = 1 << 20;
+/// What [`Frame::Within`] puts before the other frame's body.
+pub const WITHIN_BYTES: usize = 8 + 1;
 /// What a Ping carries and a Pong brings back.
 pub const PING_BYTES: usize = 8;
 /// A relay says at least so often that it is alive (and up to [`KEEP_ALIVE_JITTER`] later).
@@ -90,6 +93,8 @@ pub mod kind {
     pub const HEALTH: u8 = 0x14;
     /// milliseconds to wait 4 ‖ milliseconds to keep trying 4
     pub const RESTARTING: u8 = 0x15;
+    /// network 8 ‖ kind 1 ‖ body of that kind; weir's own
+    pub const WITHIN: u8 = 0x57;
 }
 
 /// Why bytes are not a frame. The stream they came from is of no more use.
@@ -211,6 +216,16 @@ pub enum Frame<'a> {
         /// Keep trying for this long before looking elsewhere.
         try_for: Duration,
     },
+    /// Between weir's relays of a region: another frame, and of which network its keys are. Relays
+    /// of others skip it.
+    Within {
+        /// Whose nodes are meant.
+        network: NetworkId,
+        /// See [`kind`].
+        kind: u8,
+        /// For [`Frame::decode`].
+        body: &'a [u8],
+    },
     /// A kind of a later version: skip it.
     Unknown(u8),
 }
@@ -243,6 +258,7 @@ fn max_length(kind: u8) -> usize {
     match kind {
         kind::SEND_PACKET | kind::RECV_PACKET => KEY_BYTES + MAX_PACKET_BYTES,
         kind::FORWARD_PACKET => 2 * KEY_BYTES + MAX_PACKET_BYTES,
+        kind::WITHIN => WITHIN_BYTES + 2 * KEY_BYTES + MAX_PACKET_BYTES,
         _ => MAX_INFO_BYTES,
     }
 }
@@ -366,6 +382,15 @@ impl<'a> Frame<'a> {
                     try_for: millis(*rest.first_chunk()?),
                 }
             }
+            kind::WITHIN => {
+                let (network, rest) = body.split_first_chunk()?;
+                let (kind, body) = rest.split_first()?;
+                Self::Within {
+                    network: NetworkId(u64::from_be_bytes(*network)),
+                    kind: *kind,
+                    body,
+                }
+            }
             unknown => Self::Unknown(unknown),
         }))
     }
@@ -412,6 +437,15 @@ impl<'a> Frame<'a> {
                 out.extend_from_slice(&dst.0);
                 out.extend_from_slice(packet);
             }
+            Self::Within {
+                network,
+                kind,
+                body,
+            } => {
+                out.extend_from_slice(&network.0.to_be_bytes());
+                out.push(kind);
+                out.extend_from_slice(body);
+            }
             Self::KeepAlive | Self::WatchConns | Self::Unknown(_) => {}
             Self::NotePreferred(preferred) => out.push(u8::from(preferred)),
             Self::PeerGone { peer, reason } => {
@@ -457,6 +491,7 @@ impl<'a> Frame<'a> {
             Self::Pong(_) => kind::PONG,
             Self::Health(_) => kind::HEALTH,
             Self::Restarting { .. } => kind::RESTARTING,
+            Self::Within { .. } => kind::WITHIN,
             Self::Unknown(kind) => *kind,
         }
     }

@@ -107,6 +107,14 @@ const VECTORS: &[(&str, Frame<'_>)] = &[
         },
     ),
     ("10 00000000", Frame::WatchConns),
+    (
+        "57 0000000c 0102030405060708 0a 616263",
+        Frame::Within {
+            network: NetworkId(0x0102_0304_0506_0708),
+            kind: kind::FORWARD_PACKET,
+            body: b"abc",
+        },
+    ),
     ("11 00000020 A", Frame::ClosePeer(A)),
     (
         "12 00000008 0102030405060708",
@@ -162,6 +170,7 @@ fn bodies_may_grow_and_unknown_kinds_be_skipped() {
                 | kind::SEND_PACKET
                 | kind::RECV_PACKET
                 | kind::FORWARD_PACKET
+                | kind::WITHIN
                 | kind::HEALTH
         );
         if carries_the_rest {

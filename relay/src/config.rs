@@ -3,9 +3,9 @@
 use crate::admit::Admission;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use proto::id::NetworkId;
-use proto::key::PermitKey;
+use proto::key::{Fingerprint, PermitKey, RelayKey};
 use serde::Deserialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -103,6 +103,23 @@ pub struct Config {
     pub admission: Admission,
     /// What a client may send in a second, in bytes; 0: no limit.
     pub rate: u64,
+    /// The relays of our region; this one may be among them.
+    pub region: Vec<RegionRelay>,
+}
+
+/// A relay of our region.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RegionRelay {
+    /// Name or address, and port.
+    pub addr: String,
+    /// Its key, as it prints it at its start.
+    pub key: RelayKey,
+    /// Its certificate; without it, one that the system's authorities vouch for.
+    pub certificate: Option<Fingerprint>,
+    /// It speaks no TLS.
+    #[serde(default)]
+    pub plain: bool,
 }
 
 /// Where the certificate comes from.
@@ -154,6 +171,15 @@ pub enum ConfigError {
     /// A network without keys would admit nobody.
     #[error("network {0} has no keys, so nobody of it could be admitted")]
     NoKeys(NetworkId),
+    /// One relay of the region, twice.
+    #[error("the relay with the key {0} is named twice in the region")]
+    SameRelay(RelayKey),
+    /// No TLS has no certificate.
+    #[error("the relay at {0} is `plain` and has a certificate: take away either")]
+    PlainCertificate(String),
+    /// Addresses have ports.
+    #[error("the relay at `{0}` needs a port, as in fra2.example.com:443")]
+    NoPort(String),
     /// One network, twice.
     #[error("network {0} is named twice; give all its keys in one section")]
     Twice(NetworkId),
@@ -171,6 +197,14 @@ struct File {
     certificate: Option<Files>,
     #[serde(default)]
     network: Vec<Network>,
+    #[serde(default)]
+    region: Region,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Region {
+    relays: Vec<RegionRelay>,
 }
 
 #[derive(Deserialize)]
@@ -235,6 +269,7 @@ impl Config {
             certificate,
             admission,
             rate: file.client_bytes_per_second.unwrap_or(DEFAULT_RATE),
+            region: region(file.region.relays)?,
         })
     }
 }
@@ -259,6 +294,23 @@ fn networks(named: Vec<Network>) -> Result<BTreeMap<NetworkId, Vec<PermitKey>>, 
         return Err(ConfigError::NoNetwork);
     }
     Ok(networks)
+}
+
+fn region(named: Vec<RegionRelay>) -> Result<Vec<RegionRelay>, ConfigError> {
+    let mut keys = BTreeSet::new();
+    for relay in &named {
+        if !keys.insert(relay.key) {
+            return Err(ConfigError::SameRelay(relay.key));
+        }
+        if relay.plain && relay.certificate.is_some() {
+            return Err(ConfigError::PlainCertificate(relay.addr.clone()));
+        }
+        let port = relay.addr.rsplit_once(':').map(|(_, port)| port);
+        if port.is_none_or(|port| port.parse::<u16>().is_err()) {
+            return Err(ConfigError::NoPort(relay.addr.clone()));
+        }
+    }
+    Ok(named)
 }
 
 fn read(path: &Path) -> Result<File, ConfigError> {
@@ -331,17 +383,42 @@ mod tests {
     fn the_example_is_a_configuration_once_its_lines_are_switched_on() {
         let example = include_str!("../../packaging/examples/relay.toml");
         let line = |line: &str| match line.strip_prefix('#') {
-            Some(on) if !on.starts_with(' ') => on.to_owned(),
+            Some(on) if on.starts_with("  {") || !on.starts_with(' ') => on.to_owned(),
             _ => line.to_owned(),
         };
         let all: Vec<String> = example.lines().map(line).collect();
         let config = load(&all.join("\n"), Flags::default()).unwrap();
-        assert_eq!(config.rate, DEFAULT_RATE);
+        assert_eq!((config.rate, config.region.len()), (DEFAULT_RATE, 1));
         // What it says behind `#` is the default.
         let silent = load(&network(1), Flags::default()).unwrap();
         assert_eq!(config.listen, silent.listen);
         assert_eq!(config.stun_listen, silent.stun_listen);
         assert_eq!(config.status_listen, silent.status_listen);
+    }
+
+    #[test]
+    fn a_region_that_cannot_be_is_refused() {
+        let key = RelayKey([7; 32]);
+        let check = |relays: &str, expected: &str| {
+            let relays = relays.replace("KEY", &format!("key = '{key}'"));
+            let text = format!("{}[region]\nrelays = [{relays}]\n", network(1));
+            match load(&text, Flags::default()) {
+                Ok(config) => assert_eq!(config.region.len().to_string(), expected),
+                Err(error) => assert!(error.to_string().contains(expected), "{error}"),
+            }
+        };
+        let pin = format!("certificate = '{}'", Fingerprint([1; 32]));
+        check("", "0");
+        check(&format!("{{ addr = 'a:1', KEY, {pin} }}"), "1");
+        check("{ addr = 'a:1', KEY, plain = true }", "1");
+        check(
+            "{ addr = 'a:1', KEY }, { addr = 'b:1', KEY }",
+            "named twice",
+        );
+        check("{ addr = 'a', KEY }", "needs a port");
+        let both = format!("{{ addr = 'a:1', KEY, plain = true, {pin} }}");
+        check(&both, "take away either");
+        check("{ addr = 'a:1' }", "is not right");
     }
 
     #[test]

@@ -19,11 +19,12 @@
 //! | [`session`] | one client: login, its frames, what it is sent |
 //! | [`switch`] | who is here; where a packet goes. Synchronous, no socket |
 //! | [`queue`] | what waits for one client, in what order, and what is dropped |
+//! | [`region`] | the other relays of the region: who is reached through them |
 //! | [`stun`] | tells whoever asks which address it comes from |
 //! | [`metrics`] | what is counted |
 //! | [`server`] | puts the above together |
 //!
-//! One direction: server → session → switch.
+//! One direction: server → session → switch; a region's connection reads and writes as a session does.
 #![forbid(unsafe_code)]
 
 pub mod admit;
@@ -31,6 +32,7 @@ pub mod config;
 pub mod http;
 pub mod metrics;
 pub mod queue;
+pub mod region;
 pub mod server;
 pub mod session;
 pub mod stun;

@@ -31,6 +31,10 @@ pub struct Metrics {
     pub connections: AtomicU64,
     /// Clients that call this relay their home.
     pub home: AtomicU64,
+    /// Other relays of the region that we are connected to.
+    pub links: AtomicU64,
+    /// Packets handed to them, of those in `packets`.
+    pub handed_on: AtomicU64,
     /// Connections accepted.
     pub accepted: AtomicU64,
     /// Logins that succeeded.
@@ -86,6 +90,11 @@ impl Metrics {
                 "Clients that call this relay their home",
                 get(&self.home),
             ),
+            (
+                "region_links",
+                "Other relays of the region that are connected",
+                get(&self.links),
+            ),
         ];
         for (name, help, value) in gauges {
             sample(&mut page, name, "gauge", help, value);
@@ -108,6 +117,11 @@ impl Metrics {
                 "packets_total",
                 "Packets queued for their destination",
                 &self.packets,
+            ),
+            (
+                "handed_on_total",
+                "Those of them that went to another relay of the region",
+                &self.handed_on,
             ),
             ("bytes_total", "Bytes of those packets' frames", &self.bytes),
             (

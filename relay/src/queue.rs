@@ -1,6 +1,8 @@
-//! What waits to be written to one client: three lines, in this order.
+//! What waits to be written to one client: four lines, in this order.
 //!
 //! - *control*: what the relay itself says. When it is full, the newest is not said.
+//! - *news*: who came and went, for the region's other relays alone. They must miss none: when it is
+//!   full, the connection ends, and the next one begins with who is here.
 //! - *disco*: discovery packets. They are few and decide whether data needs the relay at all.
 //! - *data*: everything else.
 //!
@@ -15,6 +17,8 @@ use tokio::sync::Notify;
 
 /// Most frames of the relay's own that wait.
 pub const MAX_CONTROL: usize = 64;
+/// Most news that wait: twice as many as there can be clients.
+pub const MAX_NEWS: usize = 131_072;
 /// Most discovery packets that wait.
 pub const MAX_DISCO: usize = 64;
 /// Most data packets that wait: 150 kB of full-size packets, a tenth of a second at 12 Mbit/s.
@@ -34,6 +38,7 @@ pub struct Queue {
 #[derive(Default)]
 struct Lines {
     control: VecDeque<Bytes>,
+    news: VecDeque<Bytes>,
     disco: VecDeque<Bytes>,
     data: VecDeque<Bytes>,
     closed: bool,
@@ -84,16 +89,28 @@ impl Queue {
         self.wake.notify_one();
     }
 
+    /// Puts in who came or went.
+    pub fn push_news(&self, frame: Bytes) {
+        let mut lines = self.lines();
+        if lines.closed {
+            return;
+        }
+        if lines.news.len() >= MAX_NEWS {
+            lines.close(None);
+        } else {
+            lines.news.push_back(frame);
+        }
+        drop(lines);
+        self.wake.notify_one();
+    }
+
     /// Takes nothing more but this last word, and drops the packets that wait.
     pub fn close(&self, last: Option<Bytes>) {
         let mut lines = self.lines();
         if lines.closed {
             return;
         }
-        lines.closed = true;
-        lines.control.extend(last);
-        lines.disco.clear();
-        lines.data.clear();
+        lines.close(last);
         drop(lines);
         self.wake.notify_one();
     }
@@ -121,6 +138,7 @@ impl Queue {
     pub fn shrink(&self) {
         let mut lines = self.lines();
         lines.control.shrink_to_fit();
+        lines.news.shrink_to_fit();
         lines.disco.shrink_to_fit();
         lines.data.shrink_to_fit();
     }
@@ -132,8 +150,23 @@ impl Queue {
 }
 
 impl Lines {
+    fn close(&mut self, last: Option<Bytes>) {
+        self.closed = true;
+        self.control.extend(last);
+        for line in [&mut self.news, &mut self.disco, &mut self.data] {
+            line.clear();
+        }
+    }
+
     fn drain_into(&mut self, batch: &mut VecDeque<Bytes>) {
-        for line in [&mut self.control, &mut self.disco, &mut self.data] {
+        let Self {
+            control,
+            news,
+            disco,
+            data,
+            closed: _,
+        } = self;
+        for line in [control, news, disco, data] {
             let room = BATCH.saturating_sub(batch.len());
             batch.extend(line.drain(..room.min(line.len())));
         }
@@ -162,6 +195,19 @@ mod tests {
         assert_eq!(queue.push_packet(frame(2), true), Pushed::Queued);
         queue.push_control(frame(1));
         assert_eq!(all(&queue).await, ["1", "2", "3"]);
+    }
+
+    #[tokio::test]
+    async fn of_news_all_are_told_or_none() {
+        let queue = Queue::default();
+        for number in 0..MAX_NEWS {
+            queue.push_news(frame(number));
+        }
+        assert_eq!(all(&queue).await[..2], ["0", "1"]);
+        for number in 0..=BATCH {
+            queue.push_news(frame(number));
+        }
+        assert!(!queue.take(&mut VecDeque::new()).await, "it is closed");
     }
 
     #[tokio::test]

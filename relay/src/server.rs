@@ -7,6 +7,7 @@ use crate::admit::Admission;
 use crate::config::{Certificate, Config};
 use crate::http::{self, Request};
 use crate::metrics::Metrics;
+use crate::region;
 use crate::session::{End, Session, Shared};
 use crate::stun;
 use crate::switch::Switch;
@@ -14,7 +15,7 @@ use crate::tls::{self, Identity, TlsError};
 use crate::websocket;
 use bytes::BytesMut;
 use proto::derp::LOGIN_TIMEOUT;
-use proto::key::{Fingerprint, RelayKey};
+use proto::key::{Fingerprint, NodeKey, RelayKey};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::net::sockopt::{set_ipv6_v6only, set_socket_reuseaddr};
@@ -31,7 +32,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{Semaphore, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
@@ -110,6 +111,8 @@ pub struct Server {
     pub fingerprint: Option<Fingerprint>,
     shared: Arc<Shared>,
     shutdown: watch::Sender<bool>,
+    /// The connections to the region's other relays.
+    region: JoinSet<()>,
     derp: JoinHandle<()>,
     others: Vec<JoinHandle<()>>,
     _lock: File,
@@ -146,7 +149,9 @@ impl Server {
         let (udp, stun_addr) = listen_udp(config.stun_listen)?;
 
         let metrics = Arc::new(Metrics::default());
+        let keys = config.region.iter().map(|relay| NodeKey(relay.key.0));
         let shared = Arc::new(Shared {
+            relays: keys.filter(|relay| relay.0 != key.0).collect(),
             switch: Switch::new(Arc::clone(&metrics)),
             admission: config.admission,
             secret,
@@ -172,8 +177,9 @@ impl Server {
             status_addr,
             key,
             fingerprint,
-            shared,
             shutdown,
+            region: region::join(config.region, &shared),
+            shared,
             derp: tokio::spawn(door.serve(listener, ends.clone())),
             others: vec![
                 tokio::spawn(page.serve(status, ends)),
@@ -184,10 +190,11 @@ impl Server {
     }
 
     /// Tells every client that the relay ends, and waits until they have heard it, for a while.
-    pub async fn stop(self) {
+    pub async fn stop(mut self) {
         // No new connections, then the word to those there are.
         let _ = self.shutdown.send(true);
         self.shared.switch.stop();
+        self.region.abort_all();
         let _ = timeout(STOP_TIMEOUT, self.derp).await;
         for task in self.others {
             task.abort();

@@ -12,13 +12,15 @@
 
 use crate::admit::{Admission, Admitted, Pace, Refusal, burst};
 use crate::metrics::Metrics;
+use crate::queue::{BATCH, Queue};
 use crate::switch::{Client, Forwarded, Switch, come_back, frame};
 use bytes::{Buf, Bytes, BytesMut};
 use proto::derp::login::NONCE_BYTES;
 use proto::derp::{
     ClientInfo, Frame, FrameError, GoneReason, HEADER_BYTES, Header, KEEP_ALIVE, KEEP_ALIVE_JITTER,
-    LoginBox, MAX_PACKET_BYTES, Sealed, ServerInfo, VERSION, is_disco, kind,
+    LoginBox, MAX_PACKET_BYTES, Sealed, ServerInfo, VERSION, WITHIN_BYTES, is_disco, kind,
 };
+use proto::id::NetworkId;
 use proto::key::{KEY_BYTES, NodeKey, NodeSecret, RelayKey};
 use std::collections::{BTreeSet, VecDeque};
 use std::io::{self, IoSlice};
@@ -32,6 +34,8 @@ use tokio::time::{sleep, timeout};
 const MAX_LOGIN_BYTES: usize = 8 << 10;
 /// Longest frame of a client that is logged in.
 const MAX_BODY_BYTES: usize = KEY_BYTES + MAX_PACKET_BYTES;
+/// The same of another relay.
+pub(crate) const MAX_RELAY_BODY_BYTES: usize = WITHIN_BYTES + KEY_BYTES + MAX_BODY_BYTES;
 /// Read at once from a client that is silent most of the time.
 const IDLE_BUFFER: usize = 1 << 10;
 /// Read at once from a client that sends much. A packet that waits somewhere keeps its whole buffer
@@ -56,6 +60,8 @@ pub struct Shared {
     pub switch: Switch,
     /// Who may be.
     pub admission: Admission,
+    /// The keys of the region's other relays: who proves one of these is a relay, and no node.
+    pub relays: BTreeSet<NodeKey>,
     /// Opens the logins.
     pub secret: NodeSecret,
     /// Bytes a second that a client may send; 0: no limit.
@@ -79,9 +85,15 @@ pub enum End {
     /// See [`Refusal`].
     #[error("the client was refused")]
     Refused(#[from] Refusal),
-    /// A frame that only relays of the same region may send, and this one has none.
-    #[error("the client asked for what only relays may")]
-    NotMesh,
+    /// A frame that only relays of the same region may send.
+    #[error("the client asked for what only relays of this region may")]
+    NotRelay,
+    /// What a relay cannot mean.
+    #[error("a relay sent what only nodes do")]
+    NotNode,
+    /// It said nothing for too long.
+    #[error("the other relay fell silent")]
+    Silent,
     /// It did not read, or its connection is dead.
     #[error("the client did not take what it was sent")]
     Stuck,
@@ -105,6 +117,7 @@ impl Shared {
 pub struct Session<S> {
     shared: Arc<Shared>,
     client: Arc<Client>,
+    is_relay: bool,
     until: Option<u64>,
     reader: Reader<ReadHalf<S>>,
     writer: WriteHalf<S>,
@@ -130,8 +143,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         writer.flush().await?;
         let first = reader.frame(MAX_LOGIN_BYTES).await?;
         let (key, info, seal) = open_login(&first, &shared.secret).ok_or(End::Login)?;
-        let now = unix_time();
-        let Admitted { network, until } = match shared.admission.admit(key, &info, now) {
+        let is_relay = shared.relays.contains(&key);
+        let admitted = match is_relay {
+            true => Ok(Admitted {
+                network: None,
+                until: None,
+            }),
+            false => shared.admission.admit(key, &info, unix_time()),
+        };
+        let Admitted { network, until } = match admitted {
             Ok(admitted) => admitted,
             Err(refusal) => {
                 // A client that knows no such answer sees a broken login, which it is.
@@ -141,14 +161,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                 return Err(refusal.into());
             }
         };
-        let welcome = welcome(&seal, shared.rate).ok_or(End::Login)?;
+        let rate = if is_relay { 0 } else { shared.rate };
+        let welcome = welcome(&seal, rate).ok_or(End::Login)?;
         writer.write_all(&welcome).await?;
         writer.flush().await?;
         Metrics::add(&shared.metrics.logins, 1);
-        let client = shared.switch.enter(network, key);
+        let client = match is_relay {
+            true => shared.switch.enter_relay(key),
+            false => shared.switch.enter(network, key),
+        };
         Ok(Self {
             shared,
             client,
+            is_relay,
             until,
             reader,
             writer,
@@ -160,12 +185,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         let Self {
             shared,
             client,
+            is_relay,
             until,
             reader,
             writer,
         } = self;
+        let rate = if is_relay { 0 } else { shared.rate };
         let mut incoming = Incoming {
-            pace: Pace::new(shared.rate, Instant::now()),
+            is_relay,
+            pace: Pace::new(rate, Instant::now()),
             shared: &shared,
             client: &client,
             reader,
@@ -176,7 +204,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         let left = until.map_or(LONGEST_SESSION, |until| {
             Duration::from_secs(until.saturating_sub(unix_time())).min(LONGEST_SESSION)
         });
-        let mut writing = pin!(write(&client, writer));
+        let mut writing = pin!(write(&client.queue, writer));
         let end = tokio::select! {
             end = incoming.run() => end,
             end = &mut writing => end,
@@ -191,7 +219,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         if incoming.home {
             Metrics::take(&shared.metrics.home, 1);
         }
-        shared.switch.leave(&client, &incoming.sent_to);
+        match is_relay {
+            true => shared.switch.leave_relay(&client),
+            false => shared.switch.leave(&client, &incoming.sent_to),
+        }
         end
     }
 }
@@ -223,6 +254,7 @@ fn welcome(seal: &LoginBox, rate: u64) -> Option<Vec<u8>> {
 struct Incoming<'a, R> {
     shared: &'a Shared,
     client: &'a Client,
+    is_relay: bool,
     reader: Reader<R>,
     pace: Pace,
     sent_to: BTreeSet<NodeKey>,
@@ -233,8 +265,12 @@ struct Incoming<'a, R> {
 
 impl<R: AsyncRead + Unpin> Incoming<'_, R> {
     async fn run(&mut self) -> End {
+        let longest = match self.is_relay {
+            true => MAX_RELAY_BODY_BYTES,
+            false => MAX_BODY_BYTES,
+        };
         loop {
-            let bytes = match self.reader.frame(MAX_BODY_BYTES).await {
+            let bytes = match self.reader.frame(longest).await {
                 Ok(bytes) => bytes,
                 Err(end) => return end,
             };
@@ -254,6 +290,7 @@ impl<R: AsyncRead + Unpin> Incoming<'_, R> {
             return Ok(());
         };
         match frame {
+            Frame::SendPacket { .. } if self.is_relay => return Err(End::NotNode),
             Frame::SendPacket { dst, packet } => {
                 let disco = is_disco(packet);
                 self.forward(dst, disco, bytes);
@@ -263,8 +300,29 @@ impl<R: AsyncRead + Unpin> Incoming<'_, R> {
                 self.client.queue.push_control(pong);
             }
             Frame::NotePreferred(home) => self.note_home(home),
-            Frame::ForwardPacket { .. } | Frame::WatchConns | Frame::ClosePeer(_) => {
-                return Err(End::NotMesh);
+            Frame::ForwardPacket { .. }
+            | Frame::Within { .. }
+            | Frame::WatchConns
+            | Frame::ClosePeer(_)
+                if !self.is_relay =>
+            {
+                return Err(End::NotRelay);
+            }
+            Frame::WatchConns => self.shared.switch.watch(self.client),
+            Frame::ClosePeer(peer) => self.shared.switch.close_peer(peer),
+            Frame::ForwardPacket { src, dst, packet } => {
+                let disco = is_disco(packet);
+                self.deliver(None, (src, dst), disco, bytes);
+            }
+            Frame::Within {
+                network,
+                kind,
+                body,
+            } => {
+                if let Frame::ForwardPacket { src, dst, packet } = Frame::decode(kind, body)? {
+                    let disco = is_disco(packet);
+                    self.deliver(Some(network), (src, dst), disco, bytes);
+                }
             }
             // Sent by relays alone, or of a later version: it changes nothing here.
             Frame::ServerKey(_)
@@ -294,6 +352,30 @@ impl<R: AsyncRead + Unpin> Incoming<'_, R> {
             }
             Forwarded::NotHere => self.tell_not_here(dst),
         }
+    }
+
+    /// A packet of another relay's client; it stays in its buffer like any other.
+    fn deliver(
+        &self,
+        network: Option<NetworkId>,
+        (src, dst): (NodeKey, NodeKey),
+        disco: bool,
+        mut bytes: BytesMut,
+    ) {
+        // Before the destination: the source, and what wraps it.
+        let before = KEY_BYTES + network.map_or(0, |_| WITHIN_BYTES);
+        let _ = bytes.split_to(before);
+        let header = Header {
+            kind: kind::RECV_PACKET,
+            length: bytes.len().saturating_sub(HEADER_BYTES),
+        };
+        if let Some(place) = bytes.first_chunk_mut() {
+            *place = header.encode();
+        }
+        into_recv_packet(&mut bytes, src);
+        self.shared
+            .switch
+            .deliver(network, dst, bytes.freeze(), disco);
     }
 
     fn tell_not_here(&mut self, peer: NodeKey) {
@@ -332,14 +414,14 @@ fn into_recv_packet(bytes: &mut BytesMut, src: NodeKey) {
 }
 
 /// Cuts a byte stream into frames, each a slice of what was read.
-struct Reader<R> {
+pub(crate) struct Reader<R> {
     stream: R,
     buffer: BytesMut,
     busy: bool,
 }
 
 impl<R: AsyncRead + Unpin> Reader<R> {
-    fn new(stream: R, buffer: BytesMut) -> Self {
+    pub(crate) fn new(stream: R, buffer: BytesMut) -> Self {
         Self {
             stream,
             buffer,
@@ -348,7 +430,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     }
 
     /// The next frame, header included.
-    async fn frame(&mut self, limit: usize) -> Result<BytesMut, End> {
+    pub(crate) async fn frame(&mut self, limit: usize) -> Result<BytesMut, End> {
         loop {
             let mut wanted = HEADER_BYTES;
             if let Some(header) = self.buffer.first_chunk() {
@@ -388,17 +470,17 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     }
 }
 
-/// Writes what waits for a client, and that the relay is alive when nothing does.
-async fn write<W: AsyncWrite + Unpin>(client: &Client, mut writer: W) -> End {
+/// Writes what waits in a queue, and that the relay is alive when nothing does.
+pub(crate) async fn write<W: AsyncWrite + Unpin>(queue: &Queue, mut writer: W) -> End {
     let mut batch = Batch::default();
     let silence = keep_alive();
     loop {
         let more = tokio::select! {
             biased;
-            more = client.queue.take(&mut batch.frames) => more,
+            more = queue.take(&mut batch.frames) => more,
             () = sleep(silence) => {
-                client.queue.shrink();
-                client.queue.push_control(frame(&Frame::KeepAlive));
+                queue.shrink();
+                queue.push_control(frame(&Frame::KeepAlive));
                 continue;
             }
         };
@@ -415,7 +497,7 @@ async fn write<W: AsyncWrite + Unpin>(client: &Client, mut writer: W) -> End {
             Ok(Err(error)) => return End::Closed(error),
             Err(_) => return End::Stuck,
         }
-        if batch.frames.capacity() > crate::queue::BATCH {
+        if batch.frames.capacity() > BATCH {
             batch.frames = VecDeque::new();
         }
     }
@@ -524,7 +606,7 @@ mod tests {
         };
         let took = tokio::select! {
             took = hear => took,
-            end = write(&client, near) => panic!("{end}"),
+            end = write(&client.queue, near) => panic!("{end}"),
         };
         let (least, most) = (3 * KEEP_ALIVE, 3 * (KEEP_ALIVE + KEEP_ALIVE_JITTER));
         assert!(least <= took && took <= most, "{took:?}");
@@ -537,7 +619,7 @@ mod tests {
         let (near, _far) = tokio::io::duplex(8);
         client.queue.push_packet(Bytes::from(vec![0; 1_200]), false);
         let start = tokio::time::Instant::now();
-        let end = write(&client, near).await;
+        let end = write(&client.queue, near).await;
         assert!(matches!(end, End::Stuck), "{end}");
         assert_eq!(start.elapsed(), WRITE_TIMEOUT);
     }

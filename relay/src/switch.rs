@@ -3,6 +3,10 @@
 //! A client's address is its key *within its tenant*: a packet for a node of another network finds
 //! nobody, as if that node were not connected. There is no other way to look anybody up.
 //!
+//! A region may have several relays. What the others say of who is connected to them is kept here
+//! too, and a packet for one of those goes into the queue of the [`Link`] to its relay; a packet that
+//! comes from another relay is for nodes that are here, or for nobody.
+//!
 //! Two connections with one key are a node that reconnects before its old connection is known dead,
 //! or a cloned machine. The newest is sent to, until another one speaks: then that one is. All of
 //! them are told of each other in a Health frame, and the last that stays that it is alone again.
@@ -10,9 +14,9 @@
 use crate::metrics::{DropReason, Metrics};
 use crate::queue::{Pushed, Queue};
 use bytes::Bytes;
-use proto::derp::{Frame, GoneReason};
+use proto::derp::{Frame, GoneReason, HEADER_BYTES};
 use proto::id::NetworkId;
-use proto::key::NodeKey;
+use proto::key::{KEY_BYTES, NodeKey};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -39,6 +43,14 @@ pub struct Client {
     pub queue: Queue,
     number: u64,
     duplicate: AtomicBool,
+    watches: AtomicBool,
+}
+
+/// The way to another relay of the region.
+#[derive(Default)]
+pub struct Link {
+    /// What waits for that relay.
+    pub queue: Queue,
 }
 
 /// What became of a packet that was to be forwarded.
@@ -52,12 +64,21 @@ pub enum Forwarded {
 
 /// Everybody who is connected.
 pub struct Switch {
-    /// Read for each packet, written when somebody comes, goes or takes over. Look-ups only: its
-    /// order is never seen.
-    places: RwLock<HashMap<(Tenant, NodeKey), Place>>,
+    /// Read for each packet, written when somebody comes, goes or takes over.
+    places: RwLock<Places>,
     metrics: Arc<Metrics>,
     numbers: AtomicU64,
     stopping: AtomicBool,
+}
+
+/// The order of neither map is ever seen.
+#[derive(Default)]
+struct Places {
+    here: HashMap<(Tenant, NodeKey), Place>,
+    /// Who is connected to other relays of the region, in which tenants, where: the newest last.
+    there: HashMap<NodeKey, Vec<(Tenant, Arc<Link>)>>,
+    /// The other relays that are connected to this one.
+    relays: Vec<Arc<Client>>,
 }
 
 /// The connections of one key, oldest first; `active` is sent to.
@@ -80,15 +101,10 @@ impl Switch {
 
     /// A client has proven its key and may use the relay.
     pub fn enter(&self, tenant: Tenant, key: NodeKey) -> Arc<Client> {
-        let client = Arc::new(Client {
-            key,
-            tenant,
-            queue: Queue::default(),
-            number: self.numbers.fetch_add(1, Ordering::Relaxed),
-            duplicate: AtomicBool::new(false),
-        });
+        let client = self.client(tenant, key);
         let mut places = self.write();
-        let place = places.entry((tenant, key)).or_insert_with(|| Place {
+        let place = places.here.entry((tenant, key));
+        let place = place.or_insert_with(|| Place {
             active: Arc::clone(&client),
             all: Vec::with_capacity(1),
         });
@@ -101,12 +117,38 @@ impl Switch {
                 member.queue.push_control(told.clone());
             }
             Metrics::add(&self.metrics.duplicates, 1);
+        } else {
+            places.tell_watchers(tenant, &present(key));
         }
-        // Under the lock, so that nobody slips in between the announcement and the end.
+        self.close_if_stopping(&client);
+        client
+    }
+
+    /// Another relay of the region has proven its key.
+    pub fn enter_relay(&self, key: NodeKey) -> Arc<Client> {
+        let client = self.client(None, key);
+        let mut places = self.write();
+        places.relays.push(Arc::clone(&client));
+        self.close_if_stopping(&client);
+        client
+    }
+
+    fn client(&self, tenant: Tenant, key: NodeKey) -> Arc<Client> {
+        Arc::new(Client {
+            key,
+            tenant,
+            queue: Queue::default(),
+            number: self.numbers.fetch_add(1, Ordering::Relaxed),
+            duplicate: AtomicBool::new(false),
+            watches: AtomicBool::new(false),
+        })
+    }
+
+    /// Under the lock, so that nobody slips in between the announcement and the end.
+    fn close_if_stopping(&self, client: &Client) {
         if self.stopping.load(Ordering::Relaxed) {
             client.queue.close(Some(come_back(RECONNECT_IN)));
         }
-        client
     }
 
     /// A client's connection ended. Those whom it wrote to hear that it is gone.
@@ -114,12 +156,13 @@ impl Switch {
         let address = (client.tenant, client.key);
         {
             let mut places = self.write();
-            let Some(place) = places.get_mut(&address) else {
+            let Some(place) = places.here.get_mut(&address) else {
                 return;
             };
             place.all.retain(|member| member.number != client.number);
             let Some(newest) = place.all.last() else {
-                places.remove(&address);
+                places.here.remove(&address);
+                places.tell_watchers(client.tenant, &gone(client.key));
                 drop(places);
                 self.tell_gone(client, sent_to);
                 return;
@@ -134,14 +177,67 @@ impl Switch {
         }
     }
 
-    fn tell_gone(&self, client: &Client, sent_to: &BTreeSet<NodeKey>) {
-        let told = frame(&Frame::PeerGone {
-            peer: client.key,
-            reason: GoneReason::Disconnected,
+    /// Another relay's connection to this one ended.
+    pub fn leave_relay(&self, client: &Client) {
+        let relays = &mut self.write().relays;
+        relays.retain(|relay| relay.number != client.number);
+    }
+
+    /// Another relay wants to know who is here, and from now on who comes and goes.
+    pub fn watch(&self, relay: &Client) {
+        // No one comes or goes meanwhile.
+        let places = self.write();
+        if relay.watches.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        for (tenant, key) in places.here.keys() {
+            relay.queue.push_news(within(*tenant, &present(*key)));
+        }
+    }
+
+    /// Ends a node's connections, wherever it belongs; it may come back at once.
+    pub fn close_peer(&self, key: NodeKey) {
+        let places = self.read();
+        let its = |(address, _): &(&(Tenant, NodeKey), _)| address.1 == key;
+        for (_, place) in places.here.iter().filter(its) {
+            for client in &place.all {
+                client.queue.close(Some(come_back(Duration::ZERO)));
+            }
+        }
+    }
+
+    /// The relay behind `link` says that a node is connected there.
+    pub fn present(&self, link: &Arc<Link>, tenant: Tenant, key: NodeKey) {
+        let mut places = self.write();
+        let ways = places.there.entry(key).or_default();
+        ways.retain(|way| !(way.0 == tenant && Arc::ptr_eq(&way.1, link)));
+        ways.push((tenant, Arc::clone(link)));
+    }
+
+    /// The relay behind `link` says that a node has left it.
+    pub fn gone(&self, link: &Arc<Link>, tenant: Tenant, key: NodeKey) {
+        let mut places = self.write();
+        if let Some(ways) = places.there.get_mut(&key) {
+            ways.retain(|way| !(way.0 == tenant && Arc::ptr_eq(&way.1, link)));
+            if ways.is_empty() {
+                places.there.remove(&key);
+            }
+        }
+    }
+
+    /// The relay behind `link` is not connected any more.
+    pub fn forget(&self, link: &Arc<Link>) {
+        self.write().there.retain(|_, ways| {
+            ways.retain(|way| !Arc::ptr_eq(&way.1, link));
+            !ways.is_empty()
         });
+    }
+
+    fn tell_gone(&self, client: &Client, sent_to: &BTreeSet<NodeKey>) {
+        let told = frame(&gone(client.key));
         let places = self.read();
         for peer in sent_to {
-            if let Some(place) = places.get(&(client.tenant, *peer)) {
+            if let Some(place) = places.here.get(&(client.tenant, *peer)) {
                 place.active.queue.push_control(told.clone());
             }
         }
@@ -152,13 +248,33 @@ impl Switch {
         if from.duplicate.load(Ordering::Relaxed) {
             self.take_over(from);
         }
-        let bytes = frame.len() as u64;
         let places = self.read();
-        let Some(place) = places.get(&(from.tenant, dst)) else {
+        if let Some(place) = places.here.get(&(from.tenant, dst)) {
+            return self.put(&place.active.queue, frame, disco);
+        }
+        let ways = places.there.get(&dst).into_iter().flatten();
+        let Some((_, link)) = ways.rev().find(|way| way.0 == from.tenant) else {
             self.metrics.dropped(DropReason::NotHere);
             return Forwarded::NotHere;
         };
-        match place.active.queue.push_packet(frame, disco) {
+        let packet = frame.get(HEADER_BYTES + KEY_BYTES..).unwrap_or_default();
+        let src = from.key;
+        let onward = within(from.tenant, &Frame::ForwardPacket { src, dst, packet });
+        Metrics::add(&self.metrics.handed_on, 1);
+        self.put(&link.queue, onward, disco)
+    }
+
+    /// Hands a RecvPacket frame that came from another relay to `dst`'s queue, if it is here.
+    pub fn deliver(&self, tenant: Tenant, dst: NodeKey, frame: Bytes, disco: bool) {
+        match self.read().here.get(&(tenant, dst)) {
+            Some(place) => drop(self.put(&place.active.queue, frame, disco)),
+            None => self.metrics.dropped(DropReason::NotHere),
+        }
+    }
+
+    fn put(&self, queue: &Queue, frame: Bytes, disco: bool) -> Forwarded {
+        let bytes = frame.len() as u64;
+        match queue.push_packet(frame, disco) {
             Pushed::Queued => {}
             Pushed::Displaced if disco => self.metrics.dropped(DropReason::DiscoQueue),
             Pushed::Displaced => self.metrics.dropped(DropReason::DataQueue),
@@ -175,14 +291,14 @@ impl Switch {
     /// Of several connections with one key, the one that speaks is sent to.
     fn take_over(&self, speaker: &Client) {
         let address = (speaker.tenant, speaker.key);
-        let active = |places: &HashMap<_, Place>| {
-            let place = places.get(&address)?;
+        let active = |places: &Places| {
+            let place = places.here.get(&address)?;
             Some(place.active.number == speaker.number)
         };
         if active(&self.read()) == Some(true) {
             return;
         }
-        if let Some(place) = self.write().get_mut(&address) {
+        if let Some(place) = self.write().here.get_mut(&address) {
             let member = |member: &&Arc<Client>| member.number == speaker.number;
             if let Some(member) = place.all.iter().find(member) {
                 place.active = Arc::clone(member);
@@ -195,17 +311,16 @@ impl Switch {
         let places = self.write();
         self.stopping.store(true, Ordering::Relaxed);
         let last = come_back(RECONNECT_IN);
-        for place in places.values() {
-            for client in &place.all {
-                client.queue.close(Some(last.clone()));
-            }
+        let nodes = places.here.values().flat_map(|place| &place.all);
+        for client in nodes.chain(&places.relays) {
+            client.queue.close(Some(last.clone()));
         }
     }
 
     /// How many keys are here.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.read().len()
+        self.read().here.len()
     }
 
     /// Whether nobody is here.
@@ -214,13 +329,49 @@ impl Switch {
         self.len() == 0
     }
 
-    fn read(&self) -> RwLockReadGuard<'_, HashMap<(Tenant, NodeKey), Place>> {
+    fn read(&self) -> RwLockReadGuard<'_, Places> {
         self.places.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self) -> RwLockWriteGuard<'_, HashMap<(Tenant, NodeKey), Place>> {
+    fn write(&self) -> RwLockWriteGuard<'_, Places> {
         self.places.write().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+impl Places {
+    fn tell_watchers(&self, tenant: Tenant, news: &Frame<'_>) {
+        let watching = |relay: &&Arc<Client>| relay.watches.load(Ordering::Relaxed);
+        for relay in self.relays.iter().filter(watching) {
+            relay.queue.push_news(within(tenant, news));
+        }
+    }
+}
+
+/// Where a node connects from is nobody else's business.
+fn present(peer: NodeKey) -> Frame<'static> {
+    Frame::PeerPresent {
+        peer,
+        addr: None,
+        flags: None,
+    }
+}
+
+fn gone(peer: NodeKey) -> Frame<'static> {
+    let reason = GoneReason::Disconnected;
+    Frame::PeerGone { peer, reason }
+}
+
+/// A frame to another relay about nodes of this tenant.
+fn within(tenant: Tenant, inner: &Frame<'_>) -> Bytes {
+    let Some(network) = tenant else {
+        return frame(inner);
+    };
+    let bytes = inner.to_vec();
+    frame(&Frame::Within {
+        network,
+        kind: inner.kind(),
+        body: bytes.get(HEADER_BYTES..).unwrap_or_default(),
+    })
 }
 
 /// A frame of the relay's own.
@@ -322,6 +473,66 @@ mod tests {
         assert_eq!(waiting(&peer).await, ["I speak"]);
         send(&switch, &peer, A, "to the rest");
         assert_eq!(waiting(&new).await, ["health 0", "to the rest"]);
+    }
+
+    #[tokio::test]
+    async fn what_other_relays_say_is_believed_of_their_own_nodes_and_networks() {
+        let switch = switch();
+        let a = switch.enter(ONE, A);
+        let (near, far) = (Arc::new(Link::default()), Arc::new(Link::default()));
+        switch.present(&near, ONE, B);
+        switch.present(&far, ONE, B);
+        switch.present(&far, TWO, B);
+        let waits = async |link: &Link| {
+            link.queue.push_control(frame(&Frame::KeepAlive));
+            let mut batch = VecDeque::new();
+            link.queue.take(&mut batch).await;
+            batch.len() - 1
+        };
+        assert_eq!(send(&switch, &a, B, "by the newest"), Forwarded::Queued);
+        assert_eq!((waits(&near).await, waits(&far).await), (0, 1));
+        // It left the one and is still at the other.
+        switch.gone(&far, ONE, B);
+        assert_eq!(send(&switch, &a, B, "by the other"), Forwarded::Queued);
+        assert_eq!((waits(&near).await, waits(&far).await), (1, 0));
+        // Who is here is not looked for elsewhere.
+        let b = switch.enter(ONE, B);
+        send(&switch, &a, B, "here");
+        assert_eq!(waiting(&b).await, ["here"]);
+        switch.leave(&b, &BTreeSet::new());
+        // The relay is lost, and B is known of the other network alone.
+        switch.forget(&near);
+        assert_eq!(send(&switch, &a, B, "to nobody"), Forwarded::NotHere);
+        switch.forget(&far);
+        assert!(switch.read().there.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_relay_that_watches_hears_who_is_here_who_comes_and_who_goes() {
+        let switch = switch();
+        let early = switch.enter(ONE, A);
+        let relay = switch.enter_relay(NodeKey([9; 32]));
+        let idle = switch.enter_relay(NodeKey([8; 32]));
+        switch.watch(&relay);
+        let twin = switch.enter(ONE, A);
+        let late = switch.enter(None, B);
+        switch.leave(&early, &BTreeSet::new());
+        switch.leave(&twin, &BTreeSet::new());
+        switch.leave(&late, &BTreeSet::new());
+        let news = [
+            within(ONE, &present(A)),
+            frame(&present(B)),
+            within(ONE, &gone(A)),
+            frame(&gone(B)),
+        ];
+        relay.queue.push_control(frame(&Frame::KeepAlive));
+        let mut batch = VecDeque::new();
+        relay.queue.take(&mut batch).await;
+        assert_eq!(batch.split_off(1), news);
+        assert!(waiting(&idle).await.is_empty(), "it did not ask");
+        switch.leave_relay(&relay);
+        switch.leave_relay(&idle);
+        assert!(switch.read().relays.is_empty());
     }
 
     #[tokio::test]

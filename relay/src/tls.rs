@@ -3,14 +3,20 @@
 //! The chain ends with a *meta certificate* that carries the relay's key in its name. A client that
 //! trusts the chain's first certificate knows the key before the first frame and skips the answer
 //! to its upgrade (TLS 1.3 seals the chain, so nobody else reads it). The certificate proper is the
-//! relay's own, made once and kept in the state folder, or a given one.
+//! relay's own, made once and kept in the state folder, or a given one. And how another relay of the
+//! region is known by its certificate.
 
 use proto::derp::{META_CERTIFICATE_PREFIX, VERSION};
 use proto::key::{Fingerprint, KEY_BYTES, NodeSecret, RelayKey};
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, SerialNumber};
-use rustls::ServerConfig;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig,
+    SignatureScheme,
+};
 use sha2::{Digest, Sha256};
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
@@ -128,7 +134,7 @@ impl Identity {
     #[must_use]
     pub fn fingerprint(&self) -> Fingerprint {
         let leaf = self.chain.first().map_or(&[][..], |leaf| leaf.as_ref());
-        Fingerprint(Sha256::digest(leaf).into())
+        fingerprint(leaf)
     }
 
     /// The server's side of TLS 1.2 and 1.3, with the relay's key at the end of the chain.
@@ -148,6 +154,76 @@ impl Identity {
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(config)
     }
+}
+
+/// The client's side of TLS 1.3, to another relay: to the one certificate that is pinned, or to
+/// whatever the system's authorities vouch for.
+#[must_use]
+pub fn client_config(pin: Option<Fingerprint>) -> ClientConfig {
+    let provider = rustls::crypto::ring::default_provider();
+    let algorithms = provider.signature_verification_algorithms;
+    let config = ClientConfig::builder_with_provider(Arc::new(provider))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect("ring speaks TLS 1.3");
+    let Some(pin) = pin else {
+        let mut roots = RootCertStore::empty();
+        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        return config.with_root_certificates(roots).with_no_client_auth();
+    };
+    config
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Pinned { pin, algorithms }))
+        .with_no_client_auth()
+}
+
+/// Takes one certificate, whatever it says.
+#[derive(Debug)]
+struct Pinned {
+    pin: Fingerprint,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl ServerCertVerifier for Pinned {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        _chain: &[CertificateDer<'_>],
+        _name: &ServerName<'_>,
+        _ocsp: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        if fingerprint(leaf) == self.pin {
+            Ok(ServerCertVerified::assertion())
+        } else {
+            Err(CertificateError::ApplicationVerificationFailure.into())
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _leaf: &CertificateDer<'_>,
+        _signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::General("TLS 1.2 is not spoken".to_owned()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, leaf, signed, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+fn fingerprint(leaf: &[u8]) -> Fingerprint {
+    Fingerprint(Sha256::digest(leaf).into())
 }
 
 /// Signed by a key that is forgotten at once: only its name says something.

@@ -11,6 +11,7 @@ use relay::admit::Admission;
 use relay::metrics::Metrics;
 use relay::session::{Session, Shared};
 use relay::switch::Switch;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
@@ -52,6 +53,7 @@ fn packets_are_carried_without_an_allocation_for_each() {
     let shared = Arc::new(Shared {
         switch: Switch::new(Arc::clone(&metrics)),
         admission: Admission::Open,
+        relays: BTreeSet::new(),
         secret: NodeSecret::from_bytes([9; 32]),
         rate: 0,
         metrics,

@@ -65,7 +65,16 @@ pub async fn join_with(
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
-    pub async fn login(mut stream: S, seed: u8, login: Login) -> Result<Self, String> {
+    pub async fn login(stream: S, seed: u8, login: Login) -> Result<Self, String> {
+        Self::login_as(stream, &secret(seed), login).await
+    }
+
+    /// The same with any secret.
+    pub async fn login_as(
+        mut stream: S,
+        secret: &NodeSecret,
+        login: Login,
+    ) -> Result<Self, String> {
         let fast = if login.fast {
             "Derp-Fast-Start: 1\r\n"
         } else {
@@ -78,12 +87,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         if !login.fast {
             skip_head(&mut stream).await;
         }
-        Self::greet(stream, seed, login).await
+        Self::greet(stream, secret, login).await
     }
 
     /// The login on a stream that was upgraded.
-    pub async fn greet(stream: S, seed: u8, login: Login) -> Result<Self, String> {
-        let secret = secret(seed);
+    pub async fn greet(stream: S, secret: &NodeSecret, login: Login) -> Result<Self, String> {
         let mut client = Self {
             key: secret.public(),
             relay: RelayKey([0; 32]),
@@ -103,7 +111,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
             is_prober: false,
             weir_permit: login.permit,
         };
-        let nonce = [seed; NONCE_BYTES];
+        let nonce = [7; NONCE_BYTES];
         let bytes = &seal.seal(nonce, &serde_json::to_vec(&info).unwrap());
         let sealed = Sealed { nonce, bytes };
         let key = login.claim.unwrap_or(client.key);

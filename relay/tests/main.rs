@@ -11,5 +11,6 @@ mod forwarding;
 mod place;
 mod program;
 mod protocol;
+mod region;
 mod strangers;
 mod websocket;

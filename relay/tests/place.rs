@@ -54,6 +54,7 @@ impl Place {
             certificate: Certificate::Off,
             admission: Admission::Open,
             rate: 0,
+            region: Vec::new(),
         };
         change(&mut config);
         let server = Server::start(config).unwrap();

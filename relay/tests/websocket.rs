@@ -33,7 +33,9 @@ async fn a_client_in_a_websocket_talks_to_one_without() {
     let place = Place::start(Admission::Open, Certificate::Own, 0);
     let (stream, _) = tls(place.addr()).await;
     let socket = Stream::new(open(stream, "derp").await.unwrap());
-    let mut a = Client::greet(socket, 1, Login::default()).await.unwrap();
+    let mut a = Client::greet(socket, &secret(1), Login::default())
+        .await
+        .unwrap();
     let (stream, _) = tls(place.addr()).await;
     let mut b = Client::login(stream, 2, Login::default()).await.unwrap();
     for size in [0, 1, 1_200, 64 << 10] {
