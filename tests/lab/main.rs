@@ -12,6 +12,7 @@ mod explain;
 mod forged;
 mod guard;
 mod kernel_model;
+mod kernel_scenarios;
 mod lifetime;
 mod main_job;
 mod monitor;
