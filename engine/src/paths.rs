@@ -354,7 +354,9 @@ impl Paths {
                 let Some(tier) = self.ground.tier(addr) else {
                     return;
                 };
-                let answers = entry.path.pinged_by(now, tier, addr);
+                // Who is answered sends packets, and a kernel that does not know the peer yet would
+                // drop them: a handshake costs 5 s then.
+                let answers = entry.path.pinged_by(now, tier, addr) && entry.path.is_seen();
                 self.reschedule(now, key);
                 if !answers {
                     return;

@@ -205,7 +205,9 @@ impl Path {
         let long = now.saturating_duration_since(since) >= PROOF;
         // Without another way there is nothing to gain.
         if long && (asks > 1 || unshaken) && !self.one_way && self.relay.is_some() && self.probes {
-            self.demote(now, endpoint, Fault::Swallows);
+            // A single packet, the first of a handshake, may just have been lost.
+            let fault = if asks > 1 { Fault::Swallows } else { Fault::Silent };
+            self.demote(now, endpoint, fault);
             let until = now + TRIAL;
             let sent = false;
             self.trial = Some(Trial {
