@@ -35,6 +35,7 @@ mod authority;
 pub mod nat;
 mod relays;
 mod shim;
+mod trouble;
 mod wire;
 pub mod wireguard;
 
@@ -138,11 +139,17 @@ struct Node {
     dialling: BTreeSet<RegionId>,
     deadline: Option<Duration>,
     shim: Shim,
-    spoken: BTreeSet<NodeKey>,
+    /// Peers of whose relayed data was told, and when.
+    said: BTreeMap<NodeKey, Duration>,
     /// Discovery messages in the current second.
     second: (u64, usize),
     /// What its engine was told since it started, if that is recorded.
     trace: Option<(Recorder, Vec<String>)>,
+    /// Since when its host sleeps, and how long it slept before.
+    asleep: Option<Duration>,
+    slept: Duration,
+    /// What happens to it when it wakes up.
+    deferred: Vec<Event>,
 }
 
 /// Questions from one node to another, one after the other, and what came of them.
@@ -192,6 +199,10 @@ pub struct World {
     questions: BTreeMap<u64, usize>,
     /// How datagrams fare now.
     pub quality: Quality,
+    /// Pairs of nodes between which no datagram passes, one way.
+    cut: BTreeSet<(usize, usize)>,
+    /// Pairs between which discovery passes, and WireGuard does not.
+    swallows: BTreeSet<(usize, usize)>,
     /// Whether the coordinator answers.
     coordinator: bool,
     /// Whether it is written down what engines are told that start from now on.
@@ -226,6 +237,8 @@ impl World {
                 loss: 0,
                 jitter: Duration::ZERO,
             },
+            cut: BTreeSet::new(),
+            swallows: BTreeSet::new(),
             coordinator: true,
             recorded: false,
         };
@@ -291,9 +304,12 @@ impl World {
             dialling: BTreeSet::new(),
             deadline: None,
             shim: Shim::new(key),
-            spoken: BTreeSet::new(),
+            said: BTreeMap::new(),
             second: (0, 0),
             trace: None,
+            asleep: None,
+            slept: Duration::ZERO,
+            deferred: Vec::new(),
         });
         self.start_agent(index);
         self.publish();
@@ -309,7 +325,7 @@ impl World {
         };
         let mut seed = [0; 32];
         seed[..8].copy_from_slice(&self.chance().to_le_bytes());
-        let (now, recorded) = (self.at(), self.recorded);
+        let (now, recorded) = (self.at(index), self.recorded);
         let node = &mut self.nodes[index];
         let start = Start {
             version: VERSION,
@@ -330,95 +346,6 @@ impl World {
             self.tell(index, Input::Cached(netmap));
         }
         self.full(index);
-    }
-
-    /// Kills a node's agent. Its kernel goes on.
-    pub fn kill_agent(&mut self, index: usize) {
-        let node = &mut self.nodes[index];
-        node.engine = None;
-        node.deadline = None;
-        node.table = Arc::default();
-        node.connected.clear();
-        node.dialling.clear();
-        node.shim = Shim::new(node.key);
-        node.spoken.clear();
-        for relay in self.relays.values_mut() {
-            relay.connected.remove(&index);
-        }
-    }
-
-    /// Takes the coordinator away, or brings it back.
-    pub fn set_coordinator(&mut self, up: bool) {
-        self.coordinator = up;
-        if up {
-            for index in 0..self.nodes.len() {
-                self.full(index);
-            }
-        }
-    }
-
-    /// Kills a relay region, or brings it back.
-    pub fn set_relay(&mut self, region: usize, up: bool) {
-        let id = authority::region(region);
-        let place = if up { Some(Place::Stun) } else { None };
-        let addr = authority::relay_addr(region);
-        match place {
-            Some(place) => self.realms[0].hosts.insert(addr, place),
-            None => self.realms[0].hosts.remove(&addr),
-        };
-        let Some(relay) = self.relays.get_mut(&id) else {
-            return;
-        };
-        relay.up = up;
-        if !up {
-            for index in std::mem::take(&mut relay.connected) {
-                self.lose(index, id, relay_lost());
-            }
-        }
-    }
-
-    /// Changes the kind of a network's router.
-    pub fn set_kind(&mut self, realm: usize, kind: Kind) {
-        if let Some((nat, _)) = &mut self.realms[realm].router {
-            nat.kind = kind;
-        }
-    }
-
-    /// A network's router restarts: it forgets its mappings.
-    pub fn restart_router(&mut self, realm: usize) {
-        if let Some((nat, _)) = &mut self.realms[realm].router {
-            nat.forget();
-        }
-    }
-
-    /// Moves a node to another network.
-    pub fn roam(&mut self, index: usize, realm: usize) {
-        let node = &mut self.nodes[index];
-        let (old_realm, old) = (node.realm, node.local);
-        let number = node.key.0[0];
-        let local = match realm {
-            0 => IpAddr::V4(Ipv4Addr::new(203, 0, 113, number)),
-            _ => IpAddr::V4(Ipv4Addr::new(10, realm as u8, 0, number)),
-        };
-        (node.realm, node.local) = (realm, local);
-        self.realms[old_realm].hosts.remove(&old);
-        self.realms[realm].hosts.insert(local, Place::Node(index));
-        // Connections of the old address die.
-        for region in std::mem::take(&mut self.nodes[index].connected) {
-            if let Some(relay) = self.relays.get_mut(&region) {
-                relay.connected.remove(&index);
-            }
-            self.lose(index, region, "the address is gone".into());
-        }
-        let links = self.links_of(index);
-        self.tell(index, Input::Links(links));
-    }
-
-    /// Pulls a node's cable, or plugs it in.
-    pub fn set_link(&mut self, index: usize, up: bool) {
-        self.nodes[index].linked = up;
-        let links = self.links_of(index);
-        self.tell(index, Input::Links(links));
     }
 
     /// Whether policy lets a node ask another.
@@ -525,6 +452,9 @@ fn relay_lost() -> String {
 // What happens.
 impl World {
     fn happen(&mut self, event: Event) {
+        let Some(event) = self.unless_asleep(event) else {
+            return;
+        };
         match event {
             Event::Datagram(index, from, payload) => self.arrive(index, from, payload),
             Event::Frame(index, region, from, payload) => {
@@ -547,7 +477,9 @@ impl World {
                 }
             }
             Event::KernelTick => {
-                for index in 0..self.nodes.len() {
+                let awake = |index: &usize| self.nodes[*index].asleep.is_none();
+                let awake: Vec<usize> = (0..self.nodes.len()).filter(awake).collect();
+                for index in awake {
                     let sent = self.nodes[index].kernel.tick(self.now);
                     self.send_all(index, sent);
                 }
@@ -633,13 +565,19 @@ impl World {
 
 // Engines.
 impl World {
-    fn at(&self) -> Instant {
-        self.base + self.now
+    /// A node's monotonic clock.
+    fn at(&self, index: usize) -> Instant {
+        self.base + (self.now - self.nodes[index].slept)
     }
 
     fn tell(&mut self, index: usize, input: Input) {
-        let at = self.at();
-        let Node { engine, trace, .. } = &mut self.nodes[index];
+        let at = self.at(index);
+        let Node {
+            engine,
+            trace,
+            slept,
+            ..
+        } = &mut self.nodes[index];
         let Some(engine) = engine else {
             return;
         };
@@ -662,7 +600,7 @@ impl World {
                 "node {index} does not come to an end"
             );
         };
-        let deadline = deadline.saturating_duration_since(self.base);
+        let deadline = deadline.saturating_duration_since(self.base) + *slept;
         assert!(
             deadline > self.now,
             "node {index} wants to be asked at once, for ever"
@@ -804,8 +742,11 @@ impl World {
         let one = |from: usize, to: usize| {
             let node = &self.nodes[from];
             let peer = &self.nodes[to].key;
+            let engine = node.engine.as_ref();
+            let path = engine.and_then(|engine| engine.path_of(self.at(from), peer));
             format!(
-                "{from}: home {:?}, connected {:?}, endpoint {:?}, relayed {:?}, handshakes {}",
+                "{from}: home {:?}, connected {:?}, endpoint {:?}, relayed {:?}, handshakes {}, \
+                 {path:?}",
                 node.table.home,
                 node.connected,
                 node.kernel.endpoint(peer),

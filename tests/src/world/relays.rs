@@ -11,13 +11,17 @@ use proto::key::NodeKey;
 
 use super::{Event, NOTICED, Payload, REDIAL, World};
 
+/// After this long it is said again that data of a peer comes.
+const AGAIN: Duration = Duration::from_secs(5);
+
 impl World {
     pub(super) fn set_table(&mut self, index: usize, table: Arc<RelayTable>) {
         let wanted: BTreeSet<RegionId> = table.regions.keys().copied().collect();
-        let at = self.at();
+        let at = self.at(index);
         let node = &mut self.nodes[index];
         node.shim.set(at, &node.table, &table);
         node.table = table;
+        node.said.clear();
         let gone: Vec<RegionId> = node.connected.difference(&wanted).copied().collect();
         node.dialling.retain(|region| wanted.contains(region));
         for region in gone {
@@ -96,7 +100,7 @@ impl World {
             .find(|(_, peer)| peer.loopback == endpoint);
         if let Some((key, peer)) = peer {
             if let Payload::WireGuard(_, _, message) = payload {
-                let at = self.at();
+                let at = self.at(index);
                 self.nodes[index].shim.sent(at, *key, message);
             }
             self.frame(index, peer.region, *key, payload);
@@ -106,7 +110,7 @@ impl World {
 
     /// What the agent says again of handshakes.
     pub(super) fn repeat(&mut self, index: usize) {
-        let at = self.at();
+        let at = self.at(index);
         let me = self.nodes[index].key;
         let table = Arc::clone(&self.nodes[index].table);
         for (peer, message) in self.nodes[index].shim.due(at) {
@@ -119,7 +123,7 @@ impl World {
     }
 
     fn repeat_later(&mut self, index: usize) {
-        let at = self.at();
+        let at = self.at(index);
         if let Some(alarm) = self.nodes[index].shim.set_alarm(at) {
             self.after(alarm - at, Event::Repeat(index));
         }
@@ -172,11 +176,14 @@ impl World {
             }
             Payload::Disco(..) => {}
             Payload::WireGuard(_, to, message) => {
-                if self.nodes[index].spoken.insert(peer) {
+                let now = self.now;
+                let said = self.nodes[index].said.get(&peer);
+                if said.is_none_or(|at| now - *at >= AGAIN) {
+                    self.nodes[index].said.insert(peer, now);
                     let event = RelayEvent::Data { from: peer };
                     self.tell(index, Input::Relay(region, event));
                 }
-                let at = self.at();
+                let at = self.at(index);
                 let table = Arc::clone(&self.nodes[index].table);
                 if let Some(rule) = table.peers.get(&peer) {
                     let is_for_kernel = self.nodes[index].shim.received(at, peer, message);

@@ -36,6 +36,11 @@ impl World {
         let jitter = self.jitter();
         match (place, payload) {
             (Place::Node(other), payload) => {
+                let data = matches!(payload, Payload::WireGuard(..));
+                let pair = (index, other);
+                if self.cut.contains(&pair) || (data && self.swallows.contains(&pair)) {
+                    return;
+                }
                 let delay = delay + self.nodes[other].delay + jitter;
                 self.after(delay, Event::Datagram(other, seen, payload));
             }

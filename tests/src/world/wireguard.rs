@@ -18,6 +18,8 @@ use proto::key::NodeKey;
 use super::acl::Acl;
 
 const REKEY_TIMEOUT: Duration = Duration::from_secs(5);
+/// `REKEY_TIMEOUT_JITTER_MAX_JIFFIES`.
+const REKEY_TIMEOUT_JITTER: Duration = Duration::from_millis(333);
 const REKEY_ATTEMPT_TIME: Duration = Duration::from_secs(90);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 const REKEY_AFTER_TIME: Duration = Duration::from_secs(120);
@@ -25,7 +27,7 @@ const REJECT_AFTER_TIME: Duration = Duration::from_secs(180);
 /// `MAX_STAGED_PACKETS`.
 const QUEUE: usize = 128;
 /// The world's first moment, as seconds since 1970: handshakes carry wall-clock time.
-const EPOCH: Duration = Duration::from_secs(1_700_000_000);
+pub const EPOCH: Duration = Duration::from_secs(1_700_000_000);
 
 /// A packet inside the tunnel: a question, or the answer to one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,8 +80,10 @@ struct Tunnel {
     sessions: BTreeMap<u64, Session>,
     current: Option<u64>,
     queue: VecDeque<Inner>,
-    /// When the last initiation was sent, and the number it proposed.
-    initiated: Option<(Duration, u64)>,
+    /// When the last initiation was sent, and the number it proposed, if an answer to it counts.
+    initiated: Option<(Duration, Option<u64>)>,
+    /// The newest initiation that was taken: replays are dropped.
+    taken: Option<u64>,
     trying_since: Option<Duration>,
     sent_at: Option<Duration>,
     /// Since when data is unanswered.
@@ -100,6 +104,8 @@ pub struct Kernel {
     /// Makes session numbers that differ between hosts.
     salt: u64,
     made: u64,
+    /// The world's first moment by this host's wall clock.
+    pub wall: Duration,
 }
 
 impl Kernel {
@@ -108,6 +114,7 @@ impl Kernel {
     pub fn new(salt: u64) -> Kernel {
         Kernel {
             salt,
+            wall: EPOCH,
             ..Kernel::default()
         }
     }
@@ -189,6 +196,13 @@ impl Kernel {
         let mut inside = None;
         match message {
             Message::Initiation(number) => {
+                if tunnel.taken.is_some_and(|taken| number <= taken) {
+                    return (Vec::new(), None);
+                }
+                tunnel.taken = Some(number);
+                // There is one handshake of a peer at a time: an own one is forgotten, and the next
+                // may not begin soon after a response either (`last_sent_handshake`).
+                tunnel.initiated = Some((now, None));
                 let session = Session {
                     since: now,
                     initiator: false,
@@ -201,9 +215,8 @@ impl Kernel {
                 out.extend(self.emit(now, peer, Message::Response(number)));
             }
             Message::Response(number) => {
-                if tunnel.initiated.map(|(_, proposed)| proposed) != Some(number)
-                    || tunnel.trying_since.is_none()
-                {
+                let proposed = tunnel.initiated.and_then(|(_, proposed)| proposed);
+                if proposed != Some(number) || tunnel.trying_since.is_none() {
                     return (Vec::new(), None);
                 }
                 let session = Session {
@@ -230,6 +243,7 @@ impl Kernel {
                     tunnel.owed = Some(now);
                 }
                 if news {
+                    tunnel.trying_since = None;
                     self.made_current(now, peer, number);
                 }
                 self.count_in(now, peer, from, message);
@@ -326,16 +340,16 @@ impl Kernel {
 
     fn initiate(&mut self, now: Duration, peer: NodeKey) -> Option<Sent> {
         let tunnel = self.tunnels.entry(peer).or_default();
-        if tunnel
-            .initiated
-            .is_some_and(|(at, _)| now - at < REKEY_TIMEOUT)
-        {
+        // Not always the same time, or two that began together would cross for ever.
+        let jitter = REKEY_TIMEOUT_JITTER.mul_f64((self.salt * 7 + self.made) as f64 % 16.0 / 16.0);
+        let pause = REKEY_TIMEOUT + jitter;
+        if tunnel.initiated.is_some_and(|(at, _)| now - at < pause) {
             return None;
         }
         tunnel.trying_since.get_or_insert(now);
         self.made += 1;
         let number = self.salt << 32 | self.made;
-        tunnel.initiated = Some((now, number));
+        tunnel.initiated = Some((now, Some(number)));
         self.emit(now, peer, Message::Initiation(number))
     }
 
@@ -348,8 +362,9 @@ impl Kernel {
             .sessions
             .retain(|it, session| *it == number || Some(*it) == before || !session.confirmed);
         tunnel.handshakes += 1;
+        let wall = self.wall;
         if let Some(state) = self.state(&peer) {
-            state.stats.last_handshake = Some(EPOCH + now);
+            state.stats.last_handshake = Some(wall + now);
         }
     }
 
