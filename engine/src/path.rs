@@ -309,6 +309,17 @@ impl Path {
         self.candidates.get(&endpoint)?.answered.map(|(_, rtt)| rtt)
     }
 
+    /// The kernel does not have the peer, or no longer: it is to be told all of it.
+    pub fn unmade(&mut self) {
+        if self.seen.take().is_some() {
+            self.live = false;
+            if self.way == Way::Blind {
+                let best = self.ranked.first().copied();
+                self.blind = Blind::new(self.last_direct.or(best));
+            }
+        }
+    }
+
     /// Whether the kernel's counters were ever looked at.
     #[must_use]
     pub fn is_seen(&self) -> bool {

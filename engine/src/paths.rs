@@ -246,6 +246,7 @@ impl Paths {
     pub(crate) fn observe(&mut self, now: Instant, peers: &BTreeMap<NodeKey, PeerState>) {
         for key in self.keys() {
             let Some(peer) = peers.get(&key) else {
+                self.touch(now, key, Path::unmade);
                 continue;
             };
             let tier = self.tier_of(&peer.stats);
