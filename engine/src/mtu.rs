@@ -18,7 +18,8 @@
 //!
 //! **When.** On each new path at once. Then, while the peer is in use, the figure is confirmed by one
 //! ping every [`CONFIRM`], and longer ones are tried every [`GROW`], or [`REGROW`] after the figure
-//! fell. It is confirmed at once when packets get no answer ([`Mtu::suspect`]). An idle peer costs
+//! fell. It is confirmed at once when packets get no answer ([`Mtu::suspect`]), and when the other
+//! side is seen to ask for less. An idle peer costs
 //! nothing; one in use at most 900 pings an hour.
 //!
 //! Each end finds out what it may send; what it receives is the other's to find out.
@@ -159,6 +160,17 @@ impl Mtu {
         if idle && !self.suspected.is_some_and(lately) {
             self.suspected = Some(now);
             self.begin(now, false);
+        }
+    }
+
+    /// The other side asks for packets with so much padding: for shorter ones than pass, only when
+    /// longer ones no longer do.
+    pub fn overheard(&mut self, now: Instant, theirs: u16) {
+        let Some((known, endpoint)) = self.known.zip(self.seen.endpoint) else {
+            return;
+        };
+        if theirs < padding(known, endpoint) {
+            self.suspect(now);
         }
     }
 

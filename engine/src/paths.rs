@@ -321,8 +321,9 @@ impl Paths {
             return;
         };
         match (message, from) {
-            (Message::Ping { tx, node, .. }, from) => {
+            (Message::Ping { tx, node, padding }, from) => {
                 if node.is_none_or(|node| node == key) {
+                    self.overhear(now, key, padding);
                     self.answer(now, key, tx, from, relays);
                 }
             }
@@ -342,6 +343,16 @@ impl Paths {
             (Message::Pong { .. }, Via::Relay(..))
             | (Message::CallMeMaybe { .. }, Via::Direct(_) | Via::Relay(..))
             | (Message::Unknown(_), _) => {}
+        }
+    }
+
+    /// The other side asks for a length.
+    fn overhear(&mut self, now: Instant, key: NodeKey, padding: u16) {
+        if padding > 0
+            && let Some(entry) = self.all.get_mut(&key)
+        {
+            entry.mtu.overheard(now, padding);
+            self.reschedule(now, key);
         }
     }
 

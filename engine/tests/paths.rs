@@ -7,10 +7,11 @@ use engine::plan::{Device, LiveRoute, Observed};
 use engine::status::{Now, Probe};
 use engine::{Config, Engine, Input, LinkAddr, Links, Output, RelayEvent, RelayTable, Via};
 use proptest::prelude::*;
-use proto::disco::Message;
+use proto::disco::{Message, PING_BYTES};
 use proto::filter::Filter;
 use proto::id::{Generation, NetworkId, NodeId, RegionId};
 use proto::key::{DiscoKey, NodeKey};
+use proto::net::Prefix;
 use proto::netmap::{Me, Netmap, Network, Owner, Peer, Region, RelayHost, Update};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -100,6 +101,24 @@ struct Side {
     reported: Option<RegionId>,
 }
 
+fn side(side: usize, start: Instant) -> Side {
+    let config = Config {
+        interface: "weir0".to_owned(),
+        listen_port: 51820,
+        shim_port: 51821,
+    };
+    Side {
+        engine: Engine::new(config, key(side), disco(side), [side as u8; 32]),
+        kernel: Observed::default(),
+        table: Arc::default(),
+        connected: BTreeSet::new(),
+        armed: true,
+        deadline: start,
+        transmits: Vec::new(),
+        reported: None,
+    }
+}
+
 struct Net {
     sides: [Side; 2],
     start: Instant,
@@ -109,62 +128,70 @@ struct Net {
     /// Nothing passes directly; or all but WireGuard.
     blocked: bool,
     swallowing: bool,
+    /// The longest packet that passes directly, in bytes; those of the kernels are as long as their
+    /// routes say.
+    takes: u32,
     dead: BTreeSet<RegionId>,
 }
 
 impl Net {
     fn new(home: Option<RegionId>) -> Self {
         let start = Instant::now();
-        let side = |side: usize| Side {
-            engine: Engine::new(
-                Config {
-                    interface: "weir0".to_owned(),
-                    listen_port: 51820,
-                    shim_port: 51821,
-                },
-                key(side),
-                disco(side),
-                [side as u8; 32],
-            ),
-            kernel: Observed::default(),
-            table: Arc::default(),
-            connected: BTreeSet::new(),
-            armed: true,
-            deadline: start,
-            transmits: Vec::new(),
-            reported: None,
-        };
         let mut net = Self {
-            sides: [side(0), side(1)],
+            sides: [side(0, start), side(1, start)],
             start,
             now: start,
             queue: BTreeMap::new(),
             count: 0,
             blocked: false,
             swallowing: false,
+            takes: 1_500,
             dead: BTreeSet::new(),
         };
         for side in 0..2 {
-            let links = Links {
-                addrs: [LinkAddr {
-                    interface: "eth0".to_owned(),
-                    addr: addr(side).ip(),
-                    prefix_len: 24,
-                }]
-                .into(),
-                routes: [LiveRoute {
-                    prefix: "0.0.0.0/0".parse().unwrap(),
-                    interface: "eth0".to_owned(),
-                }]
-                .into(),
-                ..Links::default()
-            };
-            net.input(side, Input::Links(links));
             let netmap = Box::new(netmap(side, 1, home));
-            net.input(side, Input::Netmap(Update::Full(netmap)));
-            net.input(side, Input::Up(true));
+            net.begin(side, Input::Netmap(Update::Full(netmap)));
         }
         net
+    }
+
+    /// Tells an engine what each is told first.
+    fn begin(&mut self, side: usize, netmap: Input) {
+        let links = Links {
+            addrs: [LinkAddr {
+                interface: "eth0".to_owned(),
+                addr: addr(side).ip(),
+                prefix_len: 24,
+            }]
+            .into(),
+            routes: [LiveRoute {
+                prefix: "0.0.0.0/0".parse().unwrap(),
+                interface: "eth0".to_owned(),
+            }]
+            .into(),
+            gateway: None,
+            mtu: 1_500,
+        };
+        self.input(side, Input::Links(links));
+        self.input(side, netmap);
+        self.input(side, Input::Up(true));
+    }
+
+    /// The agent dies, and another one takes its place.
+    fn restart(&mut self, side: usize, home: Option<RegionId>) {
+        self.sides[side] = Side {
+            kernel: std::mem::take(&mut self.sides[side].kernel),
+            ..self::side(side, self.now)
+        };
+        self.begin(side, Input::Cached(Box::new(netmap(side, 1, home))));
+    }
+
+    /// What the kernel takes for the longest packet to the other side, inside the tunnel.
+    fn inner(&self, side: usize) -> u32 {
+        let routes = &self.sides[side].kernel.present().unwrap().routes;
+        let host = Prefix::host([100, 64, 0, 2 - side as u8].into());
+        let whole = "100.64.0.0/10".parse().unwrap();
+        routes.get(&host).unwrap_or(&routes[&whole]).mtu
     }
 
     fn input(&mut self, side: usize, input: Input) {
@@ -212,6 +239,11 @@ impl Net {
         let (to, sender) = (1 - from, disco(from));
         match via {
             Via::Direct(endpoint) if endpoint == addr(to) && !self.blocked => {
+                if let Message::Ping { padding, .. } = message
+                    && 28 + PING_BYTES as u32 + u32::from(padding) > self.takes
+                {
+                    return;
+                }
                 let disco = Input::Disco {
                     from: addr(from),
                     sender,
@@ -279,6 +311,7 @@ impl Net {
     /// The kernel sends a packet; whether it arrives.
     fn send(&mut self, from: usize) -> bool {
         let to = 1 - from;
+        let fits = self.inner(from) + 60 <= self.takes;
         let stats = self.stats(from);
         stats.tx_bytes += 128;
         let Some(endpoint) = stats.endpoint else {
@@ -295,7 +328,7 @@ impl Net {
                 self.later(RELAYED, to, Input::Relay(region, event));
             }
             there.appear_as.unwrap_or(there.loopback)
-        } else if endpoint == addr(to) && !self.blocked && !self.swallowing {
+        } else if endpoint == addr(to) && !self.blocked && !self.swallowing && fits {
             addr(from)
         } else {
             return false;
@@ -358,6 +391,46 @@ impl Net {
 }
 
 const SECOND: Duration = Duration::from_secs(1);
+
+#[test]
+fn routes_say_what_passes_and_a_new_agent_leaves_them_as_they_are() {
+    for home in [None, Some(ONE)] {
+        let mut net = Net::new(home);
+        net.takes = 1_400;
+        net.pass(SECOND * 2);
+        assert_eq!([net.inner(0), net.inner(1)], [1_340; 2]);
+        let (lost, _) = net.talk(SECOND * 20);
+        assert_eq!(lost, 0);
+        let before = net.sides[0].kernel.present().unwrap().clone();
+        net.restart(0, home);
+        let now = |net: &Net| net.sides[0].kernel.present().unwrap().clone();
+        assert_eq!(
+            (now(&net).routes, &now(&net).peers),
+            (before.routes.clone(), &before.peers)
+        );
+        assert_eq!(net.talk(SECOND * 20).0, 0, "{home:?}");
+        assert_eq!(now(&net).routes, before.routes);
+    }
+}
+
+#[test]
+fn a_path_that_shrinks_is_fitted_and_not_given_up() {
+    let mut net = Net::new(Some(ONE));
+    net.pass(SECOND);
+    assert_eq!(net.talk(SECOND * 30).0, 0);
+    assert_eq!(net.inner(0), 1_440);
+    net.takes = 1_300;
+    let (_, gap) = net.talk(SECOND * 20);
+    assert!(gap <= SECOND * 3, "{gap:?}");
+    assert_eq!([net.inner(0), net.inner(1)], [1_220; 2]);
+    let since = net.sides[0].engine.path_of(net.now, &key(1)).unwrap().since;
+    assert!(net.is_direct(0) && since > Some(SECOND * 40), "{since:?}");
+    assert_eq!(net.talk(SECOND * 20).0, 0);
+    // It widens, which nobody is in a hurry to learn.
+    net.takes = 1_500;
+    assert_eq!(net.talk(SECOND * 80).0, 0);
+    assert_eq!(net.inner(0), 1_440);
+}
 
 #[test]
 fn the_first_packets_go_by_relay_and_the_others_directly_and_none_is_lost() {

@@ -16,6 +16,7 @@ mod kernel_scenarios;
 mod lifetime;
 mod main_job;
 mod monitor;
+mod mtu;
 mod nats;
 mod portmap;
 mod refusal;

@@ -22,6 +22,8 @@ use crate::topology::{HostPlan, Topology};
 /// Every packet of every interface of a host, its tunnel too: heads only, and no more than 64 MB.
 const CAPTURE: &str = "tcpdump -i any -n -U -s 128 -C 64 -W 1 -Z root -w capture.pcap";
 
+/// What cables take if nobody says otherwise, in bytes.
+const MTU: u32 = 1_500;
 /// How long making or removing all namespaces of a lab may take.
 const BUILD_BOUND: Duration = Duration::from_secs(60);
 
@@ -188,9 +190,11 @@ impl Lab {
             writeln!(outside, "netns add {}", self.netns(&plan.name))?;
             for (number, (switch, _)) in plan.links.iter().enumerate() {
                 let (netns, port) = (self.netns(&plan.name), port(&plan.name, number));
+                let mtu = topology.mtus.get(switch).copied().unwrap_or(MTU);
                 writeln!(
                     outside,
-                    "link add eth{number} netns {netns} type veth peer name {port} netns {fabric}"
+                    "link add eth{number} netns {netns} mtu {mtu} type veth \
+                     peer name {port} netns {fabric} mtu {mtu}"
                 )?;
                 writeln!(switches, "link set {port} master {switch} up")?;
             }

@@ -51,15 +51,21 @@ impl RouteMtu {
             },
             Family::V6 => {
                 let inner = inner.unwrap_or(LEAST_INNER);
+                // WireGuard pads to sixteens, up to what the route says: more than the path takes.
+                let whole = inner / 16 * 16;
                 Self {
                     mtu: inner.max(LEAST_MTU),
-                    mss: if inner < LEAST_MTU { inner - TCP_V6 } else { 0 },
+                    mss: if inner < LEAST_MTU {
+                        whole.saturating_sub(TCP_V6)
+                    } else {
+                        0
+                    },
                 }
             }
         }
     }
 
-    /// The path that this was made for.
+    /// The path that this was made for; IPv6 may say up to 15 bytes less.
     #[must_use]
     pub fn inner(self) -> u16 {
         let inner = if self.mss > 0 {
@@ -206,5 +212,30 @@ impl Routing {
                 self.forwarding.insert(Forwarding { side, family });
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_route_says_what_its_path_takes_and_which_path_that_is() {
+        let said = |inner, family| {
+            let RouteMtu { mtu, mss } = RouteMtu::of(inner, family);
+            (mtu, mss)
+        };
+        for inner in [1_280, 1_412, 1_440, 8_940] {
+            for family in [Family::V4, Family::V6] {
+                assert_eq!(said(Some(inner), family), (inner.into(), 0));
+                assert_eq!(RouteMtu::of(Some(inner), family).inner(), inner);
+            }
+        }
+        assert_eq!(said(Some(1_220), Family::V4), (1_220, 0));
+        // 1,216 is 76 sixteens: what is not padded beyond 1,220.
+        assert_eq!(said(Some(1_220), Family::V6), (1_280, 1_216 - 60));
+        assert_eq!(said(Some(1_200), Family::V6), (1_280, 1_200 - 60));
+        assert_eq!(said(None, Family::V4), (1_280, 0));
+        assert_eq!(said(None, Family::V6), (1_280, 1_200 - 60));
     }
 }
