@@ -160,6 +160,62 @@ fn every_kind_has_these_bytes() {
 }
 
 #[test]
+fn another_implementation_writes_the_same_bytes() {
+    let (src, dst, packet) = (A, B, &b"abc"[..]);
+    let nonce = [7; 24];
+    let sealed = Sealed {
+        nonce,
+        bytes: b"a box of 17 bytes",
+    };
+    let frames = [
+        ("server_key", Frame::ServerKey(RelayKey([0xcc; 32]))),
+        ("client_info", Frame::ClientInfo { key: A, sealed }),
+        ("server_info", Frame::ServerInfo(sealed)),
+        ("send_packet", Frame::SendPacket { dst, packet }),
+        ("recv_packet", Frame::RecvPacket { src, packet }),
+        ("keep_alive", Frame::KeepAlive),
+        (
+            "peer_gone",
+            Frame::PeerGone {
+                peer: A,
+                reason: GoneReason::NotHere,
+            },
+        ),
+        (
+            "peer_present",
+            Frame::PeerPresent {
+                peer: A,
+                addr: Some("192.0.2.1:5".parse().unwrap()),
+                flags: None,
+            },
+        ),
+        ("forward_packet", Frame::ForwardPacket { src, dst, packet }),
+        ("watch_conns", Frame::WatchConns),
+        ("close_peer", Frame::ClosePeer(A)),
+        ("ping", Frame::Ping([1, 2, 3, 4, 5, 6, 7, 8])),
+        ("pong", Frame::Pong([1, 2, 3, 4, 5, 6, 7, 8])),
+        ("health", Frame::Health("oops")),
+        (
+            "restarting",
+            Frame::Restarting {
+                reconnect_in: Duration::from_secs(1),
+                try_for: Duration::from_secs(10),
+            },
+        ),
+        ("note_preferred", Frame::NotePreferred(true)),
+    ];
+    let theirs = include_str!("corpus/derp_vectors.txt").lines();
+    let theirs = theirs.filter(|line| !line.starts_with('#'));
+    let theirs: Vec<&str> = theirs.collect();
+    let ours = frames.map(|(name, frame)| format!("{name} {}", HEXLOWER.encode(&frame.to_vec())));
+    assert_eq!(theirs, ours);
+    for (line, (_, frame)) in theirs.iter().zip(frames) {
+        let wire = bytes(line.split(' ').nth(1).unwrap());
+        assert_eq!(Frame::split(&wire), Ok(Some((frame, wire.len()))));
+    }
+}
+
+#[test]
 fn bodies_may_grow_and_unknown_kinds_be_skipped() {
     for (text, frame) in VECTORS {
         let mut wire = vector(text);
