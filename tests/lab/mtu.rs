@@ -23,6 +23,7 @@ use tests::host::Host;
 use tests::lab::Lab;
 use tests::mesh::{Coordinator, Join, Mesh, Node};
 use tests::relay::{Relay, relays_section};
+use tests::stream::{longest_pause, trickle};
 use tests::topology::Topology;
 use tests::wait_until;
 
@@ -367,10 +368,10 @@ fn shrink(lab: &Lab, mesh: &Mesh) -> anyhow::Result<()> {
     let mut stream = a.host.enter(connect)?;
     let (over, arrived) = (AtomicBool::new(false), AtomicU64::new(0));
     let longest = std::thread::scope(|scope| -> anyhow::Result<Duration> {
-        let sender = scope.spawn(|| trickle(&mut stream, &over));
+        let sender = scope.spawn(|| trickle(&mut stream, HANG, &over));
         let receiver = scope.spawn(|| {
             let (stream, _) = listener.accept()?;
-            longest_pause(stream, &arrived)
+            longest_pause(stream, HANG, &arrived)
         });
         let more = |what: &str| {
             let from = arrived.load(Ordering::Relaxed);
@@ -390,29 +391,4 @@ fn shrink(lab: &Lab, mesh: &Mesh) -> anyhow::Result<()> {
     println!("under a transfer the path comes to take 1,400 bytes: a pause of {longest:.2?}");
     ensure!(longest <= RECOVERED, "{longest:?}");
     Ok(())
-}
-
-/// Sends at a pace that any path keeps up with.
-fn trickle(stream: &mut TcpStream, over: &AtomicBool) -> anyhow::Result<()> {
-    stream.set_write_timeout(Some(HANG))?;
-    while !over.load(Ordering::Relaxed) {
-        stream.write_all(&[7; 1 << 14])?;
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Ok(stream.shutdown(Shutdown::Write)?)
-}
-
-/// Reads to the end; the longest time without a byte.
-fn longest_pause(mut stream: TcpStream, arrived: &AtomicU64) -> anyhow::Result<Duration> {
-    stream.set_read_timeout(Some(HANG))?;
-    let (mut bytes, mut last) = (vec![0; 1 << 16], Instant::now());
-    let mut longest = Duration::ZERO;
-    loop {
-        let length = stream.read(&mut bytes)?;
-        (longest, last) = (longest.max(last.elapsed()), Instant::now());
-        if length == 0 {
-            return Ok(longest);
-        }
-        arrived.fetch_add(length as u64, Ordering::Relaxed);
-    }
 }

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -24,6 +24,46 @@ const PACE: Duration = Duration::from_millis(5);
 const SPEECH: Duration = Duration::from_millis(20);
 /// How long the last replies may take, after the last datagram was sent.
 const LAST_REPLY: Duration = Duration::from_secs(2);
+
+/// Between two words of a trickle.
+const DRIP: Duration = Duration::from_millis(5);
+/// What each of them is.
+const DROP_BYTES: usize = 1 << 14;
+
+/// Sends at a pace that any path keeps up with, until it is over. The receiver sees the end.
+///
+/// # Errors
+/// If nothing can be written for longer than `hang`.
+pub fn trickle(stream: &mut TcpStream, hang: Duration, over: &AtomicBool) -> anyhow::Result<()> {
+    stream.set_write_timeout(Some(hang))?;
+    while !over.load(Ordering::Relaxed) {
+        stream.write_all(&[7; DROP_BYTES])?;
+        std::thread::sleep(DRIP);
+    }
+    Ok(stream.shutdown(Shutdown::Write)?)
+}
+
+/// Reads to the end, and counts. Returns the longest time without a byte.
+///
+/// # Errors
+/// If nothing comes for longer than `hang`.
+pub fn longest_pause(
+    mut stream: TcpStream,
+    hang: Duration,
+    arrived: &AtomicU64,
+) -> anyhow::Result<Duration> {
+    stream.set_read_timeout(Some(hang))?;
+    let (mut bytes, mut last) = (vec![0; 1 << 16], Instant::now());
+    let mut longest = Duration::ZERO;
+    loop {
+        let length = stream.read(&mut bytes)?;
+        (longest, last) = (longest.max(last.elapsed()), Instant::now());
+        if length == 0 {
+            return Ok(longest);
+        }
+        arrived.fetch_add(length as u64, Ordering::Relaxed);
+    }
+}
 
 /// Numbered datagrams from one host to another and back.
 pub struct Numbered {
