@@ -563,9 +563,13 @@ impl Path {
             return;
         };
         let asked = self.candidates.get(&endpoint).and_then(|it| it.asked);
-        let lately = |at| now.saturating_duration_since(at) < RETURN_PAUSE;
-        if self.probes && !asked.is_some_and(lately) {
-            self.heart.check(now);
+        let lately = |at: &Instant| now.saturating_duration_since(*at) < RETURN_PAUSE;
+        match asked.filter(lately) {
+            _ if !self.probes => {}
+            Some(at) => {
+                self.heart.next.get_or_insert(at + probe::HEARTBEAT);
+            }
+            None => self.heart.check(now),
         }
     }
 

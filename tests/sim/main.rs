@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod chance;
+mod timing;
+mod traces;
 
 use std::time::Duration;
 

@@ -31,8 +31,8 @@ pub const LIFE: Duration = Duration::from_secs(5);
 /// For how long an initiation of ours is worth more than one of the peer.
 const CROSSING: Duration = Duration::from_secs(1);
 /// Between two repetitions at first, and so many of these,
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
-const FIRST_REPEATS: u32 = 5;
+const FIRST_PAUSE: Duration = Duration::from_millis(150);
+const FIRST_REPEATS: u32 = 6;
 /// and from then on.
 const PAUSE: Duration = Duration::from_millis(500);
 /// Most peers whose messages are kept. Those of others are as good as the kernel's own patience.
@@ -277,7 +277,7 @@ mod tests {
             now = next;
             said.extend(low.due(now).iter().map(|_| now - start));
         }
-        assert_eq!(said[..3], [200 * MS, 400 * MS, 600 * MS]);
+        assert_eq!(said[..3], [150 * MS, 300 * MS, 450 * MS]);
         assert!(said.len() <= 15, "{said:?}");
         assert!(said.iter().all(|at| *at < LIFE), "{said:?}");
         let apart = said.windows(2).map(|pair| pair[1] - pair[0]).max();

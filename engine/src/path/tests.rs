@@ -777,3 +777,15 @@ fn whoever_is_called_hears_of_new_endpoints_at_once() {
     rig.pass(seconds(2));
     assert_eq!(rig.calls(), 2);
 }
+
+#[test]
+fn a_path_that_was_just_asked_when_traffic_begins_is_asked_again_in_time() {
+    let mut rig = Rig::new(&[WAN], true).works(WAN, 20);
+    rig.path.seek(rig.now, true);
+    rig.pass(Duration::from_millis(30));
+    assert_eq!(rig.path.way(), Way::Direct(at(WAN)));
+    rig.path.relayed(rig.now);
+    let before = rig.now;
+    rig.pass(probe::HEARTBEAT + Duration::from_millis(100));
+    assert!(rig.pings_since(before) > 0, "{:?}", rig.sent);
+}

@@ -15,6 +15,21 @@ use super::{Event, NOTICED, Payload, REDIAL, World};
 const AGAIN: Duration = Duration::from_secs(5);
 
 impl World {
+    /// Whether two nodes can reach each other by relay: each is connected where the other looks for
+    /// it, and both kernels know the other.
+    #[must_use]
+    pub fn meet(&self, one: usize, other: usize) -> bool {
+        let reaches = |from: usize, to: usize| {
+            let (from, to) = (&self.nodes[from], &self.nodes[to]);
+            let region = from.table.peers.get(&to.key).map(|peer| peer.region);
+            let stands =
+                |region| from.connected.contains(&region) && to.connected.contains(&region);
+            let present = from.kernel.present().filter(|present| present.up);
+            region.is_some_and(stands) && present.is_some_and(|it| it.peers.contains_key(&to.key))
+        };
+        reaches(one, other) && reaches(other, one)
+    }
+
     pub(super) fn set_table(&mut self, index: usize, table: Arc<RelayTable>) {
         let wanted: BTreeSet<RegionId> = table.regions.keys().copied().collect();
         let at = self.at(index);

@@ -1,0 +1,182 @@
+//! How soon: the first packet, a direct path, and what comes after an end has moved. Each at every
+//! moment of the seconds in which nodes and paths begin, because that is where things go wrong.
+
+use std::time::Duration;
+
+use tests::world::World;
+use tests::world::nat::Kind;
+
+use super::{MS, SECOND};
+
+/// The first answer, from the moment that both nodes are connected to their relays.
+const FIRST: Duration = Duration::from_millis(300);
+/// A direct path, from the moment that both nodes are up, for 95 of 100.
+const DIRECT: Duration = Duration::from_secs(2);
+/// Longest pause when a router maps anew, or a node is elsewhere.
+const FOLLOWED: Duration = Duration::from_secs(3);
+/// What things are waited for at most.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// Between two questions.
+const PACE: Duration = Duration::from_millis(20);
+
+/// Lets time pass until something holds; returns when that was.
+fn when(world: &mut World, what: &str, holds: impl Fn(&World) -> bool) -> Duration {
+    let end = world.now() + PATIENCE;
+    while !holds(world) {
+        assert!(world.now() < end, "never {what}: {}", world.describe(0, 1));
+        world.run(5 * MS);
+    }
+    world.now()
+}
+
+/// Nodes behind two routers, the second one starts `later`.
+fn pair(seed: u64, regions: &[Duration], kinds: [Kind; 2], later: Duration) -> World {
+    let mut world = World::new(seed, regions).unwrap();
+    let realms = kinds.map(|kind| world.router(kind, 0));
+    world.node(realms[0], 5 * MS).unwrap();
+    world.run(later);
+    world.node(realms[1], 15 * MS).unwrap();
+    world
+}
+
+/// Both ways that policy permits.
+fn ways(world: &World) -> Vec<(usize, usize)> {
+    let ways = [(0, 1), (1, 0)].into_iter();
+    ways.filter(|(from, to)| world.permits(*from, *to))
+        .collect()
+}
+
+#[test]
+fn the_first_packet_by_relay_is_there_at_once_whenever_the_nodes_started() {
+    let mut late = Vec::new();
+    for regions in [&[2 * MS][..], &[2 * MS, 4 * MS]] {
+        for step in 0..40 {
+            let later = step * 50 * MS;
+            let seed = u64::from(step);
+            let mut world = pair(seed, regions, [Kind::SYMMETRIC; 2], later);
+            let talks: Vec<usize> = ways(&world)
+                .into_iter()
+                .map(|(from, to)| world.talk(from, to, PACE, 60 * SECOND))
+                .collect();
+            let ready = when(&mut world, "connected", |world| world.meet(0, 1));
+            when(&mut world, "answered", |world| {
+                talks.iter().all(|talk| world.heard(*talk).first.is_some())
+            });
+            let first = talks
+                .iter()
+                .filter_map(|talk| world.heard(*talk).first)
+                .max()
+                .unwrap();
+            let took = first.saturating_sub(ready);
+            if took > FIRST {
+                late.push((regions.len(), later, took));
+            }
+        }
+    }
+    assert!(late.is_empty(), "{late:?}");
+}
+
+#[test]
+fn the_first_packet_by_relay_after_an_hour_of_silence() {
+    let mut world = pair(1, &[10 * MS, 40 * MS], [Kind::SYMMETRIC; 2], Duration::ZERO);
+    world.run(3_600 * SECOND);
+    let (from, to) = ways(&world)[0];
+    let (start, talk) = (world.now(), world.talk(from, to, PACE, 60 * SECOND));
+    let first = when(&mut world, "answered", |world| {
+        world.heard(talk).first.is_some()
+    }) - start;
+    assert!(first <= FIRST, "{first:?}");
+}
+
+#[test]
+fn pairs_that_can_meet_do_so_in_two_seconds() {
+    let mut times = Vec::new();
+    for (number, a) in super::KINDS.into_iter().enumerate() {
+        for b in super::KINDS.into_iter().skip(number) {
+            for step in 0..12 {
+                let later = step * 170 * MS;
+                let mut world = pair(u64::from(step), &[10 * MS, 40 * MS], [a, b], later);
+                if !a.can_meet(b) {
+                    continue;
+                }
+                for (from, to) in ways(&world) {
+                    world.talk(from, to, PACE, 60 * SECOND);
+                }
+                let up = when(&mut world, "connected", |world| world.meet(0, 1));
+                let direct = when(&mut world, "direct", |world| {
+                    world.is_direct(0, 1) && world.is_direct(1, 0)
+                });
+                times.push((direct.saturating_sub(up), later));
+            }
+        }
+    }
+    times.sort_unstable();
+    let (p95, last) = (times[times.len() * 95 / 100].0, times.last());
+    assert!(p95 <= DIRECT, "{p95:?}, {last:?} of {}", times.len());
+}
+
+/// The longest pause when `happens` this long after the first answer.
+fn pause(mut world: World, after: Duration, happens: impl Fn(&mut World)) -> Duration {
+    let (from, to) = ways(&world)[0];
+    let talk = world.talk(from, to, PACE, 60 * SECOND);
+    when(&mut world, "answered", |world| {
+        world.heard(talk).first.is_some()
+    });
+    world.run(after);
+    let before = world.heard(talk).answered.len();
+    happens(&mut world);
+    world.run(20 * SECOND);
+    let heard = world.heard(talk);
+    assert!(heard.answered.len() > before, "{}", world.describe(0, 1));
+    heard.longest_pause
+}
+
+#[test]
+fn routers_that_map_anew_are_noticed_whenever_they_do() {
+    let mut late = Vec::new();
+    let regions = [10 * MS, 40 * MS];
+    for step in 0..40 {
+        let after = step * 150 * MS;
+        let seed = u64::from(step);
+        for relays in [&[][..], &regions] {
+            for side in 0..2 {
+                let mut world = World::new(seed, relays).unwrap();
+                let realm = world.router(Kind::PORT_RESTRICTED, 0);
+                let realms = if side == 0 { [realm, 0] } else { [0, realm] };
+                for realm in realms {
+                    world.node(realm, 10 * MS).unwrap();
+                }
+                let pause = pause(world, after, |world| world.restart_router(realm));
+                if pause > FOLLOWED {
+                    late.push(("one router", relays.len(), side, after, pause));
+                }
+            }
+        }
+        for side in 0..2 {
+            let world = pair(seed, &regions, [Kind::PORT_RESTRICTED; 2], Duration::ZERO);
+            let pause = pause(world, after, |world| world.restart_router(1 + side));
+            if pause > FOLLOWED {
+                late.push(("two routers", 2, side, after, pause));
+            }
+        }
+    }
+    assert!(late.is_empty(), "{}: {late:?}", late.len());
+}
+
+#[test]
+fn nodes_that_move_are_followed_whenever_they_do() {
+    let mut late = Vec::new();
+    for step in 0..30 {
+        let after = step * 200 * MS;
+        for side in 0..2 {
+            let kinds = [Kind::PORT_RESTRICTED, Kind::FULL_CONE];
+            let mut world = pair(u64::from(step), &[10 * MS], kinds, Duration::ZERO);
+            let third = world.router(Kind::PORT_RESTRICTED, 0);
+            let pause = pause(world, after, |world| world.roam(side, third));
+            if pause > FOLLOWED {
+                late.push((side, after, pause));
+            }
+        }
+    }
+    assert!(late.is_empty(), "{}: {late:?}", late.len());
+}
