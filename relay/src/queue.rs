@@ -21,8 +21,10 @@ pub const MAX_CONTROL: usize = 64;
 pub const MAX_NEWS: usize = 131_072;
 /// Most discovery packets that wait.
 pub const MAX_DISCO: usize = 64;
-/// Most data packets that wait: 150 kB of full-size packets, a tenth of a second at 12 Mbit/s.
-pub const MAX_DATA: usize = 128;
+/// Most data packets that wait: 600 kB of full-size packets, half a second at 10 Mbit/s. Readers that
+/// lose the processor for a millisecond are no slow readers; with 128 packets they lost half of what
+/// they were sent when a relay was busy.
+pub const MAX_DATA: usize = 512;
 /// Most frames that one write takes.
 pub const BATCH: usize = 64;
 
@@ -221,8 +223,11 @@ mod tests {
         let first = all(&queue).await;
         assert_eq!(first.len(), BATCH);
         assert_eq!(first[..3], ["1000", "1", "2"]);
-        assert_eq!(all(&queue).await.len(), BATCH);
-        assert_eq!(all(&queue).await, [MAX_DATA.to_string()]);
+        let mut rest = Vec::new();
+        while rest.len() + first.len() < MAX_DATA + 1 {
+            rest.extend(all(&queue).await);
+        }
+        assert_eq!(rest.last(), Some(&MAX_DATA.to_string()));
     }
 
     #[tokio::test]

@@ -27,6 +27,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
@@ -205,7 +206,7 @@ impl Server {
 /// A client that has logged in, on the bare stream or inside a WebSocket.
 enum Opened<S> {
     Plain(Session<S>),
-    WebSocket(Session<websocket::Stream<S>>),
+    WebSocket(Pin<Box<dyn Future<Output = End> + Send>>),
 }
 
 /// One listening address and what is offered there.
@@ -272,7 +273,7 @@ impl Door {
 
     async fn stream<S>(&self, stream: S, ends: &mut watch::Receiver<bool>)
     where
-        S: AsyncRead + AsyncWrite + Unpin,
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let opened = tokio::select! {
             opened = timeout(LOGIN_TIMEOUT, self.open(stream)) => match opened {
@@ -288,7 +289,7 @@ impl Door {
         // A session ends itself when the switch stops: it has a last word to say.
         let end = match opened {
             Opened::Plain(session) => session.run().await,
-            Opened::WebSocket(session) => session.run().await,
+            Opened::WebSocket(end) => end.await,
         };
         tracing::debug!(reason = %end, "a client left");
     }
@@ -296,7 +297,7 @@ impl Door {
     /// Answers the request, and logs the client in if that is what it wants.
     async fn open<S>(&self, mut stream: S) -> Option<Opened<S>>
     where
-        S: AsyncRead + AsyncWrite + Unpin,
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let mut buffer = BytesMut::new();
         let request = http::read(&mut stream, &mut buffer).await.ok()?;
@@ -312,12 +313,16 @@ impl Door {
                 self.logged_in(login).map(Opened::Plain)
             }
             Request::WebSocket { accept } if !self.page => {
-                let answer = http::switching_to_websocket(&accept);
-                stream.write_all(answer.as_bytes()).await.ok()?;
-                let stream = websocket::Stream::accepted(stream, buffer).await;
-                let (greeting, buffer) = (String::new(), BytesMut::new());
-                let login = Session::login(stream, greeting, buffer, shared).await;
-                self.logged_in(login).map(Opened::WebSocket)
+                // On the heap, all of it: clients without one do not pay for its size.
+                let login = Box::pin(async move {
+                    let answer = http::switching_to_websocket(&accept);
+                    stream.write_all(answer.as_bytes()).await?;
+                    let stream = websocket::Stream::accepted(stream, buffer).await;
+                    let (greeting, buffer) = (String::new(), BytesMut::new());
+                    Session::login(stream, greeting, buffer, shared).await
+                });
+                let session = self.logged_in(login.await)?;
+                Some(Opened::WebSocket(Box::pin(session.run())))
             }
             other => {
                 let answer = self.answer(&other);

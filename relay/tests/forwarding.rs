@@ -6,8 +6,8 @@ use relay::admit::{Admission, burst};
 use relay::config::Certificate;
 use std::time::{Duration, Instant};
 
-const FLOOD: u32 = 20_000;
-const TO_THE_OTHER_EVERY: u32 = 100;
+const FLOOD: u32 = 4_000;
+const TO_THE_OTHER_EVERY: u32 = 20;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_does_not_read_loses_its_own_packets_alone() {
@@ -58,7 +58,7 @@ async fn a_client_that_does_not_read_loses_its_own_packets_alone() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn discovery_overtakes_what_a_slow_reader_left() {
     /// Packets before it, and how many bytes of them may come first: what the kernels hold.
-    const BEFORE: u32 = 5_000;
+    const BEFORE: u32 = 3_000;
     const MOST_BEFORE: usize = 1 << 20;
     let place = Place::open();
     let mut sender = join(place.addr(), 1).await;
