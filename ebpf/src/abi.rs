@@ -8,12 +8,14 @@
 //! | map | kind | key | value | written by |
 //! |---|---|---|---|---|
 //! | `ACTIVE` | array, mmapable | 0 | [`Active`] as one u64 | agent, one atomic store |
-//! | `IDENTITIES` | 2 × hash | [`Addr`] | [`Identity`] | agent |
+//! | `SHAPES` | array | slot | [`crate::lines::Shape`] | agent |
+//! | `IDENTITIES` | 2 × array | line | [`crate::lines::OwnedLine`] | agent |
 //! | `PREFIXES` | 2 × LPM trie | prefix, [`Addr`] | [`Identity`] | agent |
-//! | `PAIRS` | 2 × hash | [`PairKey`] | [`SetId`] | agent |
+//! | `PAIRS` | 2 × array | line | [`crate::lines::GrantedLine`] | agent |
 //! | `PORTS` | 2 × hash | [`PortsKey`] | [`Ports`] | agent |
 //! | `PAGES` | 2 × hash | [`PageKey`] | [`Page`] | agent |
 //! | `ESTABLISHED`, `OPENING`, `SURPLUS` | LRU hash | [`FlowKey`] | [`Flow`] | programs |
+//! | `TRACKS` | array, mmapable | word | see [`crate::tracks`] | programs, agent |
 //! | `SHARES` | array | [`Identity::share`] | [`Share`] | programs, agent (recount) |
 //! | `FRAGMENTS` | LRU hash | [`FragmentKey`] | [`Fragment`] | programs |
 //! | `QUOTA` | array | 0 | [`Quota`] | programs |
@@ -28,7 +30,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Version of all layouts below. Maps of another version are never adopted, only copied from.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Slots of every policy table. One is active, the other is filled for the next change.
 pub const SLOTS: u32 = 2;
@@ -58,6 +60,9 @@ pub const fn layout() -> u32 {
         ABI_VERSION as usize,
         size_of::<Identity>(),
         size_of::<Ports>(),
+        size_of::<crate::lines::OwnedLine>(),
+        size_of::<crate::lines::GrantedLine>(),
+        crate::tracks::ALL_WORDS as usize,
         size_of::<FlowKey>(),
         size_of::<Flow>(),
         size_of::<FragmentKey>(),
@@ -88,6 +93,8 @@ pub const fn layout() -> u32 {
 pub mod maps {
     /// The active word.
     pub const ACTIVE: &str = "ACTIVE";
+    /// Where entries are in the tables of lines.
+    pub const SHAPES: &str = "SHAPES";
     /// Overlay addresses of peers and of the node itself.
     pub const IDENTITIES: &str = "IDENTITIES";
     /// Subnet routes, and prefixes that rules tell apart inside them.
@@ -104,6 +111,8 @@ pub mod maps {
     pub const ESTABLISHED: &str = "ESTABLISHED";
     /// Flows that are over, or too many of one peer.
     pub const SURPLUS: &str = "SURPLUS";
+    /// Which flows cannot be there.
+    pub const TRACKS: &str = "TRACKS";
     /// How many flows each peer has.
     pub const SHARES: &str = "SHARES";
     /// Fragmented datagrams.
@@ -122,8 +131,10 @@ pub mod maps {
     /// The outer maps of the policy tables, indexed by slot.
     pub const SLOTTED: [&str; 5] = [IDENTITIES, PREFIXES, PAIRS, PORTS, PAGES];
     /// Every other map.
-    pub const PLAIN: [&str; 11] = [
+    pub const PLAIN: [&str; 13] = [
         ACTIVE,
+        SHAPES,
+        TRACKS,
         OPENING,
         ESTABLISHED,
         SURPLUS,
@@ -288,9 +299,6 @@ impl core::fmt::Debug for Addr {
 pub struct Active {
     /// Flows of an older epoch are decided again. 0: no policy is active, and all is dropped.
     pub epoch: u32,
-    /// How often the word was stored, modulo 2^31: once for every change of the tables, also of
-    /// those in the active slot. So a word that is still the same stands for the same tables.
-    pub revision: u32,
     /// Index into every outer map.
     pub slot: u32,
 }
@@ -302,7 +310,6 @@ impl Active {
     pub const fn from_word(word: u64) -> Self {
         Self {
             epoch: (word >> 32) as u32,
-            revision: word as u32 / SLOTS,
             slot: word as u32 & (SLOTS - 1),
         }
     }
@@ -311,17 +318,7 @@ impl Active {
     #[inline(always)]
     #[must_use]
     pub const fn word(self) -> u64 {
-        let low = self.revision.wrapping_mul(SLOTS) | self.slot;
-        (self.epoch as u64) << 32 | low as u64
-    }
-
-    /// The same with the next revision.
-    #[must_use]
-    pub const fn revised(self) -> Self {
-        Self {
-            revision: self.revision.wrapping_add(1) % (u32::MAX / SLOTS + 1),
-            ..self
-        }
+        (self.epoch as u64) << 32 | self.slot as u64
     }
 }
 
@@ -375,6 +372,38 @@ pub struct PairKey {
 pub type SetId = u32;
 /// The set of every protocol and port; it has no entries of its own.
 pub const EVERYTHING: SetId = u32::MAX;
+
+/// What one class may initiate to another: a port set, and of that the ports of one protocol, so
+/// that most packets need no other table.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Grant {
+    /// The set; what it holds beside `ranges` is in `PORTS`.
+    pub set: SetId,
+    /// IP protocol number that `ranges` are of, or [`NO_PROTOCOL`].
+    pub protocol: u16,
+    /// 1 if the set has other protocols.
+    pub more: u16,
+    /// Its ports; unused ones are [`NO_RANGE`].
+    pub ranges: [[u16; 2]; GRANT_RANGES],
+}
+
+/// Ranges that a [`Grant`] has room for.
+pub const GRANT_RANGES: usize = 4;
+/// [`Grant::protocol`] of one without ranges.
+pub const NO_PROTOCOL: u16 = u16::MAX;
+
+impl Grant {
+    /// Every protocol and port.
+    pub const EVERYTHING: Self = Self {
+        set: EVERYTHING,
+        protocol: NO_PROTOCOL,
+        more: 0,
+        ranges: [NO_RANGE; GRANT_RANGES],
+    };
+}
 
 /// [`PortsKey::protocol`] of the entry for protocols that have no entry of their own.
 pub const ANY_PROTOCOL: u32 = 256;
@@ -647,17 +676,22 @@ pub struct Allowance {
     pub window: u32,
     /// Events in it.
     pub told: u32,
+    /// The tick that is counted: what the coarse clock said.
+    pub tick_ns: u64,
+    /// Packets in it that were looked at.
+    pub looked: u64,
 }
 
 const _: () = {
     assert!(size_of::<Dropped>() == 64);
     assert!(size_of::<Told>() == 8);
-    assert!(size_of::<Allowance>() == 8);
+    assert!(size_of::<Allowance>() == 24);
     assert!(size_of::<Addr>() == 16);
     assert!(size_of::<Identity>() == 16);
     assert!(size_of::<PairKey>() == 12);
     assert!(size_of::<PortsKey>() == 8);
     assert!(size_of::<Ports>() == 32);
+    assert!(size_of::<Grant>() == 24);
     assert!(size_of::<PageKey>() == 8);
     assert!(size_of::<Page>() == 64);
     assert!(size_of::<FlowKey>() == 40);

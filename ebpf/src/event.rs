@@ -4,8 +4,9 @@
 //! `weir monitor`. Packets are of one *kind* if they have the same outcome, direction, addresses,
 //! protocol and destination port. Of each kind the first one in a window is told ([`Told`]), and of
 //! each outcome no more than [`EVENTS_PER_WINDOW`] ([`Allowance`]); both are kept by every CPU on
-//! its own. So a flood of one kind costs a hash and one look-up a packet, and whoever floods under
-//! one reason leaves the others their say.
+//! its own. To find that out costs a hash and a look-up; so of one outcome no more than
+//! [`LOOKS_PER_TICK`] packets are looked at in a tick of the clock, and a flood costs hardly anything.
+//! Whoever floods under one reason leaves the others their say.
 //!
 //! Nobody may be reading. Then the buffer is full after a while and events are lost, without harm:
 //! the counters are exact, and the reader tells from them what it was not shown.
@@ -19,6 +20,9 @@ pub const WINDOW_SHIFT: u32 = 30;
 /// Most events of one outcome and direction in a window, on one CPU: more than a person reads,
 /// little enough to cost nothing.
 pub const EVENTS_PER_WINDOW: u32 = 32;
+/// Most packets of one outcome that are looked at between two ticks of the coarse clock, on one CPU:
+/// twice what can be told.
+pub const LOOKS_PER_TICK: u64 = 64;
 /// Kinds that one CPU remembers. Kinds that share a place are told more often, never less.
 pub const KINDS: u32 = 512;
 
@@ -67,11 +71,23 @@ pub fn is_news(told: &mut Told, kind: u32, window: u32) -> bool {
     true
 }
 
+/// Whether one more packet of this outcome is looked at in this tick.
+#[inline(always)]
+pub fn look(allowance: &mut Allowance, now_ns: u64) -> bool {
+    if allowance.tick_ns != now_ns {
+        allowance.tick_ns = now_ns;
+        allowance.looked = 0;
+    }
+    allowance.looked += 1;
+    allowance.looked <= LOOKS_PER_TICK
+}
+
 /// Whether one more event of this outcome fits the window; if so, it is taken.
 #[inline(always)]
 pub fn take(allowance: &mut Allowance, window: u32) -> bool {
     if allowance.window != window {
-        *allowance = Allowance { window, told: 0 };
+        allowance.window = window;
+        allowance.told = 0;
     }
     if allowance.told >= EVENTS_PER_WINDOW {
         return false;

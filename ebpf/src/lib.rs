@@ -3,7 +3,8 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`abi`] | layouts of all maps, their names, [`abi::ABI_VERSION`] |
-//! | [`memo`] | refusals that are remembered for a second |
+//! | [`lines`] | tables that a look-up touches one line of |
+//! | [`tracks`] | which flows cannot be there |
 //! | [`event`] | what is told of dropped packets, and how often |
 //! | [`packet`] | bytes to [`packet::Packet`]; what cannot be read is a reason to drop |
 //! | [`verdict`] | [`verdict::decide`]: flow state and policy to a verdict |
@@ -29,8 +30,9 @@ pub mod abi;
 pub mod classify;
 pub mod event;
 pub mod guard;
-pub mod memo;
+pub mod lines;
 pub mod packet;
 pub mod reason;
 pub mod refuse;
+pub mod tracks;
 pub mod verdict;

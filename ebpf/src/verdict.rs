@@ -33,8 +33,8 @@ mod flow;
 mod policy;
 
 use crate::abi::{
-    Active, Addr, Direction, ESTABLISHED_FLOWS, Flow, FlowKey, Fragment, FragmentKey, Identity,
-    OPENING_FLOWS, PageKey, PairKey, Ports, PortsKey, Quota, SetId, Share,
+    Active, Addr, Direction, ESTABLISHED_FLOWS, Flow, FlowKey, Fragment, FragmentKey, Grant,
+    Identity, OPENING_FLOWS, PageKey, PairKey, Ports, PortsKey, Quota, Share,
 };
 use crate::packet::{Bytes, Packet, Part, What, deciding_bytes, parse};
 use crate::reason::{Accepted, OUTCOMES, Reason};
@@ -173,6 +173,32 @@ impl Limits {
     };
 }
 
+/// Where a packet's flow was looked for in vain.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "bpf"), derive(Debug))]
+#[repr(u32)]
+pub enum InVain {
+    /// Nowhere yet.
+    Nowhere,
+    /// In [`Store::Established`].
+    Established,
+    /// In every table.
+    Everywhere,
+}
+
+impl InVain {
+    /// From its number.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_number(number: u32) -> Self {
+        match number {
+            1 => Self::Established,
+            2 => Self::Everywhere,
+            _ => Self::Nowhere,
+        }
+    }
+}
+
 /// What policy says to the first packet of a flow.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(not(target_arch = "bpf"), derive(Debug))]
@@ -220,15 +246,23 @@ pub trait Tables: Sized {
     fn complete(&self, slot: u32) -> bool;
     /// Who has exactly this address.
     fn identity(&self, slot: u32, addr: &Addr) -> Option<Identity>;
+    /// The same of an address that should be this node's.
+    #[inline(always)]
+    fn own_identity(&self, slot: u32, addr: &Addr) -> Option<Identity> {
+        self.identity(slot, addr)
+    }
     /// Who has the longest prefix that contains this address.
     fn route(&self, slot: u32, addr: &Addr) -> Option<Identity>;
     /// What one class may initiate to another.
-    fn pair(&self, slot: u32, key: &PairKey) -> Option<SetId>;
-    /// One protocol of a port set.
+    fn pair(&self, slot: u32, key: &PairKey) -> Option<Grant>;
+    /// One protocol of a port set, if not the one that the grant has.
     fn ports(&self, slot: u32, key: &PortsKey) -> Option<Ports>;
     /// One word (of eight) of a page.
     fn page_word(&self, slot: u32, key: &PageKey, word: u32) -> Option<u64>;
 
+    /// Whether no table can have this packet's flow ([`crate::tracks`]). `false` where that is not
+    /// known: then it is looked for.
+    fn is_new(&self, packet: &Packet, direction: Direction) -> bool;
     /// Looks up a flow.
     fn find(&self, store: Store, key: &FlowKey) -> Option<Self::Entry>;
     /// Reads its state.
@@ -258,15 +292,15 @@ pub trait Tables: Sized {
         allows_flow(self, key, initiator, slot)
     }
 
-    /// Decides whatever is not simply the next packet of an established flow, by [`of_flow`],
-    /// [`later_fragment`] and [`related`]. In the kernel functions that are verified on their own.
+    /// Decides whatever is not simply the next packet of an established flow, by [`of_new`],
+    /// [`of_flow`], [`later_fragment`] and [`related`]. In the kernel functions that are verified on their own.
     #[inline(always)]
     fn at_length(
         &self,
         packet: &Packet,
         direction: Direction,
         now_ns: u64,
-        missed: bool,
+        in_vain: InVain,
     ) -> Verdict {
         match packet.tuple.what {
             What::LaterFragment => later_fragment(self, packet, direction, now_ns),
@@ -277,8 +311,32 @@ pub trait Tables: Sized {
             | What::SctpOther
             | What::Request
             | What::Reply
-            | What::OtherIcmp => of_flow(self, packet, direction, now_ns, missed),
+            | What::OtherIcmp
+                if in_vain == InVain::Everywhere =>
+            {
+                of_new(self, packet, direction, now_ns)
+            }
+            What::Segment
+            | What::Datagram
+            | What::SctpInit
+            | What::SctpOther
+            | What::Request
+            | What::Reply
+            | What::OtherIcmp => of_flow(self, packet, direction, now_ns, in_vain),
         }
+    }
+
+    /// [`begin`]. In the kernel a function that is verified on its own.
+    #[inline(always)]
+    fn begin(
+        &self,
+        packet: &Packet,
+        direction: Direction,
+        now_ns: u64,
+        share: u16,
+        picked_up: bool,
+    ) -> Verdict {
+        begin(self, packet, direction, now_ns, share, picked_up)
     }
 
     /// Told of every branch taken. Only tests listen.
@@ -314,7 +372,7 @@ macro_rules! branches {
 }
 
 branches! {
-    NothingActive Hit HitRefreshed HitNeedsMore FlagsInvalid
+    NothingActive New Hit HitRefreshed HitNeedsMore FlagsInvalid
     LaterUnknown LaterExpired LaterOverlap LaterFlowGone LaterDenied LaterPasses
     ErrorUnreadable ErrorNotToSender ErrorNoFlow ErrorAgainstOpening ErrorRevoked ErrorSpoofed
     ErrorPasses
@@ -330,6 +388,7 @@ branches! {
     OwnerOfRoute OwnerNobody
     IngressFromNobody IngressFromSelf EgressFromOther IngressElsewhere EgressElsewhere SidesFine
     ClassZero PairNone PairEverything ProtocolOwnEntry ProtocolAnyEntry ProtocolNone
+    PortsOfGrant NoMorePorts
     PortsAll PortsInline PortsPaged PortsKindUnknown PortIn PortOut PageMissing
 }
 
@@ -379,21 +438,74 @@ pub fn decide<T: Tables>(
     let Some(at) = now(tables, direction, now_ns) else {
         return Verdict::deny(Reason::NoPolicy);
     };
+    if tables.is_new(packet, direction) {
+        tables.probe(Branch::New);
+        return tables.at_length(packet, direction, now_ns, InVain::Everywhere);
+    }
     match flow::hit(tables, packet, &at) {
         Ok(()) => Verdict::accept(Accepted::Established),
-        Err(missed) => tables.at_length(packet, direction, now_ns, missed),
+        Err(in_vain) => tables.at_length(packet, direction, now_ns, in_vain),
     }
 }
 
-/// Decides a packet that has the headers of its flow: known, or the first of one. `missed`: no
-/// established flow has its key.
+/// Decides a packet that has the headers of its flow, which is in no table.
+#[inline(always)]
+pub fn of_new<T: Tables>(
+    tables: &T,
+    packet: &Packet,
+    direction: Direction,
+    now_ns: u64,
+) -> Verdict {
+    let Some(at) = now(tables, direction, now_ns) else {
+        return Verdict::deny(Reason::NoPolicy);
+    };
+    let segment = packet.tuple.what == What::Segment;
+    if segment && holds::<T>(2, !flow::flags_valid(packet.tcp_flags)) {
+        tables.probe(Branch::FlagsInvalid);
+        return Verdict::deny(Reason::TcpFlags);
+    }
+    let picked_up = match flow::opens(tables, packet) {
+        Ok(picked_up) => picked_up,
+        Err(reason) => return Verdict::deny(reason),
+    };
+    let answer = policy::allows_packet(tables, packet, direction, at.active.slot);
+    if answer.verdict.passes() {
+        tables.begin(packet, direction, now_ns, answer.share, picked_up)
+    } else {
+        answer.verdict
+    }
+}
+
+/// Begins the flow of a packet that policy allows.
+#[inline(always)]
+pub fn begin<T: Tables>(
+    tables: &T,
+    packet: &Packet,
+    direction: Direction,
+    now_ns: u64,
+    share: u16,
+    picked_up: bool,
+) -> Verdict {
+    let Some(at) = now(tables, direction, now_ns) else {
+        return Verdict::deny(Reason::NoPolicy);
+    };
+    let key = flow::key(direction, &packet.tuple);
+    let verdict = flow::begin(tables, &key, &at, share, picked_up, None);
+    if packet.part == Part::First && verdict.passes() {
+        tables.probe(Branch::FragmentKept);
+        keep_fragment(tables, packet, &key, now_ns);
+    }
+    verdict
+}
+
+/// Decides a packet that has the headers of its flow: known, or the first of one.
 #[inline(always)]
 pub fn of_flow<T: Tables>(
     tables: &T,
     packet: &Packet,
     direction: Direction,
     now_ns: u64,
-    missed: bool,
+    in_vain: InVain,
 ) -> Verdict {
     let Some(at) = now(tables, direction, now_ns) else {
         return Verdict::deny(Reason::NoPolicy);
@@ -404,7 +516,7 @@ pub fn of_flow<T: Tables>(
         return Verdict::deny(Reason::TcpFlags);
     }
     let key = flow::key(direction, &packet.tuple);
-    let verdict = match flow::known(tables, &key, packet, &at, missed) {
+    let verdict = match flow::known(tables, &key, packet, &at, in_vain) {
         Ok(verdict) => verdict,
         Err(former) => flow::first(tables, &key, packet, &at, former),
     };
@@ -493,7 +605,7 @@ pub fn later_fragment<T: Tables>(
         zero: 0,
         zeros: 0,
     };
-    let Some((store, entry, flow)) = flow::live(tables, &key, at.now_ns, false) else {
+    let Some((store, entry, flow)) = flow::live(tables, &key, at.now_ns, InVain::Nowhere) else {
         tables.probe(Branch::LaterFlowGone);
         return Verdict::deny(Reason::FragmentNoState);
     };
@@ -532,7 +644,7 @@ pub fn related<T: Tables>(
         return Verdict::deny(Reason::IcmpUnrelated);
     }
     let key = flow::key(at.direction.flip(), inner);
-    let Some((store, entry, flow)) = flow::live(tables, &key, at.now_ns, false) else {
+    let Some((store, entry, flow)) = flow::live(tables, &key, at.now_ns, InVain::Nowhere) else {
         tables.probe(Branch::ErrorNoFlow);
         return Verdict::deny(Reason::IcmpUnrelated);
     };

@@ -23,15 +23,16 @@
 mod change;
 mod classes;
 mod cost;
+pub mod lines;
 mod near;
 mod ports;
 
 use classes::{Interner, Role, Roles, host, own_is_source};
 use ebpf::abi::{
-    Addr, Direction as AbiDirection, EVERYTHING, Identity, Page, PageKey, PairKey, Ports, PortsKey,
-    SetId, share_of, side,
+    Addr, Direction as AbiDirection, EVERYTHING, Grant, Identity, Page, PageKey, PairKey, Ports,
+    PortsKey, SetId, share_of, side,
 };
-use ports::PortSet;
+use ports::{Entries, PortSet};
 use proto::filter::{Direction, Filter, Label, Rule};
 use proto::id::NodeId;
 use proto::net::{Prefix, Protocol};
@@ -82,8 +83,8 @@ pub struct Tables {
     /// Routes, and prefixes that rules tell apart inside them.
     pub prefixes: BTreeMap<PrefixKey, Identity>,
     /// What one class may initiate to another.
-    pub pairs: BTreeMap<PairKey, SetId>,
-    /// Port sets by protocol.
+    pub pairs: BTreeMap<PairKey, Grant>,
+    /// Port sets by protocol, beside what grants hold of them.
     pub ports: BTreeMap<PortsKey, Ports>,
     /// Bitmaps of large port sets.
     pub pages: BTreeMap<PageKey, Page>,
@@ -202,8 +203,8 @@ impl Acl {
         }
         self.fits(Table::Addresses, tables.identities.len(), MAX_IDENTITIES)?;
         self.fill_prefixes(&mut tables, me, peers)?;
-        self.fill_pairs(&mut tables)?;
-        self.fill_ports(&mut tables)?;
+        let sets = self.fill_sets(&tables)?;
+        self.fill_pairs(&mut tables, &sets)?;
         self.tables = tables;
         Ok(())
     }
@@ -264,7 +265,9 @@ impl Acl {
         both.flat_map(Role::prefixes).copied().collect()
     }
 
-    fn fill_pairs(&mut self, tables: &mut Tables) -> Result<(), TooLarge> {
+    /// The port set of every pair that has one.
+    fn fill_sets(&mut self, tables: &Tables) -> Result<BTreeMap<PairKey, SetId>, TooLarge> {
+        let mut sets = BTreeMap::new();
         for direction in [Direction::Ingress, Direction::Egress] {
             let (sources, destinations) = used_classes(tables, direction);
             for &source in &sources {
@@ -276,13 +279,13 @@ impl Acl {
                         direction: abi_direction,
                     };
                     if let Some(set) = self.union(direction, key) {
-                        tables.pairs.insert(key, set);
+                        sets.insert(key, set);
                     }
                 }
-                self.fits(Table::Pairs, tables.pairs.len(), MAX_PAIRS)?;
+                self.fits(Table::Pairs, sets.len(), MAX_PAIRS)?;
             }
         }
-        Ok(())
+        Ok(sets)
     }
 
     /// The port set of all rules that select both classes of a pair.
@@ -321,18 +324,30 @@ impl Acl {
         set
     }
 
-    fn fill_ports(&mut self, tables: &mut Tables) -> Result<(), TooLarge> {
-        let used: BTreeSet<SetId> = tables.pairs.values().copied().collect();
+    fn fill_pairs(
+        &self,
+        tables: &mut Tables,
+        sets: &BTreeMap<PairKey, SetId>,
+    ) -> Result<(), TooLarge> {
+        let used: BTreeSet<SetId> = sets.values().copied().collect();
+        let mut grants = BTreeMap::from([(EVERYTHING, Grant::EVERYTHING)]);
         for id in used {
             let Some(set) = self.contents.get(&id) else {
                 continue;
             };
-            let (ports, pages) = set.entries(id);
+            let Entries {
+                grant,
+                ports,
+                pages,
+            } = set.entries(id);
+            grants.insert(id, grant);
             tables.ports.extend(ports);
             tables.pages.extend(pages);
             self.fits(Table::PortSets, tables.ports.len(), MAX_PORTS)?;
             self.fits(Table::Pages, tables.pages.len(), MAX_PAGES)?;
         }
+        let granted = |(key, set): (&PairKey, &SetId)| Some((*key, *grants.get(set)?));
+        tables.pairs = sets.iter().filter_map(granted).collect();
         Ok(())
     }
 

@@ -2,12 +2,12 @@
 
 use super::model;
 use ebpf::abi::{
-    Active, Addr, Direction, ECHO_FROM_LOCAL, Flow, FlowKey, Fragment, FragmentKey, Identity,
-    PageKey, PairKey, Ports, PortsKey, Quota, SetId, Share,
+    Active, Addr, Direction, ECHO_FROM_LOCAL, Flow, FlowKey, Fragment, FragmentKey, Grant,
+    Identity, PageKey, PairKey, Ports, PortsKey, Quota, Share,
 };
 use ebpf::packet::Packet;
-
-use ebpf::verdict::{Branch, Limits, Store, Tables, Verdict, judge, take_quota};
+use ebpf::tracks;
+use ebpf::verdict::{Branch, Limits, Store, Tables, Verdict, judge, key_of, take_quota};
 use engine::acl::{self, Change};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -61,11 +61,7 @@ impl<const M: u32> Twin<M> {
         };
         self.tables.replace(tables.clone());
         let slot = 1 - active.slot;
-        let next = Active {
-            epoch,
-            slot,
-            ..active.revised()
-        };
+        let next = Active { epoch, slot };
         self.active.set(next.word());
     }
 
@@ -132,7 +128,7 @@ impl<const M: u32> Tables for Twin<M> {
         self.tables.borrow().route((*addr).into())
     }
 
-    fn pair(&self, _slot: u32, key: &PairKey) -> Option<SetId> {
+    fn pair(&self, _slot: u32, key: &PairKey) -> Option<Grant> {
         self.tables.borrow().pairs.get(key).copied()
     }
 
@@ -150,6 +146,16 @@ impl<const M: u32> Tables for Twin<M> {
         }
         let tables = self.tables.borrow();
         tables.pages.get(key)?.words.get(word as usize).copied()
+    }
+
+    fn is_new(&self, packet: &Packet, direction: Direction) -> bool {
+        let key = key_of(packet, direction);
+        let stores = [Store::Established, Store::Opening, Store::Surplus];
+        let flows = self.flows.borrow();
+        tracks::is_for(packet)
+            && !stores
+                .iter()
+                .any(|store| flows.contains_key(&(*store, key)))
     }
 
     fn find(&self, store: Store, key: &FlowKey) -> Option<Self::Entry> {

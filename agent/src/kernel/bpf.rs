@@ -28,103 +28,30 @@
 
 mod acl;
 mod attach;
+mod error;
 mod events;
 pub mod guard;
 mod place;
 mod policy;
 mod recount;
 mod refuse;
+mod tracks;
 mod view;
 
-use ebpf::abi::{Active, maps};
-use engine::status::FailureKind;
+use ebpf::abi::Active;
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 pub use self::acl::{Acl, First};
 pub use attach::{How, Options};
+pub use error::AclError;
 
 /// The committed object, aligned as the loader wants it.
 static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../ebpf/acl.bpf.o"));
-
-/// The programs cannot be attached, or their maps not written.
-#[derive(Debug, thiserror::Error)]
-pub enum AclError {
-    /// The folder for pins is on another kind of file system.
-    #[error(
-        "{path} is not on a bpffs: mount one with `mount -t bpf bpf /sys/fs/bpf` (systemd does so \
-         by itself), or give --bpf-dir a folder on one"
-    )]
-    NoBpffs {
-        /// The folder.
-        path: PathBuf,
-    },
-    /// PID 1 does not see the bpffs.
-    #[error(
-        "{path} is on a bpffs that PID 1 does not see: it would vanish with this process, and the \
-         protection with it. Bind-mount the host's /sys/fs/bpf there, or start the agent in the \
-         host's mount namespace"
-    )]
-    PrivateBpffs {
-        /// The folder.
-        path: PathBuf,
-    },
-    /// The kernel refused a program; the text is the end of the verifier's log.
-    #[error("the kernel refused the programs: {0}")]
-    Load(String),
-    /// The kernel did not attach a program.
-    #[error("cannot attach the programs to {interface}: {text}")]
-    Attach {
-        /// The device.
-        interface: String,
-        /// What the kernel said.
-        text: String,
-    },
-    /// The object does not hold what this agent expects.
-    #[error("the embedded object has no {0}")]
-    Object(&'static str),
-    /// A map operation failed.
-    #[error("{what} {map}")]
-    Map {
-        /// What was done.
-        what: &'static str,
-        /// To which map.
-        map: String,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// A pin or its folder.
-    #[error("{path}")]
-    Pin {
-        /// Where.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-}
-
-impl AclError {
-    /// What kind of failure it is.
-    #[must_use]
-    pub fn kind(&self) -> FailureKind {
-        match self {
-            Self::Map { source, .. } | Self::Pin { source, .. } => match source.raw_os_error() {
-                Some(libc::EPERM | libc::EACCES) => FailureKind::Permission,
-                Some(libc::E2BIG | libc::ENOMEM | libc::ENOSPC) => FailureKind::TooLarge,
-                _ => FailureKind::Programs,
-            },
-            Self::NoBpffs { .. }
-            | Self::PrivateBpffs { .. }
-            | Self::Load(_)
-            | Self::Attach { .. }
-            | Self::Object(_) => FailureKind::Programs,
-        }
-    }
-}
 
 /// What a test run shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,6 +109,7 @@ mod command {
     pub(super) const OBJ_GET: i64 = 7;
     pub(super) const PROG_TEST_RUN: i64 = 10;
     pub(super) const OBJ_GET_INFO_BY_FD: i64 = 15;
+    pub(super) const MAP_LOOKUP_BATCH: i64 = 24;
     pub(super) const MAP_UPDATE_BATCH: i64 = 26;
     pub(super) const LINK_DETACH: i64 = 34;
 }
@@ -192,6 +120,8 @@ mod command {
 pub(crate) enum MapKind {
     /// `BPF_MAP_TYPE_HASH`.
     Hash = 1,
+    /// `BPF_MAP_TYPE_ARRAY`, of lines.
+    Lines = 2,
     /// `BPF_MAP_TYPE_LPM_TRIE`.
     LpmTrie = 11,
     /// `BPF_MAP_TYPE_ARRAY_OF_MAPS`.
@@ -200,6 +130,11 @@ pub(crate) enum MapKind {
 
 /// `BPF_F_NO_PREALLOC`, which tries ask for.
 const NO_PREALLOC: u32 = 1;
+/// `BPF_F_MMAPABLE`, so that values begin where a page does, and `BPF_F_INNER_MAP`, so that arrays
+/// of different sizes may stand in one place.
+const LINES: u32 = 1 << 10 | 1 << 12;
+/// More than any bucket holds.
+const KEYS_AT_ONCE: usize = 4_096;
 /// `BPF_ANY`: make or replace.
 pub const ANY: u64 = 0;
 /// `BPF_NOEXIST`: only make.
@@ -452,6 +387,7 @@ impl RawMap {
             map_flags: match kind {
                 MapKind::Hash | MapKind::ArrayOfMaps => 0,
                 MapKind::LpmTrie => NO_PREALLOC,
+                MapKind::Lines => LINES,
             },
             inner_map_fd: inner.map_or(0, Self::number),
             ..CreateAttr::default()
@@ -486,6 +422,16 @@ impl RawMap {
         })
     }
 
+    /// Its name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Another handle on it.
+    pub(crate) fn duplicate(&self) -> Result<Self, AclError> {
+        Self::from_fd(self.fd.as_fd(), &self.name)
+    }
+
     /// Most entries.
     pub(crate) fn capacity(&self) -> usize {
         self.info.max_entries as usize
@@ -494,6 +440,11 @@ impl RawMap {
     /// Size of a value in bytes.
     pub(crate) fn value_size(&self) -> usize {
         self.info.value_size as usize
+    }
+
+    /// The kernel's number of the map, which no other has.
+    pub(crate) fn id(&self) -> u32 {
+        self.info.id
     }
 
     /// The descriptor's number, as outer maps take it for a value.
@@ -645,6 +596,21 @@ impl RawMap {
         }
     }
 
+    /// Removes all entries, if they are at most so many; whether it is empty now.
+    pub(crate) fn clear<K>(&self, most: usize) -> Result<bool, AclError>
+    where
+        K: FromBytes + IntoBytes + Immutable + Copy,
+    {
+        let mut key = K::new_zeroed();
+        for _ in 0..=most {
+            if !self.first_key(key.as_mut_bytes().as_mut_ptr())? {
+                return Ok(true);
+            }
+            self.remove(&key)?;
+        }
+        Ok(false)
+    }
+
     /// At most `limit` entries, in no order. Entries that come or go meanwhile may be missed.
     ///
     /// # Errors
@@ -660,6 +626,48 @@ impl RawMap {
             .into_iter()
             .filter_map(|(key, bytes)| Some((key, V::read_from_bytes(&bytes).ok()?)));
         Ok(typed.collect())
+    }
+
+    /// The keys of a hash map, bucket by bucket: none is missing that is there all the time.
+    pub(crate) fn keys<K>(&self) -> Result<Vec<K>, AclError>
+    where
+        K: FromBytes + IntoBytes + Immutable + Copy,
+    {
+        let error = |source| failed("list", &self.name, source);
+        if size_of::<K>() != self.info.key_size as usize {
+            return Err(error(io::ErrorKind::InvalidInput.into()));
+        }
+        let mut keys = Vec::new();
+        let mut some = vec![K::new_zeroed(); KEYS_AT_ONCE];
+        let mut values = vec![0_u8; KEYS_AT_ONCE * self.value_size().next_multiple_of(8)];
+        let mut cursor: Option<u32> = None;
+        loop {
+            let mut next = 0_u32;
+            let mut attr = BatchAttr {
+                in_batch: cursor
+                    .as_ref()
+                    .map_or(0, |cursor| std::ptr::from_ref(cursor) as u64),
+                out_batch: (&raw mut next) as u64,
+                keys: some.as_mut_ptr() as u64,
+                values: values.as_mut_ptr() as u64,
+                count: KEYS_AT_ONCE as u32,
+                map_fd: fd_number(&self.fd),
+                ..BatchAttr::default()
+            };
+            // SAFETY: `count` keys (of the map's size, checked above) and values fit the buffers,
+            // and a cursor is one u32 in hash maps; all live through the call.
+            let result = unsafe { bpf(command::MAP_LOOKUP_BATCH, &mut attr) };
+            let found = (attr.count as usize).min(KEYS_AT_ONCE);
+            match result {
+                Ok(_) => keys.extend_from_slice(&some[..found]),
+                Err(source) if source.raw_os_error() == Some(libc::ENOENT) => {
+                    keys.extend_from_slice(&some[..found]);
+                    return Ok(keys);
+                }
+                Err(source) => return Err(error(source)),
+            }
+            cursor = Some(next);
+        }
     }
 
     /// The same with values as bytes, for maps of another layout.
@@ -723,25 +731,28 @@ fn failed(what: &'static str, map: &str, source: io::Error) -> AclError {
     }
 }
 
-/// The active word, mapped: one aligned store makes a policy count.
-struct ActiveWord {
-    word: std::ptr::NonNull<AtomicU64>,
+/// The words of an array, mapped: they are read and written as the programs do it.
+struct Mapped {
+    words: std::ptr::NonNull<AtomicU64>,
+    count: usize,
     bytes: usize,
 }
 
 // SAFETY: the mapping belongs to this value alone and is only touched by atomic operations.
-unsafe impl Send for ActiveWord {}
+unsafe impl Send for Mapped {}
 // SAFETY: as above.
-unsafe impl Sync for ActiveWord {}
+unsafe impl Sync for Mapped {}
 
-impl ActiveWord {
-    /// Maps the one value of the map.
+impl Mapped {
+    /// Maps them all.
     fn map(map: &RawMap) -> Result<Self, AclError> {
         map.check_value("map", size_of::<u64>())?;
         // SAFETY: asks for a number.
         let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-        let bytes = usize::try_from(page).unwrap_or(4096);
-        // SAFETY: a fresh shared mapping of the map's only page; it is unmapped on drop.
+        let page = usize::try_from(page).unwrap_or(4096);
+        let count = map.capacity();
+        let bytes = (count * size_of::<u64>()).next_multiple_of(page);
+        // SAFETY: a fresh shared mapping of whole pages of the map; it is unmapped on drop.
         let address = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -753,29 +764,45 @@ impl ActiveWord {
             )
         };
         if address == libc::MAP_FAILED {
-            return Err(failed("map", maps::ACTIVE, io::Error::last_os_error()));
+            return Err(failed("map", &map.name, io::Error::last_os_error()));
         }
-        let word = std::ptr::NonNull::new(address.cast())
-            .ok_or_else(|| failed("map", maps::ACTIVE, io::ErrorKind::InvalidData.into()))?;
-        Ok(Self { word, bytes })
+        let words = std::ptr::NonNull::new(address.cast())
+            .ok_or_else(|| failed("map", &map.name, io::ErrorKind::InvalidData.into()))?;
+        Ok(Self {
+            words,
+            count,
+            bytes,
+        })
     }
 
-    fn load(&self) -> Active {
-        // SAFETY: mapped, aligned to a page, and only ever accessed atomically from here.
-        Active::from_word(unsafe { self.word.as_ref() }.load(Ordering::Acquire))
-    }
-
-    fn store(&self, active: Active) {
-        // SAFETY: as for `load`.
-        unsafe { self.word.as_ref() }.store(active.word(), Ordering::Release);
+    fn words(&self) -> &[AtomicU64] {
+        // SAFETY: mapped for as long as this value lives, aligned to a page, so many words, and only
+        // ever accessed atomically from here.
+        unsafe { std::slice::from_raw_parts(self.words.as_ptr(), self.count) }
     }
 }
 
-impl Drop for ActiveWord {
+impl Drop for Mapped {
     fn drop(&mut self) {
         // SAFETY: this value's own mapping, never used again.
         unsafe {
-            libc::munmap(self.word.as_ptr().cast(), self.bytes);
+            libc::munmap(self.words.as_ptr().cast(), self.bytes);
+        }
+    }
+}
+
+/// The active word, mapped: one aligned store makes a policy count.
+struct ActiveWord(Mapped);
+
+impl ActiveWord {
+    fn load(&self) -> Active {
+        let word = self.0.words().first();
+        Active::from_word(word.map_or(0, |word| word.load(Ordering::Acquire)))
+    }
+
+    fn store(&self, active: Active) {
+        if let Some(word) = self.0.words().first() {
+            word.store(active.word(), Ordering::Release);
         }
     }
 }

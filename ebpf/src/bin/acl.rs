@@ -14,6 +14,11 @@
     missing_docs,
     reason = "the attribute macros of aya make public items of their own"
 )]
+#![feature(core_intrinsics)]
+#![allow(
+    internal_features,
+    reason = "the target is said to have no atomic operations; Linux 5.12 and later have this one"
+)]
 #![allow(
     unsafe_code,
     reason = "packets and map values are reached through raw pointers; see each SAFETY"
@@ -24,30 +29,32 @@ mod answer;
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::bindings::{
-    BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_RB_NO_WAKEUP, TC_ACT_SHOT, TC_ACT_UNSPEC,
+    BPF_F_INNER_MAP, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_RB_NO_WAKEUP, TC_ACT_SHOT,
+    TC_ACT_UNSPEC,
 };
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
-use aya_ebpf::helpers::{
-    bpf_get_smp_processor_id, bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_skb_load_bytes,
-};
+use aya_ebpf::helpers::{bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_skb_load_bytes};
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
-use core::cell::Cell;
+use core::intrinsics::{AtomicOrdering, atomic_or};
 use core::ptr::NonNull;
 use ebpf::abi::{
     Active, Addr, Allowance, Counter, Direction, Dropped, ESTABLISHED_FLOWS, EVENT_BYTES,
-    FRAGMENTED_DATAGRAMS, Flow, FlowKey, Fragment, FragmentKey, Identity, OPENING_FLOWS, Page,
-    PageKey, PairKey, Ports, PortsKey, Quota, SHARES, SLOTS, SURPLUS_FLOWS, SetId, Share, Told,
+    FRAGMENTED_DATAGRAMS, Flow, FlowKey, Fragment, FragmentKey, Grant, Identity, OPENING_FLOWS,
+    Page, PageKey, PairKey, Ports, PortsKey, Quota, SHARES, SLOTS, SURPLUS_FLOWS, Share, Told,
 };
 use ebpf::event;
-use ebpf::memo::{self, Pending, Refused, Row, Tags};
+use ebpf::lines::{self, GrantedLine, OwnedLine, Shape};
 use ebpf::packet::{Bytes, Packet, What, general, parse};
 use ebpf::reason::{OUTCOMES, Reason};
-use ebpf::verdict::{self, Answer, Store, Tables, Verdict, decide, take_quota};
+use ebpf::tracks;
+use ebpf::verdict::{self, Answer, InVain, Store, Tables, Verdict, decide, take_quota};
 
 const SLOTS_LEN: usize = SLOTS as usize;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
+/// Lines begin where the processor's do, and slots have different numbers of them.
+const LINES: usize = MMAPABLE | BPF_F_INNER_MAP as usize;
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 /// Inner maps are created by user space with the size that the policy needs.
 const TEMPLATE: usize = 1;
@@ -56,12 +63,15 @@ type Slotted<M> = ArrayOfMaps<M, SLOTS_LEN>;
 
 #[btf_map]
 static ACTIVE: Array<u64, 1, MMAPABLE> = Array::new();
+/// Where entries are in the tables of lines, by slot.
 #[btf_map]
-static IDENTITIES: Slotted<HashMap<Addr, Identity, TEMPLATE>> = ArrayOfMaps::new();
+static SHAPES: Array<Shape, SLOTS_LEN> = Array::new();
+#[btf_map]
+static IDENTITIES: Slotted<Array<OwnedLine, TEMPLATE, LINES>> = ArrayOfMaps::new();
 #[btf_map]
 static PREFIXES: Slotted<LpmTrie<Addr, Identity, TEMPLATE, NO_PREALLOC>> = ArrayOfMaps::new();
 #[btf_map]
-static PAIRS: Slotted<HashMap<PairKey, SetId, TEMPLATE>> = ArrayOfMaps::new();
+static PAIRS: Slotted<Array<GrantedLine, TEMPLATE, LINES>> = ArrayOfMaps::new();
 #[btf_map]
 static PORTS: Slotted<HashMap<PortsKey, Ports, TEMPLATE>> = ArrayOfMaps::new();
 #[btf_map]
@@ -72,6 +82,9 @@ static OPENING: LruHashMap<FlowKey, Flow, { OPENING_FLOWS as usize }> = LruHashM
 static ESTABLISHED: LruHashMap<FlowKey, Flow, { ESTABLISHED_FLOWS as usize }> = LruHashMap::new();
 #[btf_map]
 static SURPLUS: LruHashMap<FlowKey, Flow, { SURPLUS_FLOWS as usize }> = LruHashMap::new();
+/// Which flows cannot be there: see [`ebpf::tracks`].
+#[btf_map]
+static TRACKS: Array<u64, { tracks::ALL_WORDS as usize }, MMAPABLE> = Array::new();
 #[btf_map(name = "SHARES")]
 static SHARE_TABLE: Array<Share, { SHARES as usize }> = Array::new();
 #[btf_map]
@@ -125,159 +138,24 @@ fn now_ns() -> u64 {
     clock.now_ns
 }
 
-/// Refusals that this CPU remembers: see [`ebpf::memo`].
-#[btf_map]
-static REFUSALS: PerCpuArray<Row, { memo::ROWS as usize }> = PerCpuArray::new();
-/// What may be at each of their places.
-#[btf_map]
-static TAGS: PerCpuArray<Tags, 1> = PerCpuArray::new();
-/// The packet that is being decided. One a CPU, as of [`PACKET`].
-#[btf_map]
-static PENDING: PerCpuArray<Pending, 1> = PerCpuArray::new();
-/// A number for the flow that was last written, spread by its hash. No two writes store the same.
-#[btf_map]
-static GENERATIONS: Array<u64, { memo::GENERATIONS as usize }> = Array::new();
-/// How many flows this CPU has written.
-#[btf_map]
-static WRITTEN: PerCpuArray<u64, 1> = PerCpuArray::new();
-/// Bits of a generation that say which CPU wrote it.
-const CPU_BITS: u32 = 16;
-
 /// The loaded maps.
-struct Maps {
-    /// Whether the refusal at hand is one that was remembered.
-    remembered: Cell<bool>,
-}
+struct Maps;
 
-impl Maps {
-    #[inline(always)]
-    const fn new() -> Self {
-        Self {
-            remembered: Cell::new(false),
-        }
-    }
-
-    /// The active word.
-    #[inline(always)]
-    fn word(&self) -> u64 {
-        match ACTIVE.get_ptr(0) {
-            // SAFETY: a valid, aligned array element; volatile, because user space stores to it
-            // through a mapping and one packet must see one value.
-            Some(word) => unsafe { word.read_volatile() },
-            None => 0,
-        }
-    }
-
-    /// [`verdict::of_flow`], unless the same question was answered a moment ago.
-    #[inline(always)]
-    fn of_flow(&self, direction: Direction, now_ns: u64, missed: bool) -> Verdict {
-        let way = direction as u32;
-        if acl_remembered(way, now_ns) != 0 {
-            self.remembered.set(true);
-            return Verdict::deny(Reason::Policy);
-        }
-        let verdict = Verdict::from_code(acl_of_flow(way, now_ns, u32::from(missed)));
-        if verdict == Verdict::deny(Reason::Policy) {
-            acl_remember(way);
-        }
-        verdict
-    }
-}
-
-/// Whether the packet at hand was refused a moment ago and nothing has changed since. If not, it is
-/// noted in [`PENDING`] when it begins to be decided. A global function, so that its frame is gone
-/// when policy is asked.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn acl_remembered(direction: u32, now_ns: u64) -> u32 {
-    let direction = direction_of(direction);
-    let Some(pending) = PENDING.get_ptr_mut(0) else {
-        return 0;
-    };
-    // SAFETY: this CPU's element, which nobody else touches while a classifier runs.
-    let pending = unsafe { &mut *pending };
-    pending.place = memo::NOWHERE;
-    let Some(packet) = packet_at_hand() else {
-        return 0;
-    };
-    if !memo::is_for(packet) {
-        return 0;
-    }
-    let hash = memo::hash_of_packet(packet, direction);
-    let Some(generation) = GENERATIONS.get_ptr(memo::generation(hash)) else {
-        return 0;
-    };
-    // SAFETY: a valid, aligned array element; volatile, because other CPUs write it.
-    pending.at.generation = unsafe { generation.read_volatile() };
-    pending.at.active = Maps::new().word();
-    pending.at.window = event::window(now_ns);
-    pending.place = memo::place(hash);
-    pending.tag = u32::from(memo::tag(hash, pending.at.window));
-    let Some(tag) = tag_at(memo::place(hash)) else {
-        return 0;
-    };
-    if u32::from(*tag) != pending.tag {
-        return 0;
-    }
-    let Some(refused) = refusal_at(memo::place(hash)) else {
-        return 0;
-    };
-    u32::from(memo::answers(refused, packet, direction, &pending.at))
-}
-
-/// Remembers that policy refuses the packet at hand, if it does so not for the first time: of a
-/// scan, whose packets all differ, nothing but a tag is written.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn acl_remember(direction: u32) -> u32 {
-    let Some(pending) = PENDING.get_ptr(0) else {
-        return 0;
-    };
-    // SAFETY: this CPU's element, which nobody else touches while a classifier runs.
-    let pending = unsafe { &*pending };
-    let place = pending.place;
-    if place == memo::NOWHERE {
-        return 0;
-    }
-    let Some(tag) = tag_at(place) else {
-        return 0;
-    };
-    if u32::from(*tag) != pending.tag {
-        *tag = pending.tag as u16;
-        return 0;
-    }
-    let Some(packet) = packet_at_hand() else {
-        return 0;
-    };
-    let direction = direction_of(direction);
-    // Before the number was read, the flow was looked for among those that last; meanwhile it may
-    // have come there from the others.
-    let key = verdict::key_of(packet, direction);
-    if Maps::new().find(Store::Established, &key).is_some() {
-        return 0;
-    }
-    let Some(refused) = refusal_at(place) else {
-        return 0;
-    };
-    memo::keep(refused, packet, direction, &pending.at);
-    0
-}
-
+/// Leaves a flow's track in both halves.
 #[inline(always)]
-fn tag_at(place: u32) -> Option<&'static mut u16> {
-    let tags: *mut u16 = TAGS.get_ptr_mut(0)?.cast();
-    // SAFETY: this CPU's element, which nobody else touches while a classifier runs, and has so
-    // many tags.
-    unsafe { Some(&mut *tags.add((place % memo::PLACES) as usize)) }
-}
-
-#[inline(always)]
-fn refusal_at(place: u32) -> Option<&'static mut Refused> {
-    let row = REFUSALS.get_ptr_mut(place / memo::ROW)?;
-    let places: *mut Refused = row.cast();
-    // SAFETY: the row is this CPU's, which nobody else touches while a classifier runs, and has so
-    // many places.
-    unsafe { Some(&mut *places.add((place % memo::ROW) as usize)) }
+fn leave_tracks(place: u32) {
+    let bit = tracks::bit(place);
+    for half in 0..2 {
+        if let Some(word) = TRACKS.get_ptr_mut(tracks::word_of(half, place)) {
+            // SAFETY: a valid, aligned array element, which is only ever changed in one step. Where
+            // the track is there already, the line stays in every CPU's cache.
+            unsafe {
+                if word.read_volatile() & bit == 0 {
+                    atomic_or::<u64, u64, { AtomicOrdering::Relaxed }>(word, bit);
+                }
+            }
+        }
+    }
 }
 
 impl Tables for Maps {
@@ -285,22 +163,44 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn active(&self) -> Active {
-        Active::from_word(self.word())
+        match ACTIVE.get_ptr(0) {
+            // SAFETY: a valid, aligned array element; volatile, because user space stores to it
+            // through a mapping and one packet must see one value.
+            Some(word) => Active::from_word(unsafe { word.read_volatile() }),
+            None => Active::from_word(0),
+        }
     }
 
     #[inline(always)]
     fn complete(&self, slot: u32) -> bool {
-        IDENTITIES.get(slot).is_some()
-            && PREFIXES.get(slot).is_some()
-            && PAIRS.get(slot).is_some()
-            && PORTS.get(slot).is_some()
-            && PAGES.get(slot).is_some()
+        // Written when all of them are there. What is missing nevertheless is not found.
+        SHAPES.get(slot).is_some_and(|shape| shape.pairs.lines != 0)
     }
 
     #[inline(always)]
     fn identity(&self, slot: u32, addr: &Addr) -> Option<Identity> {
-        // SAFETY: entries of an active slot are added and never changed or removed.
-        unsafe { IDENTITIES.get(slot)?.get(addr).copied() }
+        let plan = SHAPES.get(slot)?.identities;
+        let table = IDENTITIES.get(slot)?;
+        let [one, two] = lines::places(lines::hash_of_addr(addr, plan.seed), plan.lines);
+        match table.get(one)?.find(addr) {
+            Some(identity) => Some(identity),
+            None => table.get(two)?.find(addr),
+        }
+    }
+
+    #[inline(always)]
+    fn own_identity(&self, slot: u32, addr: &Addr) -> Option<Identity> {
+        let shape = SHAPES.get(slot)?;
+        let own = if addr.is_v4() {
+            &shape.own[1]
+        } else {
+            &shape.own[0]
+        };
+        if own.addr == *addr {
+            Some(own.identity)
+        } else {
+            self.identity(slot, addr)
+        }
     }
 
     #[inline(always)]
@@ -309,22 +209,46 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn pair(&self, slot: u32, key: &PairKey) -> Option<SetId> {
-        // SAFETY: as for identities.
-        unsafe { PAIRS.get(slot)?.get(key).copied() }
+    fn pair(&self, slot: u32, key: &PairKey) -> Option<Grant> {
+        let plan = SHAPES.get(slot)?.pairs;
+        let table = PAIRS.get(slot)?;
+        let pair = lines::pair_word(key);
+        let [one, two] = lines::places(lines::hash_of_pair(pair, plan.seed), plan.lines);
+        match table.get(one)?.find(pair) {
+            Some(grant) => Some(*grant),
+            None => table.get(two)?.find(pair).copied(),
+        }
     }
 
     #[inline(always)]
     fn ports(&self, slot: u32, key: &PortsKey) -> Option<Ports> {
-        // SAFETY: as for identities.
+        // SAFETY: entries of an active slot are added and never changed or removed.
         unsafe { PORTS.get(slot)?.get(key).copied() }
     }
 
     #[inline(always)]
     fn page_word(&self, slot: u32, key: &PageKey, word: u32) -> Option<u64> {
-        // SAFETY: as for identities.
+        // SAFETY: as for ports.
         let page = unsafe { PAGES.get(slot)?.get(key)? };
         page.words.get((word & 7) as usize).copied()
+    }
+
+    #[inline(always)]
+    fn is_new(&self, packet: &Packet, direction: Direction) -> bool {
+        if !tracks::is_for(packet) {
+            return false;
+        }
+        let Some(half) = TRACKS.get_ptr(tracks::HALF) else {
+            return false;
+        };
+        let place = tracks::of_packet(packet, direction);
+        // SAFETY: valid, aligned array elements; volatile, because others write them.
+        unsafe {
+            match TRACKS.get_ptr(tracks::word_of(half.read_volatile() as u32, place)) {
+                Some(word) => word.read_volatile() & tracks::bit(place) == 0,
+                None => false,
+            }
+        }
     }
 
     #[inline(always)]
@@ -353,26 +277,14 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn insert(&self, store: Store, key: &FlowKey, flow: &Flow) -> bool {
-        let inserted = match store {
+        // Before it is there: whoever finds no track can find no flow.
+        leave_tracks(tracks::of_key(key));
+        match store {
             Store::Opening => OPENING.insert(key, flow, 0),
             Store::Established => ESTABLISHED.insert(key, flow, 0),
             Store::Surplus => SURPLUS.insert(key, flow, 0),
         }
-        .is_ok();
-        // After it is there: whoever reads the new count finds the flow.
-        let place = memo::generation(memo::hash_of_key(key));
-        if let (Some(generation), Some(count)) =
-            (GENERATIONS.get_ptr_mut(place), WRITTEN.get_ptr_mut(0))
-        {
-            // SAFETY: the count is this CPU's element, which nobody else touches meanwhile; a
-            // whole word is stored to the other, so a reader sees an old value or a new one.
-            unsafe {
-                *count += 1;
-                let cpu = u64::from(bpf_get_smp_processor_id());
-                generation.write_volatile(*count << CPU_BITS | cpu);
-            }
-        }
-        inserted
+        .is_ok()
     }
 
     #[inline(always)]
@@ -423,7 +335,7 @@ impl Tables for Maps {
         packet: &Packet,
         direction: Direction,
         now_ns: u64,
-        missed: bool,
+        in_vain: InVain,
     ) -> Verdict {
         // Which find the packet where it is.
         let way = direction as u32;
@@ -436,8 +348,37 @@ impl Tables for Maps {
             | What::SctpOther
             | What::Request
             | What::Reply
-            | What::OtherIcmp => self.of_flow(direction, now_ns, missed),
+            | What::OtherIcmp
+                if in_vain == InVain::Everywhere =>
+            {
+                Verdict::from_code(acl_of_new(way, now_ns))
+            }
+            What::Segment
+            | What::Datagram
+            | What::SctpInit
+            | What::SctpOther
+            | What::Request
+            | What::Reply
+            | What::OtherIcmp => Verdict::from_code(acl_of_flow(way, now_ns, in_vain as u32)),
         }
+    }
+
+    #[inline(always)]
+    fn begin(
+        &self,
+        _packet: &Packet,
+        direction: Direction,
+        now_ns: u64,
+        share: u16,
+        picked_up: bool,
+    ) -> Verdict {
+        let way = direction as u32;
+        Verdict::from_code(acl_begin(
+            way,
+            now_ns,
+            u32::from(share),
+            u32::from(picked_up),
+        ))
     }
 
     #[inline(always)]
@@ -463,7 +404,7 @@ pub extern "C" fn acl_allows(key: *const FlowKey, initiator: u32, slot: u32) -> 
     // SAFETY: callers pass a whole key; the verifier checks that it is readable. Volatile, so that
     // it is copied: Linux 6.1 takes nothing of a caller's memory for the key of a map.
     let key = unsafe { key.read_volatile() };
-    verdict::allows_flow(&Maps::new(), &key, initiator, slot).code()
+    verdict::allows_flow(&Maps, &key, initiator, slot).code()
 }
 
 /// The packet at hand.
@@ -485,15 +426,41 @@ fn direction_of(number: u32) -> Direction {
 /// [`verdict::of_flow`], as a global function for the same reason.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn acl_of_flow(direction: u32, now_ns: u64, missed: u32) -> u32 {
+pub extern "C" fn acl_of_flow(direction: u32, now_ns: u64, in_vain: u32) -> u32 {
     match packet_at_hand() {
         Some(packet) => verdict::of_flow(
-            &Maps::new(),
+            &Maps,
             packet,
             direction_of(direction),
             now_ns,
-            missed != 0,
+            InVain::from_number(in_vain),
         ),
+        None => Verdict::deny(Reason::TableMissing),
+    }
+    .code()
+}
+
+/// [`verdict::of_new`], as a global function for the same reason.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn acl_of_new(direction: u32, now_ns: u64) -> u32 {
+    match packet_at_hand() {
+        Some(packet) => verdict::of_new(&Maps, packet, direction_of(direction), now_ns),
+        None => Verdict::deny(Reason::TableMissing),
+    }
+    .code()
+}
+
+/// [`verdict::begin`], as a global function for the same reason.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn acl_begin(direction: u32, now_ns: u64, share: u32, picked_up: u32) -> u32 {
+    let direction = direction_of(direction);
+    match packet_at_hand() {
+        Some(packet) => {
+            let (share, picked_up) = (share as u16, picked_up != 0);
+            verdict::begin(&Maps, packet, direction, now_ns, share, picked_up)
+        }
         None => Verdict::deny(Reason::TableMissing),
     }
     .code()
@@ -504,9 +471,7 @@ pub extern "C" fn acl_of_flow(direction: u32, now_ns: u64, missed: u32) -> u32 {
 #[inline(never)]
 pub extern "C" fn acl_later_fragment(direction: u32, now_ns: u64) -> u32 {
     match packet_at_hand() {
-        Some(packet) => {
-            verdict::later_fragment(&Maps::new(), packet, direction_of(direction), now_ns)
-        }
+        Some(packet) => verdict::later_fragment(&Maps, packet, direction_of(direction), now_ns),
         None => Verdict::deny(Reason::TableMissing),
     }
     .code()
@@ -517,7 +482,7 @@ pub extern "C" fn acl_later_fragment(direction: u32, now_ns: u64) -> u32 {
 #[inline(never)]
 pub extern "C" fn acl_related(direction: u32, now_ns: u64) -> u32 {
     match packet_at_hand() {
-        Some(packet) => verdict::related(&Maps::new(), packet, direction_of(direction), now_ns),
+        Some(packet) => verdict::related(&Maps, packet, direction_of(direction), now_ns),
         None => Verdict::deny(Reason::TableMissing),
     }
     .code()
@@ -610,14 +575,13 @@ fn classify(ctx: &TcContext, direction: Direction) -> i32 {
     let now_ns = now_ns();
     let len = ctx.len();
     let bytes = InPlace { skb: ctx.skb.skb };
-    let maps = Maps::new();
     let (read, verdict) = match PACKET.get_ptr_mut(0) {
         Some(packet) => {
             // SAFETY: this CPU's element, which nobody else touches meanwhile.
             let packet = unsafe { &mut *packet };
             let read = parse(&bytes, packet);
             if read.passes() {
-                (true, decide(&maps, packet, direction, now_ns))
+                (true, decide(&Maps, packet, direction, now_ns))
             } else {
                 (false, read)
             }
@@ -628,8 +592,7 @@ fn classify(ctx: &TcContext, direction: Direction) -> i32 {
     if verdict.passes() {
         return TC_ACT_UNSPEC;
     }
-    // What is remembered was told of when it was decided, if that was its turn.
-    if !maps.remembered.get() {
+    if may_be_news(verdict.counter(direction), now_ns) {
         acl_tell(
             ctx.skb.skb,
             verdict.code(),
@@ -641,6 +604,16 @@ fn classify(ctx: &TcContext, direction: Direction) -> i32 {
     match direction {
         Direction::Ingress => TC_ACT_SHOT,
         Direction::Egress => answer::refuse(ctx.skb.skb, verdict),
+    }
+}
+
+/// Whether a drop of this outcome is looked at, to tell of it.
+#[inline(always)]
+fn may_be_news(counter: u32, now_ns: u64) -> bool {
+    match ALLOWANCES.get_ptr_mut(counter) {
+        // SAFETY: this CPU's element, which nobody else touches meanwhile.
+        Some(allowance) => event::look(unsafe { &mut *allowance }, now_ns),
+        None => false,
     }
 }
 
@@ -682,14 +655,7 @@ pub extern "C" fn acl_tell(
     if !event::take(unsafe { &mut *allowance }, window) {
         return 0;
     }
-    let dropped = event::describe(
-        &Maps::new(),
-        &ByCall { skb },
-        packet,
-        verdict,
-        direction,
-        now_ns,
-    );
+    let dropped = event::describe(&Maps, &ByCall { skb }, packet, verdict, direction, now_ns);
     // Full where nobody reads. The reader looks by itself: nothing here wakes it.
     let _ = EVENTS.output(&dropped, u64::from(BPF_RB_NO_WAKEUP));
     1

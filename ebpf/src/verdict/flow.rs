@@ -1,6 +1,6 @@
 //! State of flows: finding, renewing, opening them, and how long they live.
 
-use super::{At, Branch, Store, Tables, Verdict, holds};
+use super::{At, Branch, InVain, Store, Tables, Verdict, holds};
 use crate::abi::{Addr, Direction, ECHO_FROM_LOCAL, ECHO_FROM_REMOTE, Flow, FlowKey, flow_flags};
 use crate::packet::{Packet, Part, Tuple, What, protocol, tcp};
 use crate::reason::{Accepted, Reason};
@@ -139,9 +139,9 @@ pub fn is_live(key: &FlowKey, store: Store, flow: &Flow, now_ns: u64) -> bool {
 
 /// Lets a packet of an established flow pass that changes nothing about it but its time: nearly
 /// every packet there is, at the cost of one look-up. [`known`] would say the same. `Err` tells
-/// whether the look-up was made in vain.
+/// whether the look-up was made, in vain.
 #[inline(always)]
-pub(super) fn hit<T: Tables>(tables: &T, packet: &Packet, at: &At) -> Result<(), bool> {
+pub(super) fn hit<T: Tables>(tables: &T, packet: &Packet, at: &At) -> Result<(), InVain> {
     let changes = tcp::SYN | tcp::RST | tcp::FIN;
     let plain = match packet.tuple.what {
         What::Segment => packet.tcp_flags & (changes | tcp::ACK) == tcp::ACK,
@@ -149,18 +149,18 @@ pub(super) fn hit<T: Tables>(tables: &T, packet: &Packet, at: &At) -> Result<(),
         What::SctpInit | What::Error | What::OtherIcmp | What::LaterFragment => false,
     };
     if !plain || packet.part != Part::Whole {
-        return Err(false);
+        return Err(InVain::Nowhere);
     }
     let key = key(at.direction, &packet.tuple);
     let Some(entry) = tables.find(Store::Established, &key) else {
-        return Err(true);
+        return Err(InVain::Established);
     };
     let flow = tables.load(entry);
     let age_ns = at.now_ns.saturating_sub(flow.last_seen_ns);
     let (_, timeout_ns) = timeout(key.protocol, Store::Established, &flow);
     if holds::<T>(27, flow.epoch != at.active.epoch) || holds::<T>(28, age_ns > timeout_ns) {
         tables.probe(Branch::HitNeedsMore);
-        return Err(false);
+        return Err(InVain::Nowhere);
     }
     tables.probe(Branch::Hit);
     if holds::<T>(29, age_ns >= FRESHEN_NS) {
@@ -177,18 +177,18 @@ pub(super) fn hit<T: Tables>(tables: &T, packet: &Packet, at: &At) -> Result<(),
     Ok(())
 }
 
-/// The flow of this key, if it has not timed out. `missed`: it is known not to be established.
+/// The flow of this key, if it has not timed out.
 #[inline(always)]
 pub(super) fn live<T: Tables>(
     tables: &T,
     key: &FlowKey,
     now_ns: u64,
-    missed: bool,
+    in_vain: InVain,
 ) -> Option<(Store, T::Entry, Flow)> {
-    let established = if missed {
-        None
-    } else {
+    let established = if in_vain == InVain::Nowhere {
         tables.find(Store::Established, key)
+    } else {
+        None
     };
     let (store, entry) = if let Some(entry) = established {
         tables.probe(Branch::FlowInEstablished);
@@ -289,9 +289,12 @@ pub(super) fn known<T: Tables>(
     key: &FlowKey,
     packet: &Packet,
     at: &At,
-    missed: bool,
+    in_vain: InVain,
 ) -> Result<Verdict, Option<Store>> {
-    let Some((store, entry, flow)) = live(tables, key, at.now_ns, missed) else {
+    if in_vain == InVain::Everywhere {
+        return Err(None);
+    }
+    let Some((store, entry, flow)) = live(tables, key, at.now_ns, in_vain) else {
         return Err(None);
     };
     let forward = flow.initiator == at.direction as u8;
@@ -445,7 +448,7 @@ fn closing<T: Tables>(tables: &T, tcp_flags: u8, forward: bool) -> u8 {
 /// Whether a packet without flow may begin one, as far as its protocol is concerned; `true` if it
 /// begins in the middle.
 #[inline(always)]
-fn opens<T: Tables>(tables: &T, packet: &Packet) -> Result<bool, Reason> {
+pub(super) fn opens<T: Tables>(tables: &T, packet: &Packet) -> Result<bool, Reason> {
     let (branch, result) = match packet.tuple.what {
         What::Segment if holds::<T>(13, is_syn(packet)) => (Branch::OpensSyn, Ok(false)),
         What::Segment if holds::<T>(14, is_pure_ack(packet)) => (Branch::OpensAck, Ok(true)),
@@ -478,6 +481,19 @@ pub(super) fn first<T: Tables>(
     if !answer.verdict.passes() {
         return answer.verdict;
     }
+    begin(tables, key, at, answer.share, picked_up, former)
+}
+
+/// Begins a flow that policy allows.
+#[inline(always)]
+pub(super) fn begin<T: Tables>(
+    tables: &T,
+    key: &FlowKey,
+    at: &At,
+    share: u16,
+    picked_up: bool,
+    former: Option<Store>,
+) -> Verdict {
     if picked_up && holds::<T>(15, !tables.take_picked_up(at.now_ns)) {
         tables.probe(Branch::QuotaSpent);
         return Verdict::deny(Reason::PickedUpQuota);
@@ -487,9 +503,9 @@ pub(super) fn first<T: Tables>(
         epoch: at.active.epoch,
         initiator: at.direction as u8,
         flags: if picked_up { flow_flags::PICKED_UP } else { 0 },
-        share: answer.share,
+        share,
     };
-    let store = place(tables, answer.share, at.now_ns);
+    let store = place(tables, share, at.now_ns);
     if !tables.insert(store, key, &flow) {
         tables.probe(Branch::TableFull);
         return Verdict::deny(Reason::FlowTableFull);

@@ -2,13 +2,14 @@
 //!
 //! At most eight look-ups, whatever the number of rules, ports and peers: two exact ones for the
 //! addresses (each with one longest-prefix match behind it), one for the pair of classes, two for
-//! the protocol of its port set, and one for a page of ports.
+//! a protocol that the pair's grant has not, and one for a page of ports. Mostly three.
 
 use super::{Answer, At, Branch, Tables, Verdict, holds};
 use crate::abi::{
-    ANY_PROTOCOL, Addr, Direction, EVERYTHING, FlowKey, INLINE_RANGES, Identity, PAGE_PORTS,
-    PageKey, PairKey, Ports, PortsKey, SetId, ports_kind, side,
+    ANY_PROTOCOL, Addr, Direction, EVERYTHING, FlowKey, Identity, PAGE_PORTS, PageKey, PairKey,
+    PortsKey, SetId, ports_kind, side,
 };
+use crate::packet::Packet;
 use crate::reason::{Accepted, Reason};
 
 /// May this initiate that?
@@ -47,7 +48,34 @@ pub fn allows_flow<T: Tables>(tables: &T, key: &FlowKey, initiator: u32, slot: u
             slot,
         }
     };
-    match refusal(tables, &question) {
+    answer(tables, &question)
+}
+
+/// Policy's answer to a packet that begins a flow.
+#[inline(always)]
+pub(super) fn allows_packet<T: Tables>(
+    tables: &T,
+    packet: &Packet,
+    direction: Direction,
+    slot: u32,
+) -> Answer {
+    let tuple = &packet.tuple;
+    answer(
+        tables,
+        &Question {
+            src: &tuple.src,
+            dst: &tuple.dst,
+            port: u32::from(tuple.dst_port),
+            protocol: u32::from(tuple.protocol),
+            direction,
+            slot,
+        },
+    )
+}
+
+#[inline(always)]
+fn answer<T: Tables>(tables: &T, question: &Question) -> Answer {
+    match refusal(tables, question) {
         Ok(share) => Answer {
             verdict: Verdict::accept(Accepted::New),
             share: share as u16,
@@ -75,9 +103,9 @@ fn refusal<T: Tables>(tables: &T, question: &Question) -> Result<u32, Reason> {
     }
     routable(tables, src)?;
     routable(tables, dst)?;
-    let source = owner(tables, slot, src);
+    let source = owner(tables, slot, src, direction == Direction::Egress);
     check_source(tables, direction, source.side)?;
-    let destination = owner(tables, slot, dst);
+    let destination = owner(tables, slot, dst, direction == Direction::Ingress);
     check_destination(tables, direction, destination.side)?;
     if source.as_source == 0 || destination.as_destination == 0 {
         tables.probe(Branch::ClassZero);
@@ -92,15 +120,25 @@ fn refusal<T: Tables>(tables: &T, question: &Question) -> Result<u32, Reason> {
         destination: destination.as_destination,
         direction: direction as u32,
     };
-    let Some(set) = tables.pair(slot, &pair) else {
+    let Some(grant) = tables.pair(slot, &pair) else {
         tables.probe(Branch::PairNone);
         return Err(Reason::Policy);
     };
-    if holds::<T>(16, set == EVERYTHING) {
+    if holds::<T>(16, grant.set == EVERYTHING) {
         tables.probe(Branch::PairEverything);
         return Ok(share);
     }
-    if in_set(tables, slot, set, question.protocol, question.port as u16) {
+    let port = question.port as u16;
+    let allowed = if u32::from(grant.protocol) == question.protocol {
+        tables.probe(Branch::PortsOfGrant);
+        in_ranges::<T, _>(&grant.ranges, port)
+    } else if grant.more == 0 {
+        tables.probe(Branch::NoMorePorts);
+        false
+    } else {
+        in_set(tables, slot, grant.set, question.protocol, port)
+    };
+    if allowed {
         tables.probe(Branch::PortIn);
         Ok(share)
     } else {
@@ -133,10 +171,15 @@ fn routable<T: Tables>(tables: &T, addr: &Addr) -> Result<(), Reason> {
     Err(reason)
 }
 
-/// Who has an address: nobody, too, is an answer.
+/// Who has an address: nobody, too, is an answer. `ours`: we should.
 #[inline(always)]
-fn owner<T: Tables>(tables: &T, slot: u32, addr: &Addr) -> Identity {
-    if let Some(identity) = tables.identity(slot, addr) {
+fn owner<T: Tables>(tables: &T, slot: u32, addr: &Addr, ours: bool) -> Identity {
+    let exact = if ours {
+        tables.own_identity(slot, addr)
+    } else {
+        tables.identity(slot, addr)
+    };
+    if let Some(identity) = exact {
         return identity;
     }
     match tables.route(slot, addr) {
@@ -199,7 +242,7 @@ fn check_destination<T: Tables>(tables: &T, direction: Direction, side: u32) -> 
 /// Anti-spoof alone, for packets that policy does not judge.
 #[inline(never)]
 pub(super) fn sender<T: Tables>(tables: &T, src: &Addr, at: &At) -> Result<(), Reason> {
-    let side = owner(tables, at.active.slot, src).side;
+    let side = owner(tables, at.active.slot, src, false).side;
     check_source(tables, at.direction, side)
 }
 
@@ -228,7 +271,7 @@ fn in_set<T: Tables>(tables: &T, slot: u32, set: SetId, protocol: u32, port: u16
         }
         ports_kind::INLINE => {
             tables.probe(Branch::PortsInline);
-            in_ranges::<T>(&ports, port)
+            in_ranges::<T, _>(&ports.ranges, port)
         }
         ports_kind::PAGED => {
             tables.probe(Branch::PortsPaged);
@@ -254,11 +297,11 @@ fn in_set<T: Tables>(tables: &T, slot: u32, set: SetId, protocol: u32, port: u16
 }
 
 #[inline(always)]
-fn in_ranges<T: Tables>(ports: &Ports, port: u16) -> bool {
+fn in_ranges<T: Tables, const N: usize>(ranges: &[[u16; 2]; N], port: u16) -> bool {
     let mut found = false;
     let mut at = 0;
-    while at < INLINE_RANGES {
-        let [first, last] = ports.ranges[at];
+    while at < N {
+        let [first, last] = ranges[at];
         found |= holds::<T>(21, first <= port) & holds::<T>(22, port <= last);
         at += 1;
     }

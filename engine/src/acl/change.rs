@@ -1,7 +1,7 @@
 //! What leads from one lowered policy to the next.
 
 use super::{Acl, PrefixKey, Tables};
-use ebpf::abi::{Addr, Identity, Page, PageKey, PairKey, Ports, PortsKey, SetId};
+use ebpf::abi::{Addr, Grant, Identity, Page, PageKey, PairKey, Ports, PortsKey};
 use proto::filter::{Direction, Filter, Label, Rule, Selector};
 use proto::net::Prefix;
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,7 +33,7 @@ pub struct Patch {
     /// Port sets.
     pub ports: Vec<(PortsKey, Ports)>,
     /// Pairs of classes.
-    pub pairs: Vec<(PairKey, SetId)>,
+    pub pairs: Vec<(PairKey, Grant)>,
     /// Prefixes.
     pub prefixes: Vec<(PrefixKey, Identity)>,
     /// Addresses.

@@ -1,13 +1,14 @@
 //! Port sets: what one class may initiate to another, in the form that the programs test.
 //!
 //! A [`PortSet`] is canonical (ranges sorted, merged, apart), so that equal sets are equal values
-//! and share one id whatever rules they came from. Up to [`INLINE_RANGES`] ranges of a protocol sit
-//! in the entry itself; more become pages of 512 bits, so that the cost of a test is the same for
-//! one port and for a thousand ranges.
+//! and share one id whatever rules they came from. The ranges of one protocol, if they are few, go
+//! with every pair that has the set ([`Grant`]). Of other protocols, up to [`INLINE_RANGES`] ranges
+//! sit in the entry itself; more become pages of 512 bits, so that the cost of a test is the same
+//! for one port and for a thousand ranges.
 
 use ebpf::abi::{
-    ANY_PROTOCOL, INLINE_RANGES, NO_RANGE, PAGE_PORTS, Page, PageKey, Ports, PortsKey, SetId,
-    ports_kind,
+    ANY_PROTOCOL, GRANT_RANGES, Grant, INLINE_RANGES, NO_PROTOCOL, NO_RANGE, PAGE_PORTS, Page,
+    PageKey, Ports, PortsKey, SetId, ports_kind,
 };
 use proto::filter::Service;
 use proto::net::{PortRange, Protocol};
@@ -18,8 +19,16 @@ const PORTED: [Protocol; 3] = [Protocol::TCP, Protocol::UDP, Protocol::SCTP];
 /// Words of one page.
 const WORD_BITS: u16 = 64;
 
-/// What goes into one table.
-type Entries<K, V> = Vec<(K, V)>;
+/// What goes into the tables for one set.
+#[derive(Debug)]
+pub(super) struct Entries {
+    /// With every pair that has the set.
+    pub(super) grant: Grant,
+    /// For protocols that the grant has not.
+    pub(super) ports: Vec<(PortsKey, Ports)>,
+    /// For protocols of many ranges.
+    pub(super) pages: Vec<(PageKey, Page)>,
+}
 
 /// Protocols and ports, canonical.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -79,8 +88,9 @@ impl PortSet {
     }
 
     /// Its entries under the id `set`.
-    pub(super) fn entries(&self, set: SetId) -> (Entries<PortsKey, Ports>, Entries<PageKey, Page>) {
+    pub(super) fn entries(&self, set: SetId) -> Entries {
         let (mut ports, mut pages) = (Vec::new(), Vec::new());
+        let mut grant = self.grant(set);
         if self.any {
             ports.push((
                 PortsKey {
@@ -91,6 +101,9 @@ impl PortSet {
             ));
         }
         for (&protocol, ranges) in &self.by_protocol {
+            if grant.protocol == u16::from(protocol) {
+                continue;
+            }
             let key = PortsKey {
                 set,
                 protocol: u32::from(protocol),
@@ -104,7 +117,33 @@ impl PortSet {
                 pages.extend(paged(set, protocol, ranges));
             }
         }
-        (ports, pages)
+        grant.more = u16::from(!ports.is_empty());
+        Entries {
+            grant,
+            ports,
+            pages,
+        }
+    }
+
+    /// What goes with every pair: the first protocol whose ranges there is room for, those with
+    /// ports before others.
+    fn grant(&self, set: SetId) -> Grant {
+        let mut grant = Grant {
+            set,
+            protocol: NO_PROTOCOL,
+            more: 0,
+            ranges: [NO_RANGE; GRANT_RANGES],
+        };
+        let fitting = self.by_protocol.iter();
+        let fitting = fitting.filter(|(_, ranges)| ranges.len() <= GRANT_RANGES);
+        let first = fitting.min_by_key(|(protocol, _)| !Protocol(**protocol).has_ports());
+        if let Some((protocol, ranges)) = first {
+            grant.protocol = u16::from(*protocol);
+            for (to, range) in grant.ranges.iter_mut().zip(ranges) {
+                *to = [range.first(), range.last()];
+            }
+        }
+        grant
     }
 
     fn add(&mut self, protocol: Protocol, ports: PortRange) {
@@ -197,10 +236,15 @@ mod tests {
             .iter()
             .map(|port| service(Some(Protocol::UDP), *port, *port))
             .collect();
-        let (ports, pages) = PortSet::of(&services).entries(3);
-        assert_eq!(ports.len(), 1);
-        assert_eq!(ports[0].1.kind, ports_kind::PAGED);
-        let bits: u32 = pages
+        let entries = PortSet::of(&services).entries(3);
+        assert_eq!(entries.ports.len(), 1);
+        assert_eq!(entries.ports[0].1.kind, ports_kind::PAGED);
+        assert_eq!(
+            (entries.grant.protocol, entries.grant.more),
+            (NO_PROTOCOL, 1)
+        );
+        let bits: u32 = entries
+            .pages
             .iter()
             .flat_map(|(_, page)| page.words)
             .map(u64::count_ones)
@@ -210,7 +254,8 @@ mod tests {
 
     #[test]
     fn the_top_port_neither_wraps_nor_is_lost() {
-        let (ports, _) = PortSet::of(&[service(Some(Protocol::TCP), 65535, 65535)]).entries(1);
-        assert_eq!(ports[0].1.ranges[0], [65535, 65535]);
+        let entries = PortSet::of(&[service(Some(Protocol::TCP), 65535, 65535)]).entries(1);
+        assert_eq!(entries.grant.ranges[0], [65535, 65535]);
+        assert_eq!((entries.grant.more, entries.ports.len()), (0, 0));
     }
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ebpf::abi::{
-    Active, Addr, Direction, Flow, FlowKey, Fragment, FragmentKey, Identity, PageKey, PairKey,
-    Ports, PortsKey, Quota, SetId, Share,
+    Active, Addr, Direction, Flow, FlowKey, Fragment, FragmentKey, Grant, Identity, PageKey,
+    PairKey, Ports, PortsKey, Quota, Share,
 };
 use ebpf::packet::Packet;
 use ebpf::verdict::{Store, judge, take_quota};
@@ -63,7 +63,6 @@ impl ebpf::verdict::Tables for Acl {
         Active {
             epoch: self.epoch.get(),
             slot: 0,
-            revision: 0,
         }
     }
 
@@ -79,7 +78,7 @@ impl ebpf::verdict::Tables for Acl {
         self.policy.as_ref()?.tables.route((*addr).into())
     }
 
-    fn pair(&self, _slot: u32, key: &PairKey) -> Option<SetId> {
+    fn pair(&self, _slot: u32, key: &PairKey) -> Option<Grant> {
         self.policy.as_ref()?.tables.pairs.get(key).copied()
     }
 
@@ -90,6 +89,10 @@ impl ebpf::verdict::Tables for Acl {
     fn page_word(&self, _slot: u32, key: &PageKey, word: u32) -> Option<u64> {
         let page = self.policy.as_ref()?.tables.pages.get(key)?;
         page.words.get(word as usize).copied()
+    }
+
+    fn is_new(&self, _packet: &Packet, _direction: Direction) -> bool {
+        false
     }
 
     fn find(&self, store: Store, key: &FlowKey) -> Option<Self::Entry> {

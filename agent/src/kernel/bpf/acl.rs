@@ -1,7 +1,8 @@
 //! [`Acl`]: programs on one device, with their maps, as the rest of the agent uses them.
 
 use super::events::Events;
-use super::policy::{self, Slot};
+use super::policy::{self, Settling, Slot};
+use super::tracks::Tracks;
 use super::{
     AclError, ActiveWord, How, Options, PASSED, RawMap, Run, attach, now_ns, test_run, view,
 };
@@ -28,6 +29,8 @@ pub struct Acl {
     /// Where the maps of this layout are pinned.
     pub(super) layout: PathBuf,
     pub(super) word: ActiveWord,
+    pub(super) shapes: RawMap,
+    pub(super) tracks: Tracks,
     pub(super) established: RawMap,
     pub(super) opening: RawMap,
     pub(super) surplus: RawMap,
@@ -42,6 +45,8 @@ pub struct Acl {
     pub(super) events: Option<Events>,
     pub(super) outer: [RawMap; 5],
     pub(super) slots: [Option<Slot>; 2],
+    /// Until when packets may be in the idle slot.
+    pub(super) settling: Option<Settling>,
     /// By direction.
     pub(super) programs: [Option<OwnedFd>; 2],
     /// Programs that wait for the first policy before they take over from another layout's.
@@ -94,6 +99,15 @@ impl Acl {
         }
         self.recounted_ns = None;
         taken
+    }
+
+    /// Returns when nothing is under way that the last [`Self::set`] began. For tests: the next one
+    /// waits by itself.
+    ///
+    /// # Errors
+    /// [`AclError::Map`].
+    pub fn settle(&mut self) -> Result<(), AclError> {
+        policy::settled(self)
     }
 
     /// The active word.

@@ -11,7 +11,8 @@
 //! before the programs change and once more after it, for those that began in between.
 
 use super::policy::Slot;
-use super::{Acl, AclError, ActiveWord, NEW, OBJECT, RawMap, link_ifindex};
+use super::tracks::Tracks;
+use super::{Acl, AclError, ActiveWord, Mapped, NEW, OBJECT, RawMap, link_ifindex};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::tc::{
     NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact,
@@ -119,8 +120,6 @@ pub(super) fn take_over(acl: &Acl, waiting: &mut Waiting) -> Result<(), AclError
         how,
     )?;
     copy_flows(acl, &waiting.former);
-    // What was refused for want of a flow may have one now.
-    acl.word.store(acl.active().revised());
     forget(&waiting.former);
     Ok(())
 }
@@ -225,13 +224,20 @@ fn assemble(
         let map = loaded.map(name).ok_or(AclError::Object(name))?;
         RawMap::from_fd(map_fd(map).ok_or(AclError::Object(name))?, name)
     };
-    let slots = [Slot::from_pins(layout, 0), Slot::from_pins(layout, 1)];
+    let shapes = map(maps::SHAPES)?;
+    let word = ActiveWord(Mapped::map(&map(maps::ACTIVE)?)?);
+    // The idle slot may be half filled: the next policy makes its tables anew.
+    let active = word.load().slot;
+    let adopt = |number| Slot::from_pins(layout, number, &shapes);
+    let slots = [0, 1].map(|number| (number == active).then(|| adopt(number)).flatten());
     Ok(Acl {
         index,
         how,
         folder: folder.to_owned(),
         layout: layout.to_owned(),
-        word: ActiveWord::map(&map(maps::ACTIVE)?)?,
+        word,
+        shapes,
+        tracks: Tracks::new(Mapped::map(&map(maps::TRACKS)?)?),
         established: map(maps::ESTABLISHED)?,
         opening: map(maps::OPENING)?,
         surplus: map(maps::SURPLUS)?,
@@ -250,6 +256,7 @@ fn assemble(
             map(maps::PAGES)?,
         ],
         slots,
+        settling: None,
         programs: [None, None],
         waiting: None,
     })
@@ -398,6 +405,7 @@ fn copy_flows(acl: &Acl, former: &[PathBuf]) {
             // have nothing to do with the old ones.
             for (key, mut flow) in from.flows_of_any_layout() {
                 flow.epoch = 0;
+                acl.tracks.leave(&key);
                 let _ = to.put(&key, &flow, NEW);
             }
         }

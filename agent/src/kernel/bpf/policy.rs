@@ -1,20 +1,26 @@
 //! The two slots: filling the idle one and making it count, or changing single entries.
 //!
-//! *A swap.* Inner maps of the right size are made and filled, put into the idle slot of each outer
-//! map, and then the active word is stored. A packet reads the word once, so it meets one policy.
-//! A packet that read the word *before* the last swap might still be on its way through the slot
-//! that is now idle; so nothing is put there before a grace period has passed ([`grace`]).
+//! *A swap.* The tables of the idle slot are filled again where they have room, and replaced where
+//! not; then the active word is stored. A packet reads the word once, so it meets one policy. A packet
+//! that read the word *before* the last swap might still be on its way through the slot that is now
+//! idle; so nothing is written there before a grace period has passed. That begins when the word is
+//! stored ([`Settling`]), and is long over when somebody changes policy again.
 //!
-//! *In place.* A change that only adds goes into the active slot, what is named before what names
-//! it, and then the word gets its next revision: refusals that the programs remember end with it.
-//! Entries there are never changed or removed: the kernel gives their memory to the next one
-//! that is added, while a packet may still be reading it.
+//! *In place.* A change that only adds goes into the active slot, what is named before what names it.
+//! Entries there are never changed or removed: a packet may be reading them. What goes into a line is
+//! written first without its key, which nobody finds, and then with it.
 
-use super::{ANY, Acl, AclError, MapKind, NEW, RawMap};
+use super::{ANY, Acl, AclError, MapKind, NEW, RawMap, failed};
 use ebpf::abi::{
-    Active, Addr, Identity, Page, PageKey, PairKey, Ports, PortsKey, SLOTS, SetId, maps,
+    Active, Addr, Grant, Identity, Page, PageKey, PairKey, Ports, PortsKey, SLOTS, maps, side,
 };
+use ebpf::lines::{
+    Granted, GrantedLine, Owned, OwnedLine, Plan, Shape, hash_of_addr, hash_of_pair, pair_word,
+    places,
+};
+use engine::acl::lines::{Entry, Laid, granted, lay, lines_for, owned};
 use engine::acl::{Change, Patch, PrefixKey, Tables};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -45,43 +51,119 @@ impl From<PrefixKey> for TrieKey {
 
 /// Room for what joins before the next swap: a quarter, and this many entries.
 const SPARE_ENTRIES: usize = 256;
+/// A table with more entries is replaced; one with fewer is emptied.
+const MOST_REMOVED: usize = 4_096;
+/// A table of lines that has more of them than this times what is needed is replaced.
+const MOST_TOO_LARGE: usize = 4;
 
-/// The inner maps of one slot, in the order of [`maps::SLOTTED`].
+/// The inner maps of one slot.
 pub(super) struct Slot {
-    pub(super) identities: RawMap,
-    pub(super) prefixes: RawMap,
-    pub(super) pairs: RawMap,
-    pub(super) ports: RawMap,
-    pub(super) pages: RawMap,
+    identities: RawMap,
+    prefixes: RawMap,
+    pairs: RawMap,
+    ports: RawMap,
+    pages: RawMap,
+    shape: Shape,
+}
+
+/// Lines that are laid out, for either table.
+struct Lines {
+    identities: Laid<Owned>,
+    pairs: Laid<Granted>,
+}
+
+impl Lines {
+    /// As many as `former` has room for, if that is enough and not far too much.
+    fn of(tables: &Tables, former: Option<&Slot>) -> Result<Self, AclError> {
+        let count = |entries: usize, map: fn(&Slot) -> &RawMap| {
+            let least = lines_for(entries);
+            let room = former.map_or(0, |slot| map(slot).capacity());
+            if (least..=least * MOST_TOO_LARGE).contains(&room) {
+                room
+            } else {
+                least
+            }
+        };
+        std::thread::scope(|scope| {
+            let lines = count(tables.pairs.len(), |slot| &slot.pairs);
+            let pairs = scope.spawn(move || laid(maps::PAIRS, &tables.pairs, lines));
+            let lines = count(tables.identities.len(), |slot| &slot.identities);
+            Ok(Self {
+                identities: laid(maps::IDENTITIES, &tables.identities, lines)?,
+                pairs: joined(pairs)?,
+            })
+        })
+    }
+}
+
+/// The first address of this node in a family.
+fn own(tables: &Tables, v4: bool) -> Owned {
+    let own =
+        |(addr, identity): &(&Addr, &Identity)| identity.side == side::OWN && addr.is_v4() == v4;
+    let first = tables.identities.iter().find(own);
+    first.map_or(Owned::NONE, |(addr, identity)| {
+        Owned::from((*addr, *identity))
+    })
+}
+
+fn laid<K: Copy, V: Copy, E: Entry + From<(K, V)>>(
+    name: &str,
+    table: &BTreeMap<K, V>,
+    lines: usize,
+) -> Result<Laid<E>, AclError> {
+    let too_large = || failed("lay out", name, std::io::ErrorKind::StorageFull.into());
+    lay(table, lines).ok_or_else(too_large)
 }
 
 impl Slot {
-    /// The maps are filled side by side: the large ones take the time.
-    fn filled(tables: &Tables) -> Result<Self, AclError> {
+    /// Fills the maps of `former`, which nobody reads, or new ones, side by side: the large ones
+    /// take the time.
+    fn filled(former: Option<Self>, tables: &Tables, lines: &Lines) -> Result<Self, AclError> {
         let Tables {
-            identities,
             prefixes,
-            pairs,
             ports,
             pages,
+            ..
         } = tables;
+        let former = former.map(|slot| {
+            let Self {
+                identities,
+                prefixes,
+                pairs,
+                ports,
+                pages,
+                ..
+            } = slot;
+            [identities, prefixes, pairs, ports, pages].map(Some)
+        });
+        let [
+            old_identities,
+            old_prefixes,
+            old_pairs,
+            old_ports,
+            old_pages,
+        ] = former.unwrap_or_default();
+        let hash = MapKind::Hash;
         std::thread::scope(|scope| {
-            let hash = MapKind::Hash;
-            let pairs = scope.spawn(move || filled(maps::PAIRS, hash, pairs_of(pairs)));
-            let ports = scope.spawn(move || filled(maps::PORTS, hash, pairs_of(ports)));
-            let pages = scope.spawn(move || filled(maps::PAGES, hash, pairs_of(pages)));
+            let pairs = scope.spawn(move || written(maps::PAIRS, old_pairs, &lines.pairs));
             let trie = |(key, value): (&PrefixKey, &Identity)| (TrieKey::from(*key), *value);
             let prefixes = prefixes.iter().map(trie).unzip();
             Ok(Self {
-                identities: filled(maps::IDENTITIES, hash, pairs_of(identities))?,
-                prefixes: filled(maps::PREFIXES, MapKind::LpmTrie, prefixes)?,
+                identities: written(maps::IDENTITIES, old_identities, &lines.identities)?,
+                prefixes: filled(maps::PREFIXES, old_prefixes, MapKind::LpmTrie, prefixes)?,
+                ports: filled(maps::PORTS, old_ports, hash, pairs_of(ports))?,
+                pages: filled(maps::PAGES, old_pages, hash, pairs_of(pages))?,
                 pairs: joined(pairs)?,
-                ports: joined(ports)?,
-                pages: joined(pages)?,
+                shape: Shape {
+                    identities: lines.identities.plan,
+                    pairs: lines.pairs.plan,
+                    own: [false, true].map(|v4| own(tables, v4)),
+                },
             })
         })
     }
 
+    /// In the order of [`maps::SLOTTED`].
     fn maps(&self) -> [&RawMap; 5] {
         [
             &self.identities,
@@ -93,7 +175,7 @@ impl Slot {
     }
 
     /// The maps of slot `number` that a former agent pinned; `None` if one is missing.
-    pub(super) fn from_pins(folder: &Path, number: u32) -> Option<Self> {
+    pub(super) fn from_pins(folder: &Path, number: u32, shapes: &RawMap) -> Option<Self> {
         let open = |name: &str| RawMap::from_pin(&pin_path(folder, name, number)).ok();
         Some(Self {
             identities: open(maps::IDENTITIES)?,
@@ -101,19 +183,61 @@ impl Slot {
             pairs: open(maps::PAIRS)?,
             ports: open(maps::PORTS)?,
             pages: open(maps::PAGES)?,
+            shape: shapes.get(&number).ok().flatten()?,
         })
+    }
+
+    /// Who has exactly this address.
+    pub(super) fn identity(&self, addr: &Addr) -> Option<Identity> {
+        let Plan { seed, lines, .. } = self.shape.identities;
+        places(hash_of_addr(addr, seed), lines)
+            .into_iter()
+            .find_map(|place| {
+                let line: OwnedLine = self.identities.get(&place).ok().flatten()?;
+                line.find(addr)
+            })
+    }
+
+    /// Who has the longest prefix around this address.
+    pub(super) fn route(&self, addr: &Addr) -> Option<Identity> {
+        self.prefixes.get(&TrieKey::around(*addr)).ok().flatten()
+    }
+
+    /// What one class may initiate to another.
+    pub(super) fn grant(&self, key: &PairKey) -> Option<Grant> {
+        let (pair, Plan { seed, lines, .. }) = (pair_word(key), self.shape.pairs);
+        places(hash_of_pair(pair, seed), lines)
+            .into_iter()
+            .find_map(|place| {
+                let line: GrantedLine = self.pairs.get(&place).ok().flatten()?;
+                line.find(pair).copied()
+            })
+    }
+
+    /// One protocol of a port set.
+    pub(super) fn ports(&self, key: &PortsKey) -> Option<Ports> {
+        self.ports.get(key).ok().flatten()
+    }
+
+    /// A page of ports.
+    pub(super) fn page(&self, key: &PageKey) -> Option<Page> {
+        self.pages.get(key).ok().flatten()
     }
 
     /// Writes what the maps hold to `text`, at most `limit` entries of each.
     pub(super) fn dump(&self, text: &mut String, limit: usize) -> Result<(), AclError> {
-        for (key, value) in self.identities.entries::<Addr, Identity>(limit)? {
-            let _ = writeln!(text, "identity {key:?} {value:?}");
+        for (_, line) in self.identities.entries::<u32, OwnedLine>(limit)? {
+            for (addr, identity) in line.entries.iter().filter_map(owned) {
+                let _ = writeln!(text, "identity {addr:?} {identity:?}");
+            }
         }
         for (key, value) in self.prefixes.entries::<TrieKey, Identity>(limit)? {
             let _ = writeln!(text, "prefix {:?}/{} {value:?}", key.addr, key.bits);
         }
-        for (key, value) in self.pairs.entries::<PairKey, SetId>(limit)? {
-            let _ = writeln!(text, "pair {key:?} set {value}");
+        for (_, line) in self.pairs.entries::<u32, GrantedLine>(limit)? {
+            for (key, grant) in line.entries.iter().filter_map(granted) {
+                let _ = writeln!(text, "pair {key:?} {grant:?}");
+            }
         }
         for (key, value) in self.ports.entries::<PortsKey, Ports>(limit)? {
             let _ = writeln!(text, "ports {key:?} {value:?}");
@@ -126,24 +250,62 @@ impl Slot {
 }
 
 fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
-    match thread.join() {
+    joined_any(thread.join())
+}
+
+fn joined_any<T>(ended: std::thread::Result<T>) -> T {
+    match ended {
         Ok(result) => result,
         Err(panic) => std::panic::resume_unwind(panic),
     }
 }
 
-fn pairs_of<K: Copy, V: Copy>(table: &std::collections::BTreeMap<K, V>) -> (Vec<K>, Vec<V>) {
+fn pairs_of<K: Copy, V: Copy>(table: &BTreeMap<K, V>) -> (Vec<K>, Vec<V>) {
     table.iter().map(|(key, value)| (*key, *value)).unzip()
 }
 
-fn filled<K: IntoBytes + Immutable, V: IntoBytes + Immutable>(
+/// A map with these entries and no others: `former`, emptied, if it has the room.
+fn filled<K, V>(
     name: &str,
+    former: Option<RawMap>,
     kind: MapKind,
     (keys, values): (Vec<K>, Vec<V>),
-) -> Result<RawMap, AclError> {
-    let room = keys.len() + keys.len() / 4 + SPARE_ENTRIES;
-    let map = RawMap::create(kind, name, size_of::<K>(), size_of::<V>(), room, None)?;
+) -> Result<RawMap, AclError>
+where
+    K: FromBytes + IntoBytes + Immutable + Copy,
+    V: IntoBytes + Immutable,
+{
+    let former = former.filter(|map| map.capacity() >= keys.len());
+    let emptied = match former {
+        Some(map) => map.clear::<K>(MOST_REMOVED)?.then_some(map),
+        None => None,
+    };
+    let map = match emptied {
+        Some(map) => map,
+        None => {
+            let room = keys.len() + keys.len() / 4 + SPARE_ENTRIES;
+            RawMap::create(kind, name, size_of::<K>(), size_of::<V>(), room, None)?
+        }
+    };
     map.put_all(&keys, &values)?;
+    Ok(map)
+}
+
+/// A map of just these lines.
+fn written<E: Entry>(name: &str, former: Option<RawMap>, laid: &Laid<E>) -> Result<RawMap, AclError>
+where
+    E::Line: IntoBytes + Immutable,
+{
+    let count = laid.lines.len();
+    let map = match former.filter(|map| map.capacity() == count) {
+        Some(map) => map,
+        None => {
+            let (key, value) = (size_of::<u32>(), size_of::<E::Line>());
+            RawMap::create(MapKind::Lines, name, key, value, count, None)?
+        }
+    };
+    let numbers: Vec<u32> = (0..laid.plan.lines).collect();
+    map.put_all(&numbers, &laid.lines)?;
     Ok(map)
 }
 
@@ -151,13 +313,13 @@ fn filled<K: IntoBytes + Immutable, V: IntoBytes + Immutable>(
 /// the inner maps by BTF, and Linux 6.1 then takes none that has no BTF of its own.
 pub(super) fn make_outer(layout: &Path) -> Result<(), AclError> {
     let shapes = [
-        (MapKind::Hash, size_of::<Addr>(), size_of::<Identity>()),
+        (MapKind::Lines, size_of::<u32>(), size_of::<OwnedLine>()),
         (
             MapKind::LpmTrie,
             size_of::<TrieKey>(),
             size_of::<Identity>(),
         ),
-        (MapKind::Hash, size_of::<PairKey>(), size_of::<SetId>()),
+        (MapKind::Lines, size_of::<u32>(), size_of::<GrantedLine>()),
         (MapKind::Hash, size_of::<PortsKey>(), size_of::<Ports>()),
         (MapKind::Hash, size_of::<PageKey>(), size_of::<Page>()),
     ];
@@ -200,7 +362,6 @@ pub(super) fn set(acl: &mut Acl, tables: &Tables, change: Option<&Change>) -> Re
 fn swap(acl: &mut Acl, tables: &Tables, narrows: bool) -> Result<(), AclError> {
     let active = acl.active();
     let next = Active {
-        revision: active.revised().revision,
         slot: if active.epoch == 0 {
             active.slot
         } else {
@@ -208,20 +369,19 @@ fn swap(acl: &mut Acl, tables: &Tables, narrows: bool) -> Result<(), AclError> {
         },
         epoch: raised(active.epoch, narrows),
     };
-    let slot = std::thread::scope(|scope| {
-        let waited = scope.spawn(|| grace(acl));
-        let slot = Slot::filled(tables);
-        joined(waited)?;
-        slot
-    })?;
-    put_into(acl, &slot, next.slot)?;
-    for (name, map) in maps::SLOTTED.iter().zip(slot.maps()) {
-        let path = pin_path(&acl.layout, name, next.slot);
-        let _ = std::fs::remove_file(&path);
-        map.pin(&path)?;
-    }
+    let idle = next.slot as usize;
+    let lines = Lines::of(tables, acl.slots[idle].as_ref())?;
+    settled(acl)?;
+    // Whatever goes wrong from here on, nobody finds anything there.
+    acl.shapes.put(&next.slot, &Shape::NONE, ANY)?;
+    let former = acl.slots[idle].take();
+    let there = former.as_ref().map(|slot| slot.maps().map(RawMap::id));
+    let slot = Slot::filled(former, tables, &lines)?;
+    put_into(acl, &slot, next.slot, there)?;
+    acl.shapes.put(&next.slot, &slot.shape, ANY)?;
     acl.word.store(next);
-    acl.slots[next.slot as usize] = Some(slot);
+    acl.slots[idle] = Some(slot);
+    acl.settling = Settling::begin(acl);
     Ok(())
 }
 
@@ -234,28 +394,71 @@ fn raised(epoch: u32, narrows: bool) -> u32 {
     }
 }
 
-/// Puts inner maps into the outer ones. Each write waits for a grace period, so they go at once.
-fn put_into(acl: &Acl, slot: &Slot, number: u32) -> Result<(), AclError> {
+/// Puts the inner maps that are not there yet into the outer ones, and pins them. Each write waits
+/// for a grace period, so they go at once. `there`: the ids of those that are there.
+fn put_into(acl: &Acl, slot: &Slot, number: u32, there: Option<[u32; 5]>) -> Result<(), AclError> {
+    let there = there.unwrap_or_default();
+    let places = maps::SLOTTED.iter().zip(&acl.outer).zip(slot.maps());
+    let new: Vec<_> = places
+        .zip(there)
+        .filter(|((_, inner), there)| inner.id() != *there)
+        .map(|(((name, outer), inner), _)| (name, outer, inner))
+        .collect();
     std::thread::scope(|scope| {
-        let writes = acl.outer.iter().zip(slot.maps()).map(|(outer, inner)| {
+        let writes = new.iter().map(|&(_, outer, inner)| {
             scope.spawn(move || outer.put(&number, &inner.number(), ANY).map(|_| ()))
         });
         let writes: Vec<_> = writes.collect();
         writes.into_iter().try_for_each(joined)
-    })
+    })?;
+    for (name, _, inner) in new {
+        let path = pin_path(&acl.layout, name, number);
+        let _ = std::fs::remove_file(&path);
+        inner.pin(&path)?;
+    }
+    Ok(())
 }
 
-/// Returns when no packet that was on its way before is on its way any more: putting an inner map
-/// where it already is changes nothing, and the kernel waits for exactly that
-/// (`maybe_wait_bpf_programs` in kernel/bpf/syscall.c).
-fn grace(acl: &Acl) -> Result<(), AclError> {
+/// A grace period: at its end no packet that was on its way at its beginning is on its way any more.
+pub(super) struct Settling(std::thread::JoinHandle<Result<(), AclError>>);
+
+impl Settling {
+    /// Begins one; `None` if there is no thread for it, or nothing is active yet.
+    fn begin(acl: &Acl) -> Option<Self> {
+        let active = acl.active();
+        let slot = acl.slots[active.slot as usize].as_ref();
+        let slot = slot.filter(|_| active.epoch != 0)?;
+        let [outer, ..] = &acl.outer;
+        let (outer, inner) = (outer.duplicate().ok()?, slot.identities.duplicate().ok()?);
+        let wait = move || grace(&outer, active.slot, &inner);
+        let thread = std::thread::Builder::new().name("settling".to_owned());
+        thread.spawn(wait).ok().map(Self)
+    }
+}
+
+/// Returns when no packet reads the idle slot any more.
+pub(super) fn settled(acl: &mut Acl) -> Result<(), AclError> {
+    if let Some(Settling(thread)) = acl.settling.take() {
+        return joined_any(thread.join());
+    }
+    grace_now(acl)
+}
+
+/// Returns when every packet that is on its way now is through.
+pub(super) fn grace_now(acl: &Acl) -> Result<(), AclError> {
     let active = acl.active();
     match (&acl.outer, &acl.slots[active.slot as usize]) {
-        ([identities, ..], Some(slot)) if active.epoch != 0 => identities
-            .put(&active.slot, &slot.identities.number(), ANY)
-            .map(|_| ()),
+        ([identities, ..], Some(slot)) if active.epoch != 0 => {
+            grace(identities, active.slot, &slot.identities)
+        }
         _ => Ok(()),
     }
+}
+
+/// Putting an inner map where it already is changes nothing, and the kernel waits for exactly what
+/// is wanted (`maybe_wait_bpf_programs` in kernel/bpf/syscall.c).
+fn grace(outer: &RawMap, number: u32, inner: &RawMap) -> Result<(), AclError> {
+    outer.put(&number, &inner.number(), ANY).map(|_| ())
 }
 
 /// Adds entries to the active slot; `false` if nobody holds that slot.
@@ -267,12 +470,19 @@ fn apply(acl: &Acl, patch: &Patch) -> Result<bool, AclError> {
     };
     put_each(&slot.pages, &patch.pages)?;
     put_each(&slot.ports, &patch.ports)?;
-    put_each(&slot.pairs, &patch.pairs)?;
+    for entry in &patch.pairs {
+        add(&slot.pairs, &slot.shape.pairs, Granted::from(*entry))?;
+    }
     for (key, identity) in &patch.prefixes {
         slot.prefixes.put(&TrieKey::from(*key), identity, NEW)?;
     }
-    put_each(&slot.identities, &patch.identities)?;
-    acl.word.store(active.revised());
+    for entry in &patch.identities {
+        add(
+            &slot.identities,
+            &slot.shape.identities,
+            Owned::from(*entry),
+        )?;
+    }
     Ok(true)
 }
 
@@ -283,4 +493,29 @@ fn put_each<K: IntoBytes + Immutable, V: IntoBytes + Immutable>(
     entries
         .iter()
         .try_for_each(|(key, value)| map.put(key, value, NEW).map(|_| ()))
+}
+
+/// Adds an entry to one of its lines. Both may be full: then it is the next swap that makes room.
+fn add<E: Entry>(map: &RawMap, plan: &Plan, entry: E) -> Result<(), AclError>
+where
+    E::Line: FromBytes + IntoBytes + Immutable,
+{
+    for place in places(entry.hash(plan.seed), plan.lines) {
+        let Some(mut line) = map.get::<u32, E::Line>(&place)? else {
+            continue;
+        };
+        let free = E::entries(&line).iter().position(|entry| *entry == E::NONE);
+        if let Some(free) = free {
+            for entry in [entry.nameless(), entry] {
+                E::entries_mut(&mut line)[free] = entry;
+                map.put(&place, &line, ANY)?;
+            }
+            return Ok(());
+        }
+    }
+    Err(failed(
+        "add to",
+        map.name(),
+        std::io::ErrorKind::StorageFull.into(),
+    ))
 }

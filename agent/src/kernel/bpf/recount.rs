@@ -30,6 +30,7 @@ impl Acl {
             return Ok(());
         }
         self.recounted_ns = Some(now);
+        self.renew_tracks()?;
         let together: Share = self.shares.get(&TOGETHER)?.unwrap_or_default();
         if !first && together.established < Limits::USUAL.together / 2 {
             return Ok(());

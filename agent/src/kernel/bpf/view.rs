@@ -4,11 +4,12 @@
 //! read counts as absent, which is a drop.
 
 use super::Acl;
-use super::policy::{Slot, TrieKey};
+use super::policy::Slot;
 use ebpf::abi::{
-    Active, Addr, Flow, FlowKey, Fragment, FragmentKey, Identity, Page, PageKey, PairKey, Ports,
-    PortsKey, SetId, Share,
+    Active, Addr, Direction, Flow, FlowKey, Fragment, FragmentKey, Grant, Identity, PageKey,
+    PairKey, Ports, PortsKey, Share,
 };
+use ebpf::packet::Packet;
 use ebpf::verdict::{Store, Tables};
 
 /// The maps of one device, at one active word.
@@ -43,25 +44,28 @@ impl Tables for View<'_> {
     }
 
     fn identity(&self, slot: u32, addr: &Addr) -> Option<Identity> {
-        self.slot(slot)?.identities.get(addr).ok().flatten()
+        self.slot(slot)?.identity(addr)
     }
 
     fn route(&self, slot: u32, addr: &Addr) -> Option<Identity> {
-        let key = TrieKey::around(*addr);
-        self.slot(slot)?.prefixes.get(&key).ok().flatten()
+        self.slot(slot)?.route(addr)
     }
 
-    fn pair(&self, slot: u32, key: &PairKey) -> Option<SetId> {
-        self.slot(slot)?.pairs.get(key).ok().flatten()
+    fn pair(&self, slot: u32, key: &PairKey) -> Option<Grant> {
+        self.slot(slot)?.grant(key)
     }
 
     fn ports(&self, slot: u32, key: &PortsKey) -> Option<Ports> {
-        self.slot(slot)?.ports.get(key).ok().flatten()
+        self.slot(slot)?.ports(key)
     }
 
     fn page_word(&self, slot: u32, key: &PageKey, word: u32) -> Option<u64> {
-        let page: Page = self.slot(slot)?.pages.get(key).ok().flatten()?;
+        let page = self.slot(slot)?.page(key)?;
         page.words.get(word as usize).copied()
+    }
+
+    fn is_new(&self, packet: &Packet, direction: Direction) -> bool {
+        self.acl.tracks.is_new(packet, direction)
     }
 
     fn find(&self, store: Store, key: &FlowKey) -> Option<Flow> {

@@ -89,12 +89,7 @@ pub extern "C" fn acl_due(code: u32) -> u32 {
     };
     // SAFETY: both are this CPU's elements, which nobody else touches meanwhile.
     let (packet, key) = unsafe { (&*packet, &mut *key) };
-    u32::from(refuse::is_due(
-        &Maps::new(),
-        packet,
-        Verdict::from_code(code),
-        key,
-    ))
+    u32::from(refuse::is_due(&Maps, packet, Verdict::from_code(code), key))
 }
 
 /// Turns the packet into its answer and sends that back in, if there were not too many lately.

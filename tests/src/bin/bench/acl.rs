@@ -60,6 +60,9 @@ pub struct Args {
     /// Only contenders whose name has one of these in it, beside what is taken away from all
     #[arg(long, value_name = "TEXT", value_delimiter = ',')]
     only: Vec<String>,
+    /// Only packets whose name has this in it
+    #[arg(long, value_name = "TEXT")]
+    packets: Option<String>,
     /// Write a plot here, as SVG
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
@@ -156,6 +159,12 @@ pub fn run(args: &Args) -> anyhow::Result<Value> {
         let base = [report::NOBODY, report::WALL];
         let asked = |name: &str| args.only.iter().any(|text| name.contains(text));
         programme.retain(|(name, ..)| base.contains(name) || asked(name));
+    }
+    if let Some(text) = &args.packets {
+        for (.., cases) in &mut programme {
+            cases.retain(|case| case.name().contains(text.as_str()));
+        }
+        programme.retain(|(.., cases)| !cases.is_empty());
     }
     for (name, who, rules, cases) in programme {
         eprintln!("preparing: {name}, {rules} rules");
