@@ -78,8 +78,8 @@ fn a_router_that_maps_anew_is_noticed_in_seconds() -> anyhow::Result<()> {
     let mesh = mesh(&lab, ["a", "b"])?;
     let [a, b] = ["a", "b"].map(|name| mesh.node(name));
     let numbered = Numbered::start(&b.host, &a.host, a.v4()?, 80)?;
-    // So long that both agents have seen it.
-    numbered.flows(600)?;
+    // At once: the agents have hardly seen that there is a session.
+    numbered.flows(20)?;
     let (old, new) = (MAPPED_PORT.to_string(), (MAPPED_PORT + 1).to_string());
     let rules = router.run("nft list ruleset")?.stdout;
     ensure!(rules.contains(&old), "{rules}");
