@@ -46,6 +46,7 @@ fn start(certificate: Certificate, listen: SocketAddr) -> (Server, TempDir) {
         certificate,
         admission: Admission::Permit(BTreeMap::from([(NETWORK, vec![signer().public()])])),
         rate: 0,
+        region: Vec::new(),
     };
     (Server::start(config).expect("a relay"), dir)
 }
