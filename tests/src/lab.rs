@@ -98,11 +98,19 @@ impl Lab {
     /// # Errors
     /// If the cable is not there.
     pub fn plug(&self, host: &str, plugged: bool) -> anyhow::Result<()> {
+        self.plug_link(host, 0, plugged)
+    }
+
+    /// The same with its cable to its switch of this number.
+    ///
+    /// # Errors
+    /// If the cable is not there.
+    pub fn plug_link(&self, host: &str, number: usize, plugged: bool) -> anyhow::Result<()> {
         let state = if plugged { "up" } else { "down" };
         let fabric = self.netns("fabric");
         batch(
             Some(&fabric),
-            &format!("link set {} {state}\n", port(host, 0)),
+            &format!("link set {} {state}\n", port(host, number)),
         )
     }
 
