@@ -9,6 +9,7 @@ mod bare;
 mod control;
 mod enforcement;
 mod explain;
+mod faults;
 mod forged;
 mod guard;
 mod kernel_model;
