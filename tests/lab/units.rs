@@ -38,6 +38,10 @@ exec env -i PATH=\"$PATH\" container=weir unshare --pid --fork --kill-child --mo
 const LAB_TARGET: &str = "[Unit]\nDefaultDependencies=no\n";
 const DROP_IN: &str = "[Unit]\nDefaultDependencies=no\n[Service]\nWatchdogSec=5\n";
 
+/// The relay's configuration: its defaults, and a network.
+const RELAY: &str = "[[network]]\nid = 1\nkeys = \
+    [\"permitkey:1111111111111111111111111111111111111111111111111111111111111111\"]\n";
+
 /// A host's systemd.
 struct Systemd {
     host: Arc<Host>,
@@ -49,7 +53,7 @@ struct Systemd {
 impl Systemd {
     fn start(host: Arc<Host>, systemd: &Path) -> anyhow::Result<Self> {
         let units = host.folder.join("units");
-        for name in ["weir", "weir-coordinator"] {
+        for name in ["weir", "weir-coordinator", "weir-relay"] {
             let file = format!("packaging/systemd/{name}.service");
             let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(file);
             let unit = std::fs::read_to_string(file)?
@@ -68,6 +72,7 @@ impl Systemd {
             units.join("coordinator.toml"),
             "listen = \"127.0.0.1:8443\"\n",
         )?;
+        std::fs::write(units.join("relay.toml"), RELAY)?;
         let boot = host.folder.join("boot.sh");
         std::fs::write(&boot, BOOT)?;
         let programs = std::env::var("WEIR_BIN_DIR").context("WEIR_BIN_DIR is not set")?;
@@ -233,6 +238,7 @@ fn the_units_do_their_work_under_systemd() -> anyhow::Result<()> {
     assert!(!pins.exists(), "{}", pins.display());
 
     coordinator(&system)?;
+    relay(&system)?;
     lab.passed();
     Ok(())
 }
@@ -253,5 +259,35 @@ fn coordinator(system: &Systemd) -> anyhow::Result<()> {
     assert_ne!(owner.trim(), "0", "it is not root");
     system.run("systemctl stop weir-coordinator.service")?;
     assert_eq!(system.shows("weir-coordinator", "Result")?, "success");
+    Ok(())
+}
+
+/// The relay's unit: ports below 1024 without root, an identity that outlives a restart, and no
+/// going on with a configuration that is wrong.
+fn relay(system: &Systemd) -> anyhow::Result<()> {
+    let log = system.host.folder.join("weir-relay.log");
+    let starts = || -> anyhow::Result<Vec<String>> {
+        let log = std::fs::read_to_string(&log)?;
+        let listens = |line: &&str| line.starts_with("weir-relay listens on [::]:443, ");
+        Ok(log.lines().filter(listens).map(str::to_owned).collect())
+    };
+    system.run("systemctl start weir-relay.service")?;
+    let pid = system.shows("weir-relay", "MainPID")?;
+    let owner = system.run(&format!("stat --format %u /proc/{pid}"))?;
+    assert_ne!(owner.trim(), "0", "it is not root");
+    system.run("systemctl restart weir-relay.service")?;
+    let said = starts()?;
+    assert!(
+        said.len() == 2 && said[0] == said[1],
+        "key and certificate stay: {said:?}"
+    );
+    assert_eq!(system.shows("weir-relay", "Result")?, "success");
+    system.run("systemctl stop weir-relay.service")?;
+    assert_eq!(system.shows("weir-relay", "Result")?, "success");
+
+    system.run("sed -i s/id/ib/ /run/systemd/system/relay.toml")?;
+    assert!(system.run("systemctl start weir-relay.service").is_err());
+    assert_eq!(system.shows("weir-relay", "ExecMainStatus")?, "2");
+    assert_eq!(system.shows("weir-relay", "NRestarts")?, "0");
     Ok(())
 }

@@ -84,7 +84,9 @@ fn optimised(programs: PathBuf) -> PathBuf {
     if all.iter().all(is_there) {
         return release;
     }
-    println!("debug builds are measured: `cargo build --release --workspace` makes better ones");
+    println!(
+        "debug builds are measured: `cargo build --release -p agent -p coordinator -p relay` makes better ones"
+    );
     programs
 }
 
