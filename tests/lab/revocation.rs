@@ -11,8 +11,9 @@ use crate::TRIO;
 
 /// After a revocation nothing of it arrives later than this.
 const CUT_BOUND: Duration = Duration::from_secs(1);
-/// The silent end of a revoked connection speaks after this long.
-const SILENCE: Duration = Duration::from_secs(10);
+/// The silent end of a revoked connection speaks after this long; longer in the long form.
+const SILENCE: Duration = Duration::from_secs(3);
+const SILENCE_FULL: Duration = Duration::from_secs(10);
 
 const BEFORE: &str = r#"{
   "tagOwners": {"tag:server": ["ana@example.com"], "tag:other": ["ana@example.com"]},
@@ -35,7 +36,7 @@ const AFTER: &str = r#"{
 /// ```
 ///
 /// Twelve connections are cut: initiated by a and by b, v4 and v6, with both ends speaking and
-/// with one end silent that speaks only ten seconds later. One beside them is not.
+/// with one end silent that speaks only seconds later. One beside them is not.
 #[test]
 fn a_revoked_connection_carries_no_byte_and_its_neighbour_loses_no_packet() -> anyhow::Result<()> {
     let lab = Lab::new("revocation", &Topology::star(&["a", "b", "c"]))?;
@@ -64,12 +65,14 @@ fn a_revoked_connection_carries_no_byte_and_its_neighbour_loses_no_packet() -> a
 
     mesh.coordinator.set_policy(AFTER)?;
     let at = Instant::now();
-    passed(at, SILENCE)?;
+    let full = std::env::var_os("WEIR_FULL").is_some();
+    let silence = if full { SILENCE_FULL } else { SILENCE };
+    passed(at, silence)?;
     for (_, conversation) in &revoked {
         conversation.speak(0, true);
         conversation.speak(1, true);
     }
-    passed(at, SILENCE + 3 * CUT_BOUND)?;
+    passed(at, silence + 3 * CUT_BOUND)?;
     for (which, conversation) in &revoked {
         let late = conversation.last_arrival().saturating_duration_since(at);
         assert!(
@@ -79,7 +82,7 @@ fn a_revoked_connection_carries_no_byte_and_its_neighbour_loses_no_packet() -> a
     }
     busy.flows()?;
     let losses = beside.end()?;
-    assert!(losses.lost.is_empty() && losses.sent > 500, "{losses:?}");
+    assert!(losses.lost.is_empty() && losses.sent > 200, "{losses:?}");
     lab.passed();
     Ok(())
 }
