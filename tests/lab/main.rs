@@ -26,6 +26,7 @@ mod revocation;
 mod roaming;
 mod sites;
 mod state;
+mod traces;
 mod units;
 mod wire;
 

@@ -211,12 +211,12 @@ fn and_back(name: &str, world: World, [a, b]: [Arc<Node>; 2]) -> anyhow::Result<
 /// All of that can be decided again at a desk; and when the agent begins anew, to be recorded from
 /// there on, packets go on.
 fn recorded(a: &Node, b: &Node) -> anyhow::Result<()> {
-    let ways = decided_again(a, "--seconds 1")?;
+    let ways = decided_again(a, "relayed-direct-relayed", "--seconds 1")?;
     let story = ["relayed", "direct", "relayed"];
     ensure!(ways.ends_with(&story), "other ways were recorded: {ways:?}");
     let numbered = stream(a, b)?;
     numbered.flows(100)?;
-    let ways = decided_again(a, "--seconds 2 --anew")?;
+    let ways = decided_again(a, "begun-anew", "--seconds 2 --anew")?;
     numbered.flows(100)?;
     let losses = numbered.end()?;
     println!("decided anew: {ways:?}, {losses:?}");
