@@ -25,6 +25,8 @@ use std::time::Duration;
 /// What clients with the same key are told.
 pub const DUPLICATE_TEXT: &str = "another connection with the same node key is open: if this machine is a \
      clone, give it a key of its own";
+/// Most connections of one key; one more ends the oldest. So nobody multiplies its rate.
+pub const MAX_SAME_KEY: usize = 4;
 /// A stopping relay's clients wait so long before they connect again: its successor needs a moment.
 pub const RECONNECT_IN: Duration = Duration::from_millis(250);
 /// And try so long before they look for another relay.
@@ -110,6 +112,10 @@ impl Switch {
         });
         place.active = Arc::clone(&client);
         place.all.push(Arc::clone(&client));
+        if place.all.len() > MAX_SAME_KEY {
+            // Without a word that would bring it back.
+            place.all.remove(0).queue.close(None);
+        }
         if place.all.len() > 1 {
             let told = frame(&Frame::Health(DUPLICATE_TEXT));
             for member in &place.all {
@@ -473,6 +479,25 @@ mod tests {
         assert_eq!(waiting(&peer).await, ["I speak"]);
         send(&switch, &peer, A, "to the rest");
         assert_eq!(waiting(&new).await, ["health 0", "to the rest"]);
+    }
+
+    #[tokio::test]
+    async fn one_key_has_so_many_connections_and_no_more() {
+        let switch = switch();
+        let clients: Vec<_> = (0..=MAX_SAME_KEY).map(|_| switch.enter(ONE, A)).collect();
+        let (oldest, others) = clients.split_first().unwrap();
+        assert_eq!(oldest.queue.push_packet(Bytes::new(), true), Pushed::Closed);
+        for client in others {
+            assert_eq!(client.queue.push_packet(Bytes::new(), true), Pushed::Queued);
+        }
+        // It takes nobody with it when its session ends.
+        switch.leave(oldest, &BTreeSet::new());
+        let peer = switch.enter(ONE, B);
+        assert_eq!(send(&switch, &peer, A, "to the newest"), Forwarded::Queued);
+        for client in others {
+            switch.leave(client, &BTreeSet::new());
+        }
+        assert_eq!(send(&switch, &peer, A, "to nobody"), Forwarded::NotHere);
     }
 
     #[tokio::test]

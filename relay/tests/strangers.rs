@@ -2,6 +2,8 @@
 
 use crate::client::{join, key};
 use crate::place::Place;
+use proto::key::RelayKey;
+use relay::config::RegionRelay;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -26,16 +28,25 @@ async fn say(addr: std::net::SocketAddr, bytes: &[u8]) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_stream_of_bytes_disturbs_the_others() {
-    let place = Place::open();
+    // One of the strangers has a relay's key.
+    let relay = RegionRelay {
+        addr: "127.0.0.1:1".to_owned(),
+        key: RelayKey(key(200).0),
+        certificate: None,
+        plain: true,
+    };
+    let place = Place::with(|config| config.region = vec![relay]);
     let (mut a, mut b) = (join(place.addr(), 101).await, join(place.addr(), 102).await);
     let upgrade = b"GET /derp HTTP/1.1\r\nUpgrade: DERP\r\nDerp-Fast-Start: 1\r\n\r\n";
     for stream in streams() {
-        // At the door, in place of a login, and from a client that is logged in; cut in each place.
+        // At the door, in place of a login, from a client that is logged in, and from a relay; cut in
+        // each place.
         for length in (0..=stream.len()).step_by(1 + stream.len() / 8) {
             let cut = &stream[..length];
             say(place.addr(), cut).await;
             say(place.addr(), &[upgrade, cut].concat()).await;
             join(place.addr(), 1).await.say_last(cut).await;
+            join(place.addr(), 200).await.say_last(cut).await;
         }
     }
     a.send_packet(key(102), b"still here").await;

@@ -85,7 +85,8 @@ fn optimised(programs: PathBuf) -> PathBuf {
         return release;
     }
     println!(
-        "debug builds are measured: `cargo build --release -p agent -p coordinator -p relay` makes better ones"
+        "debug builds are measured: `cargo build --release -p agent -p coordinator -p relay` makes \
+         better ones"
     );
     programs
 }
