@@ -1,7 +1,7 @@
 //! `cargo xtask ebpf [--check]`: builds the eBPF programs into the committed objects.
 //!
-//! The agent embeds `ebpf/acl.bpf.o` and `ebpf/steer.bpf.o`, so that a plain `cargo build` needs no
-//! BPF toolchain. This verb makes those files, and with `--check` makes them again elsewhere and
+//! The agent embeds `ebpf/acl.bpf.o` and `ebpf/steer.bpf.o`, and the bench `ebpf/floor.bpf.o`, so
+//! that a plain `cargo build` needs no BPF toolchain. This verb makes those files, and with `--check` makes them again elsewhere and
 //! compares bit for bit: what is committed is what the source says. `ebpf/NAME.bpf.stamp` names the
 //! source and the compiler that one was made from; [`needs_rebuild`] compares it with what is there
 //! now.
@@ -33,7 +33,7 @@ const PACKAGES: [&str; 5] = [
     "libstd-rust-web-dev-bpf",
 ];
 /// The objects, each of a binary of that name.
-const OBJECTS: [&str; 2] = ["acl", "steer"];
+const OBJECTS: [&str; 3] = ["acl", "steer", "floor"];
 const TARGET: &str = "bpfel-unknown-none";
 /// Instructions of Linux 5.1 and later; headers are read by word, wherever they lie, which all
 /// supported processors can.

@@ -32,6 +32,8 @@ const SLICE_NS: u64 = 8_000_000;
 const SLICE_PACKETS: (u64, u64) = (256, 16_384);
 /// Packets of a slice that shows what a system call costs beside its packets.
 const STUB: u32 = 64;
+/// Times that weir with the fewest rules meets weir with the most.
+const HOT_PAIRS: u32 = 4;
 /// Peers met again and again.
 const HOT: u32 = 10;
 /// Flows of the large flow table: peers, and source ports to each.
@@ -227,9 +229,23 @@ fn programme(sizes: &[u32]) -> Vec<(&'static str, Who, u32, Vec<Case>)> {
             cases.push(RefusedNew);
         }
         programme.push((report::WEIR, Who::Weir, rules, cases.clone()));
+        if rules != HOT {
+            let new = cases.iter().copied().filter(|case| !case.allowed());
+            let cases = new.filter(|case| *case != Refused).collect();
+            programme.push((report::FLOOR, Who::Floor, rules, cases));
+        }
         cases.push(Spread);
         programme.push((report::SET, set, rules, cases));
     }
+    // Where a table lies in memory is chance: so more than one of each.
+    for _ in 0..HOT_PAIRS {
+        for rules in [HOT, largest] {
+            programme.push((report::WEIR_HOT, Who::Weir, rules, vec![Known, Refused]));
+        }
+    }
+    let flows = vec![Known, KnownMany];
+    programme.push((report::FLOOR_FLOWS, Who::Floor, FLOW_RULES, flows));
+    programme.push((report::FLOOR_NEW, Who::Floor, FLOW_RULES, vec![New]));
     programme.push((
         report::WEIR_FLOWS,
         Who::Weir,
@@ -273,7 +289,10 @@ fn prepare(
     lines: &mut Vec<Line>,
 ) -> anyhow::Result<Contender> {
     let mut contender = Contender::make(name, who, rules)?;
-    let knows_flows = matches!(who, Who::Weir | Who::Nftables(Hook::Tracked, _));
+    let knows_flows = matches!(
+        who,
+        Who::Weir | Who::Floor | Who::Nftables(Hook::Tracked, _)
+    );
     let mut planned = Vec::new();
     for case in cases {
         let mix = case.mix(rules);

@@ -26,6 +26,8 @@ pub enum Who {
     Wall,
     /// A program where weir's is, which decides nothing: passes all, or drops all.
     Empty(bool),
+    /// The least that a filter with state could do.
+    Floor,
     /// weir's programs.
     Weir,
     /// A chain of nftables.
@@ -46,7 +48,7 @@ pub struct Contender {
     pub ground: Ground,
     weir: Option<Weir>,
     /// Attached as long as it is held.
-    _empty: Option<Ebpf>,
+    _loaded: Option<Ebpf>,
 }
 
 impl Contender {
@@ -59,11 +61,12 @@ impl Contender {
             rules,
             ground,
             weir: None,
-            _empty: None,
+            _loaded: None,
         };
         match who {
             Who::Nobody => {}
-            Who::Empty(passes) => made._empty = Some(made.ground.empty(passes)?),
+            Who::Empty(passes) => made._loaded = Some(made.ground.empty(passes)?),
+            Who::Floor => made._loaded = Some(made.ground.floor(rules)?),
             Who::Wall => made.load(Hook::Device, Form::Nothing, false)?,
             // What only tracks needs rules at first, to let flows begin.
             Who::Nftables(Hook::Tracked, form) => {
@@ -99,7 +102,9 @@ impl Contender {
     pub fn ready(&self) -> anyhow::Result<()> {
         match self.who {
             Who::Nftables(hook, form) => self.load(hook, form, false),
-            Who::Nobody | Who::Wall | Who::Empty(_) | Who::Weir | Who::Iptables(_) => Ok(()),
+            Who::Nobody | Who::Wall | Who::Empty(_) | Who::Floor | Who::Weir | Who::Iptables(_) => {
+                Ok(())
+            }
         }
     }
 
@@ -121,6 +126,8 @@ impl Contender {
                     ensure!(run.passes, "an answer of {remote:?} did not pass");
                 }
             }
+            // Which takes the first packet's word for it.
+            None if self.who == Who::Floor => {}
             None => {
                 let replies = Mix {
                     replies: true,
@@ -159,7 +166,7 @@ impl Contender {
     /// Packets that it let pass so far; `None` if it does not count.
     fn passed(&mut self) -> anyhow::Result<Option<u64>> {
         match self.who {
-            Who::Nobody | Who::Wall | Who::Empty(_) => Ok(None),
+            Who::Nobody | Who::Wall | Who::Empty(_) | Who::Floor => Ok(None),
             Who::Weir => {
                 let acl = self.weir.as_mut().context("no programs")?.acl()?;
                 let counters = acl.counters()?.into_iter();

@@ -17,6 +17,14 @@ pub const WEIR: &str = "weir";
 pub const WEIR_FLOWS: &str = "weir, 50,000 flows";
 /// weir's programs, flows only begin.
 pub const WEIR_NEW: &str = "weir, new flows";
+/// weir's programs with few rules and with many, more than once each.
+pub const WEIR_HOT: &str = "weir, hot keys";
+/// The least that a filter with state could do.
+pub const FLOOR: &str = "floor";
+/// The same with a large flow table.
+pub const FLOOR_FLOWS: &str = "floor, 50,000 flows";
+/// The same, flows only begin.
+pub const FLOOR_NEW: &str = "floor, new flows";
 /// One look-up in a set of concatenations.
 pub const SET: &str = "nft set";
 /// One rule after the other.
@@ -150,7 +158,9 @@ pub fn aims(table: &Table, applied: &[Applied]) -> Vec<Aim> {
         aims: Vec::new(),
     };
     found.rules();
+    found.hot_keys();
     found.peers();
+    found.floors();
     found.aims.extend(applied.iter().map(|applied| Aim {
         what: format!(
             "{} / {}, {} rules",
@@ -184,6 +194,62 @@ impl Found<'_> {
         }
     }
 
+    /// What could be had at all, and how near weir is to it.
+    fn floors(&mut self) {
+        let table = self.table;
+        for row in table.rows.iter().filter(|row| row.contender == FLOOR) {
+            let (rules, case) = (row.rules, row.case);
+            let set = table.find(SET, Some(rules), case);
+            let what = format!("floor / nft set, {rules} rules, {}", case.name());
+            self.add(what, Some(row), set, 0.6);
+            let ours = table.find(WEIR, Some(rules), case);
+            let what = format!("weir / floor, {rules} rules, {}", case.name());
+            self.add(what, ours, Some(row), 1.3);
+        }
+        let row = |contender, case| table.find(contender, Some(FLOW_RULES), case);
+        for (case, floor, ours, theirs, limit) in [
+            (Case::Known, FLOOR_FLOWS, WEIR_FLOWS, CONNTRACK, 0.5),
+            (Case::KnownMany, FLOOR_FLOWS, WEIR_FLOWS, CONNTRACK, 0.5),
+            (Case::New, FLOOR_NEW, WEIR_NEW, CONNTRACK_NEW, 0.7),
+        ] {
+            let what = format!("floor / nf_conntrack, {}", case.name());
+            self.add(what, row(floor, case), row(theirs, case), limit);
+            let what = format!("weir / floor, {}", case.name());
+            self.add(what, row(ours, case), row(floor, case), 1.3);
+        }
+    }
+
+    /// What many rules cost more than few, by the mean of several of each.
+    fn hot_keys(&mut self) {
+        let table = self.table;
+        for case in [Case::Known, Case::Refused] {
+            let hot = || {
+                let rows = table.rows.iter();
+                rows.filter(move |row| row.contender == WEIR_HOT && row.case == case)
+            };
+            let ends = [
+                hot().map(|row| row.rules).min(),
+                hot().map(|row| row.rules).max(),
+            ];
+            let [Some(first), Some(last)] = ends else {
+                continue;
+            };
+            let sum = |rules| {
+                let rows = hot().filter(|row| row.rules == rules);
+                let added = rows.map(|row| table.added(row));
+                added.reduce(|sum, added| sum.iter().zip(added).map(|(a, b)| a + b).collect())
+            };
+            let (many, few) = (sum(last), sum(first));
+            let rounds = many.into_iter().flatten().zip(few.into_iter().flatten());
+            self.aims.push(Aim {
+                what: format!("weir, {last} / {first} rules, {}", case.name()),
+                ratio: Spread::of(rounds.map(|(many, few)| many / few).collect()),
+                limit: 1.1,
+                at_most: true,
+            });
+        }
+    }
+
     /// Against the set at every number of rules, and how the cost grows with them.
     fn rules(&mut self) {
         let table = self.table;
@@ -193,11 +259,7 @@ impl Found<'_> {
             let what = format!("weir / nft set, {} rules, {}", row.rules, row.case.name());
             self.add(what, Some(row), set, 0.6);
         }
-        for (case, limit) in [
-            (Case::Known, 1.1),
-            (Case::Refused, 1.1),
-            (Case::RefusedSpread, 6.0),
-        ] {
+        for (case, limit) in [(Case::RefusedSpread, 6.0)] {
             let mut rows = ours().filter(|row| row.case == case);
             let (few, many) = (rows.next(), rows.next_back());
             let rules = |row: Option<&Row>| row.map_or(0, |row| row.rules);
