@@ -207,11 +207,15 @@ async fn a_relay_that_ends_is_told_at_once_and_found_again_when_it_is_back() {
     let (server, _dir) = start(Certificate::Off, any());
     let (region, addr) = (region(&server, true), server.addr);
     let [mut a, mut b] = pair(&region).await;
-    server.stop().await;
+    let begin = std::time::Instant::now();
+    let stop = tokio::spawn(server.stop());
     for node in [&mut a, &mut b] {
         let why = node.down().await;
         assert!(why.contains("restarts"), "{why}");
     }
+    let took = begin.elapsed();
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    stop.await.unwrap();
     let (_server, _dir) = start(Certificate::Off, addr);
     for node in [&mut a, &mut b] {
         while node.event().await != RelayEvent::Up {}
