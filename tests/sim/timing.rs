@@ -19,6 +19,13 @@ const PATIENCE: Duration = Duration::from_secs(15);
 /// Between two questions.
 const PACE: Duration = Duration::from_millis(20);
 
+/// Moments from 0 to `end`, so many; with `WEIR_FULL` four times as many.
+fn moments(end: Duration, count: u32) -> impl Iterator<Item = (u64, Duration)> {
+    let full = std::env::var_os("WEIR_FULL").is_some();
+    let count = count * if full { 4 } else { 1 };
+    (0..count).map(move |number| (number.into(), end * number / count))
+}
+
 /// Lets time pass until something holds; returns when that was.
 fn when(world: &mut World, what: &str, holds: impl Fn(&World) -> bool) -> Duration {
     let end = world.now() + PATIENCE;
@@ -50,9 +57,7 @@ fn ways(world: &World) -> Vec<(usize, usize)> {
 fn the_first_packet_by_relay_is_there_at_once_whenever_the_nodes_started() {
     let mut late = Vec::new();
     for regions in [&[2 * MS][..], &[2 * MS, 4 * MS]] {
-        for step in 0..40 {
-            let later = step * 50 * MS;
-            let seed = u64::from(step);
+        for (seed, later) in moments(2 * SECOND, 16) {
             let mut world = pair(seed, regions, [Kind::SYMMETRIC; 2], later);
             let talks: Vec<usize> = ways(&world)
                 .into_iter()
@@ -93,12 +98,8 @@ fn pairs_that_can_meet_do_so_in_two_seconds() {
     let mut times = Vec::new();
     for (number, a) in super::KINDS.into_iter().enumerate() {
         for b in super::KINDS.into_iter().skip(number) {
-            for step in 0..12 {
-                let later = step * 170 * MS;
-                let mut world = pair(u64::from(step), &[10 * MS, 40 * MS], [a, b], later);
-                if !a.can_meet(b) {
-                    continue;
-                }
+            for (seed, later) in moments(2 * SECOND, 8).filter(|_| a.can_meet(b)) {
+                let mut world = pair(seed, &[10 * MS, 40 * MS], [a, b], later);
                 for (from, to) in ways(&world) {
                     world.talk(from, to, PACE, 60 * SECOND);
                 }
@@ -125,7 +126,7 @@ fn pause(mut world: World, after: Duration, happens: impl Fn(&mut World)) -> Dur
     world.run(after);
     let before = world.heard(talk).answered.len();
     happens(&mut world);
-    world.run(20 * SECOND);
+    world.run(8 * SECOND);
     let heard = world.heard(talk);
     assert!(heard.answered.len() > before, "{}", world.describe(0, 1));
     heard.longest_pause
@@ -135,9 +136,7 @@ fn pause(mut world: World, after: Duration, happens: impl Fn(&mut World)) -> Dur
 fn routers_that_map_anew_are_noticed_whenever_they_do() {
     let mut late = Vec::new();
     let regions = [10 * MS, 40 * MS];
-    for step in 0..40 {
-        let after = step * 150 * MS;
-        let seed = u64::from(step);
+    for (seed, after) in moments(6 * SECOND, 15) {
         for relays in [&[][..], &regions] {
             for side in 0..2 {
                 let mut world = World::new(seed, relays).unwrap();
@@ -166,11 +165,10 @@ fn routers_that_map_anew_are_noticed_whenever_they_do() {
 #[test]
 fn nodes_that_move_are_followed_whenever_they_do() {
     let mut late = Vec::new();
-    for step in 0..30 {
-        let after = step * 200 * MS;
+    for (seed, after) in moments(6 * SECOND, 12) {
         for side in 0..2 {
             let kinds = [Kind::PORT_RESTRICTED, Kind::FULL_CONE];
-            let mut world = pair(u64::from(step), &[10 * MS], kinds, Duration::ZERO);
+            let mut world = pair(seed, &[10 * MS], kinds, Duration::ZERO);
             let third = world.router(Kind::PORT_RESTRICTED, 0);
             let pause = pause(world, after, |world| world.roam(side, third));
             if pause > FOLLOWED {
