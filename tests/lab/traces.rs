@@ -1,13 +1,13 @@
 //! What real agents decide is recorded by them (`weir debug record`) and decided again here. With
-//! `UPDATE=1` the traces in `tests/sim/traces` are written anew.
+//! `UPDATE=1` the traces are left in `results`: those in `tests/sim/traces` come from there.
 
 use std::fs;
-use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use engine::status::Now;
 use engine::trace::{Line, Replay};
+use tests::lab::results;
 use tests::mesh::Node;
 
 /// Records a node with these options, and lets an engine here decide all of it again, from the start
@@ -25,8 +25,8 @@ pub(super) fn decided_again(
         recorded.stdout
     );
     if std::env::var_os("UPDATE").is_some() {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("sim/traces");
-        fs::copy(&file, folder.join(format!("{name}.trace")))?;
+        fs::create_dir_all(results())?;
+        fs::copy(&file, results().join(format!("{name}.trace")))?;
     }
     let text = fs::read_to_string(&file)?;
     let mut lines = text.lines();
