@@ -163,6 +163,8 @@ impl Handshakes {
         };
         let heard = talk.heard.as_ref().filter(|it| it.packet == *packet);
         if let Some(response) = heard.and_then(|it| it.response.clone()) {
+            // Once, however often it was asked for since.
+            self.ready.retain(|(to, _)| *to != peer);
             self.ready.push((peer, response));
             return false;
         }
