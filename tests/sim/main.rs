@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod chance;
+mod mtu;
 mod timing;
 mod traces;
 
@@ -58,6 +59,25 @@ fn where_udp_is_blocked_talk_goes_through_the_relay_and_comes_back() {
     assert!(world.heard(talk).answered.len() > before + 200);
     world.set_kind(realms[0], Kind::PORT_RESTRICTED);
     assert!(world.run_until(60 * SECOND, |world| world.is_direct(nodes[0], nodes[1])));
+}
+
+#[test]
+fn a_quiet_pair_is_there_when_it_is_asked() {
+    let mut world = World::new(8, &[10 * MS]).unwrap();
+    let kind = Kind::PORT_RESTRICTED;
+    let realms = [world.router(kind, 0), world.router(kind, 0)];
+    let nodes = realms.map(|realm| world.node(realm, 5 * MS).unwrap());
+    world.run(5 * SECOND);
+    let _talk = world.talk(nodes[0], nodes[1], 50 * MS, 20 * SECOND);
+    assert!(world.run_until(20 * SECOND, |world| world.is_direct(nodes[0], nodes[1])));
+    // Routers forget after 30 s what they are not reminded of, and sessions end after 180 s.
+    world.run(90 * SECOND);
+    let talk = world.talk(nodes[0], nodes[1], 50 * MS, 2 * SECOND);
+    world.run(3 * SECOND);
+    let heard = world.heard(talk);
+    let lost = heard.asked - heard.answered.len() as u64;
+    assert_eq!(lost, 0, "of {}", heard.asked);
+    assert!(world.is_direct(nodes[0], nodes[1]));
 }
 
 #[test]

@@ -13,8 +13,8 @@
 //! Nothing here waits: an hour passes in the time that its events take.
 //!
 //! Always checked, at every event: nothing but WireGuard, discovery and STUN is on a link; no
-//! packet reaches an application that policy denies; an engine keeps no unbounded queue and sends
-//! no storm. What a test asks for itself: who reaches whom, over what, how soon ([`Talk`]).
+//! packet reaches an application that policy denies; an engine keeps no unbounded queue, sends no
+//! storm, and does not flap. What a test asks for itself: who reaches whom, over what, how soon ([`Talk`]).
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -36,6 +36,7 @@ pub mod nat;
 mod relays;
 mod shim;
 mod trouble;
+mod watch;
 mod wire;
 pub mod wireguard;
 
@@ -56,6 +57,8 @@ const HAND: Duration = Duration::from_millis(2);
 const NOTICED: Duration = Duration::from_secs(3);
 /// Between two attempts to reach a relay.
 const REDIAL: Duration = Duration::from_secs(1);
+/// The longest packet of a link, in bytes.
+const ETHERNET: u32 = 1_500;
 /// Most routers on a way.
 const MAX_HOPS: usize = 8;
 /// Most outputs of one input: more is a loop.
@@ -145,6 +148,8 @@ struct Node {
     second: (u64, usize),
     /// What its engine was told since it started, if that is recorded.
     trace: Option<(Recorder, Vec<String>)>,
+    /// When a direct path last took the relay's place, for each peer, in this agent's life.
+    promoted: BTreeMap<NodeKey, Duration>,
     /// Since when its host sleeps, and how long it slept before.
     asleep: Option<Duration>,
     slept: Duration,
@@ -203,6 +208,8 @@ pub struct World {
     cut: BTreeSet<(usize, usize)>,
     /// Pairs between which discovery passes, and WireGuard does not.
     swallows: BTreeSet<(usize, usize)>,
+    /// The longest packets that pass between a pair directly, in bytes; Ethernet's if nothing is said.
+    takes: BTreeMap<(usize, usize), u32>,
     /// Whether the coordinator answers.
     coordinator: bool,
     /// Whether it is written down what engines are told that start from now on.
@@ -239,6 +246,7 @@ impl World {
             },
             cut: BTreeSet::new(),
             swallows: BTreeSet::new(),
+            takes: BTreeMap::new(),
             coordinator: true,
             recorded: false,
         };
@@ -307,6 +315,7 @@ impl World {
             said: BTreeMap::new(),
             second: (0, 0),
             trace: None,
+            promoted: BTreeMap::new(),
             asleep: None,
             slept: Duration::ZERO,
             deferred: Vec::new(),
@@ -380,6 +389,12 @@ impl World {
     pub fn is_direct(&self, from: usize, to: usize) -> bool {
         let endpoint = self.nodes[from].kernel.endpoint(&self.nodes[to].key);
         endpoint.is_some_and(|endpoint| !endpoint.ip().is_loopback())
+    }
+
+    /// The longest packet that a node's routes let go to this peer, inside the tunnel, in bytes.
+    #[must_use]
+    pub fn inner_mtu(&self, from: usize, to: usize) -> u32 {
+        self.nodes[from].kernel.mtu(self.nodes[to].addr)
     }
 
     /// How many handshakes with this peer a node completed.
@@ -497,6 +512,7 @@ impl World {
             return;
         }
         for step in steps {
+            self.count_promotions(index, step);
             let sent = self.nodes[index].kernel.apply(self.now, step);
             self.send_all(index, sent);
         }
@@ -676,7 +692,7 @@ impl World {
             addrs: BTreeSet::from([addr]),
             routes: BTreeSet::from([default]),
             gateway: None,
-            mtu: 1500,
+            mtu: ETHERNET,
         }
     }
 
@@ -733,32 +749,4 @@ fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
-}
-
-impl World {
-    /// What is known of a pair, for a failed test.
-    #[must_use]
-    pub fn describe(&self, from: usize, to: usize) -> String {
-        let one = |from: usize, to: usize| {
-            let node = &self.nodes[from];
-            let peer = &self.nodes[to].key;
-            let engine = node.engine.as_ref();
-            let path = engine.and_then(|engine| engine.path_of(self.at(from), peer));
-            format!(
-                "{from}: home {:?}, connected {:?}, endpoint {:?}, relayed {:?}, handshakes {}, \
-                 {path:?}",
-                node.table.home,
-                node.connected,
-                node.kernel.endpoint(peer),
-                node.table.peers.get(peer),
-                node.kernel.handshakes(peer),
-            )
-        };
-        format!(
-            "at {:?}\n  {}\n  {}",
-            self.now,
-            one(from, to),
-            one(to, from)
-        )
-    }
 }

@@ -21,6 +21,7 @@ impl World {
         node.dialling.clear();
         node.shim = Shim::new(node.key);
         node.said.clear();
+        node.promoted.clear();
         for relay in self.relays.values_mut() {
             relay.connected.remove(&index);
         }
@@ -107,6 +108,12 @@ impl World {
             true => self.cut.insert((from, to)),
             false => self.cut.remove(&(from, to)),
         };
+    }
+
+    /// From now on packets longer than this are dropped between two nodes, both ways, and nobody
+    /// says so.
+    pub fn set_path_mtu(&mut self, a: usize, b: usize, bytes: u32) {
+        self.takes.extend([((a, b), bytes), ((b, a), bytes)]);
     }
 
     /// From now on something between two nodes lets discovery through and swallows WireGuard, both

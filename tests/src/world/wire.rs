@@ -3,10 +3,15 @@
 use std::net::SocketAddr;
 
 use engine::Input;
+use engine::mtu::OVERHEAD_V4;
+use proto::disco::{self, PING_BYTES};
 use proto::key::{DiscoKey, NodeKey};
 
 use super::wireguard::{Message, Sent};
-use super::{Event, MAX_HOPS, PORT, Payload, Place, World, disco_key};
+use super::{ETHERNET, Event, MAX_HOPS, PORT, Payload, Place, World, disco_key};
+
+/// Headers of IPv4 and UDP.
+const IPV4_UDP: u32 = 28;
 
 impl World {
     pub(super) fn send_all(&mut self, index: usize, sent: Vec<Sent>) {
@@ -41,6 +46,10 @@ impl World {
                 if self.cut.contains(&pair) || (data && self.swallows.contains(&pair)) {
                     return;
                 }
+                let takes = self.takes.get(&pair).copied().unwrap_or(ETHERNET);
+                if self.length(index, &payload) > takes {
+                    return;
+                }
                 let delay = delay + self.nodes[other].delay + jitter;
                 self.after(delay, Event::Datagram(other, seen, payload));
             }
@@ -52,6 +61,23 @@ impl World {
                 }
             }
             (Place::Stun | Place::Router(_), _) => {}
+        }
+    }
+
+    /// How long a packet with this is, in bytes. What applications send is as long as it may be.
+    fn length(&self, index: usize, payload: &Payload) -> u32 {
+        match payload {
+            Payload::WireGuard(_, _, Message::Data(_, Some(inner))) => {
+                let to = if inner.answer { inner.src } else { inner.dst };
+                self.nodes[index].kernel.mtu(to) + u32::from(OVERHEAD_V4)
+            }
+            Payload::Disco(_, _, disco::Message::Ping { padding, .. }) => {
+                u32::from(*padding) + PING_BYTES as u32 + IPV4_UDP
+            }
+            Payload::WireGuard(..)
+            | Payload::Disco(..)
+            | Payload::StunRequest
+            | Payload::StunAnswer(_) => 0,
         }
     }
 

@@ -148,6 +148,15 @@ impl Kernel {
             .map(|(key, _)| *key)
     }
 
+    /// The longest packet that goes to an inner address, as routes say.
+    #[must_use]
+    pub fn mtu(&self, to: IpAddr) -> u32 {
+        let routes = self.present().into_iter().flat_map(|it| &it.routes);
+        let leads = routes.filter(|(prefix, _)| prefix.contains(to));
+        let nearest = leads.max_by_key(|(prefix, _)| prefix.len());
+        nearest.map_or(0, |(_, route)| route.mtu)
+    }
+
     /// Carries out a step of a plan.
     pub fn apply(&mut self, now: Duration, step: &Step) -> Vec<Sent> {
         self.observed.apply(step);
