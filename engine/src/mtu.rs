@@ -17,10 +17,10 @@
 //! ping is no verdict, and a path that answers nothing has another illness, which is not treated here.
 //!
 //! **When.** On each new path at once. Then, while the peer is in use, the figure is confirmed by one
-//! ping every [`CONFIRM`], and longer ones are tried every [`GROW`], or [`REGROW`] after the figure
-//! fell. It is confirmed at once when packets get no answer ([`Mtu::suspect`]), and when the other
-//! side is seen to ask for less. An idle peer costs
-//! nothing; one in use at most 900 pings an hour.
+//! ping every [`CONFIRM`], and longer ones are tried every [`GROW`], the first time after
+//! [`REGROW`]. It is confirmed at once when packets get no answer ([`Mtu::suspect`]), and when the
+//! other side is seen to ask for less. An idle peer costs nothing; one in use at most 900 pings an
+//! hour.
 //!
 //! Each end finds out what it may send; what it receives is the other's to find out.
 
@@ -59,7 +59,8 @@ pub const MOST_PATIENCE: Duration = Duration::from_secs(1);
 pub const CONFIRM: Duration = Duration::from_secs(5);
 /// Between two studies that begin with lengths beyond what is known.
 pub const GROW: Duration = Duration::from_secs(600);
-/// The same, after the figure fell: whatever it was may be over.
+/// The same, after the figure became another one: what made it fall may be over, and what it could
+/// be besides may have been lost.
 pub const REGROW: Duration = Duration::from_secs(60);
 /// Between two studies that suspicion begins.
 pub const SUSPECT_PAUSE: Duration = Duration::from_secs(2);
@@ -91,6 +92,8 @@ pub struct Mtu {
     /// When lengths beyond what is known are tried again.
     grow_at: Option<Instant>,
     suspected: Option<Instant>,
+    /// The padding that the other side last asked for.
+    overheard: Option<u16>,
 }
 
 /// Pings under way.
@@ -100,6 +103,8 @@ struct Study {
     round: u8,
     /// When the next one begins, or the last one ends.
     next: Instant,
+    /// What was known before.
+    known: Option<u16>,
     /// The longest that is asked for.
     top: u16,
     /// The longest that was answered.
@@ -169,7 +174,9 @@ impl Mtu {
         let Some((known, endpoint)) = self.known.zip(self.seen.endpoint) else {
             return;
         };
-        if theirs < padding(known, endpoint) {
+        // Who asks for the same again and again only confirms what it knows.
+        let usual = self.overheard.replace(theirs) == Some(theirs);
+        if theirs < padding(known, endpoint) && !usual {
             self.suspect(now);
         }
     }
@@ -264,6 +271,7 @@ impl Mtu {
         self.study = Some(Study {
             round: 0,
             next: now,
+            known: self.known,
             top,
             best: None,
             asked: BTreeMap::new(),
@@ -275,9 +283,10 @@ impl Mtu {
             return;
         };
         let found = study.best.map(|best| best.max(FLOOR)).or(self.known);
-        let fell = found < self.known;
+        let (fell, news) = (found < study.known, found != study.known);
         if fell || study.top == self.ceiling() {
-            self.grow_at = Some(now + if fell { REGROW } else { GROW });
+            let again = news && found != Some(self.ceiling());
+            self.grow_at = Some(now + if again { REGROW } else { GROW });
         }
         let confirm_at = Some(now + CONFIRM);
         // Nothing is left to fall to.

@@ -135,8 +135,9 @@ fn a_path_that_takes_less_than_the_floor_is_told_from_one_that_is_dead() {
     let mut rig = Rig::new(V4, 1_500, 1_124);
     rig.seconds(4);
     assert_eq!(rig.mtu.known(), Some(FLOOR));
+    rig.seconds(REGROW.as_secs() + 10);
     rig.sent.clear();
-    rig.seconds(60);
+    rig.seconds(REGROW.as_secs());
     assert_eq!(rig.sent, [], "there is nothing to fall to");
     let mut rig = Rig::new(V4, 1_500, 1_500);
     rig.lost = usize::MAX;
