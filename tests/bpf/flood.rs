@@ -12,6 +12,7 @@ use super::semantics::{KNOWN, OPEN, filter, rule};
 use agent::kernel::bpf::{Acl, Options, RawMap};
 use ebpf::abi::Direction::{self, Egress, Ingress};
 use ebpf::abi::{ESTABLISHED_FLOWS, FlowKey, Share, maps, share_of};
+use ebpf::tracks::{ALL_WORDS, HALF, WORDS};
 use ebpf::verdict::Store;
 use engine::acl::Acl as Lowered;
 use std::collections::{BTreeMap, BTreeSet};
@@ -292,4 +293,54 @@ fn kernel_the_agent_puts_right_what_the_programs_counted() {
     drop(acl);
     bed.open(Options::default()).recount().unwrap();
     assert_eq!(counts(), [40, 30, 10, 0], "as the next agent counts");
+}
+
+#[test]
+fn tracks_of_flows_that_are_gone_are_forgotten_and_no_flow_is() {
+    let Some(bed) = Bed::make("tracks_of_flows_that_are_gone") else {
+        return;
+    };
+    let mut acl = open_to_all(&bed);
+    let folder = bed
+        .folder
+        .join(format!("layout-{:08x}", ebpf::abi::layout()));
+    let pinned = |name: &str| RawMap::from_pin(&folder.join(name)).unwrap();
+    let tracks = pinned(maps::TRACKS);
+    let track = |index: u32| tracks.get::<_, u64>(&index).unwrap().unwrap();
+    let half = || track(HALF) as u32;
+    let count = || {
+        let words = half() * WORDS..(half() + 1) * WORDS;
+        words.map(|index| track(index).count_ones()).sum::<u32>()
+    };
+    // Known, in each table; then flows of which nothing is left but tracks.
+    let lasting: Vec<Talk> = (0..20).map(|number| flood(number, 0)).collect();
+    for talk in &lasting {
+        run(&acl, *talk, 3);
+    }
+    for number in 100..9_100 {
+        run(&acl, flood(number, 2), 1);
+    }
+    let keep = acl.flows(usize::MAX).unwrap().len() - 8_500;
+    let (opening, surplus) = (pinned(maps::OPENING), pinned(maps::SURPLUS));
+    let begun = acl.flows(usize::MAX).unwrap().into_iter();
+    let begun = begun.filter(|(store, ..)| *store != Store::Established);
+    for (_, key, _) in begun.take(8_500) {
+        assert!(opening.remove(&key).unwrap() || surplus.remove(&key).unwrap());
+    }
+    let (left, before) = (acl.flows(usize::MAX).unwrap(), (half(), count()));
+    assert_eq!(left.len(), keep);
+    assert!(before.1 > 8_500 && ALL_WORDS == HALF + 1);
+    acl.recount().unwrap();
+    assert_ne!(half(), before.0, "the other half is read");
+    assert!(count() as usize <= keep, "{} tracks", count());
+    // Answers pass by their flow alone, and packets of flows that are gone are first ones again.
+    for talk in &lasting {
+        let known = bed::send(
+            &acl,
+            talk.begins.flip(),
+            &talk.packet(talk.begins.flip(), ACK),
+        );
+        assert_eq!(known, KNOWN);
+    }
+    assert_eq!(acl.flows(usize::MAX).unwrap().len(), keep);
 }
