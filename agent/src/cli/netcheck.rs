@@ -137,6 +137,7 @@ mod tests {
                 latency_us: Some(1_240),
             }],
             unreached: vec!["web".to_owned()],
+            discovery_dropped: 0,
         };
         let hard = text(&check);
         for part in [

@@ -88,6 +88,7 @@ impl Daemon {
                 .map(|region| region.name.clone()),
             regions,
             unreached,
+            discovery_dropped: self.seals.dropped(),
         }
     }
 }

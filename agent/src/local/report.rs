@@ -472,6 +472,10 @@ pub struct Netcheck {
     pub regions: Vec<Region>,
     /// Peers that are on line and from which no packet came by the endpoint in use, by name.
     pub unreached: Vec<String>,
+    /// Packets that looked like discovery and were dropped since the agent started: of nobody in
+    /// this network, not sealed for this node, or too many at once.
+    #[serde(default)]
+    pub discovery_dropped: u64,
 }
 
 /// How the world sees this node in one address family.
