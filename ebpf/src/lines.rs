@@ -221,7 +221,7 @@ const fn mixed(sum: u64) -> u64 {
 #[must_use]
 pub const fn places(hash: u64, lines: u32) -> [u32; 2] {
     [
-        ((hash >> 32) * lines as u64 >> 32) as u32,
-        ((hash & 0xffff_ffff) * lines as u64 >> 32) as u32,
+        (((hash >> 32) * lines as u64) >> 32) as u32,
+        (((hash & 0xffff_ffff) * lines as u64) >> 32) as u32,
     ]
 }
