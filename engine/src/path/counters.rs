@@ -206,7 +206,11 @@ impl Path {
         // Without another way there is nothing to gain.
         if long && (asks > 1 || unshaken) && !self.one_way && self.relay.is_some() && self.probes {
             // A single packet, the first of a handshake, may just have been lost.
-            let fault = if asks > 1 { Fault::Swallows } else { Fault::Silent };
+            let fault = if asks > 1 {
+                Fault::Swallows
+            } else {
+                Fault::Silent
+            };
             self.demote(now, endpoint, fault);
             let until = now + TRIAL;
             let sent = false;
