@@ -282,8 +282,8 @@ impl Grid {
         let (one, other, can) = *pairs.last().context("a pair")?;
         let [left, right] = [one, other].map(|name| self.mesh.node(name));
         let question = echo(&left, &right)?;
-        let start = Instant::now();
         self.mesh.coordinator.set_policy(&policy(spots, pairs))?;
+        let start = Instant::now();
         let answers = || passes(&question, ECHO).unwrap_or_default();
         wait_until("there is an answer", BOUND, answers)
             .with_context(|| self.describe([&left, &right], one, other))?;
