@@ -218,17 +218,8 @@ const PACKET_BYTES: u64 = 200;
 /// Longest outage: as when any direct path breaks, six seconds, and this in an emulator.
 const DEMOTED: Duration = Duration::from_secs(9);
 
-/// b serves the very LAN that its own endpoint is in, so a's packets to b's endpoint belong into the
-/// tunnel to b. They must not chase their own tail: b is reached by relay until the route goes.
-///
-/// ```text
-///  hub   near   router ─ lan ─ a     b 203.0.113.12
-///   │     │      │                   │
-///   │     │      │       gate ───────┴── far 203.0.113.0/24
-///  ─┴─────┴──────┴────────┴── internet
-/// ```
-#[test]
-fn a_route_that_leads_a_tunnel_into_itself_makes_no_loop() -> anyhow::Result<()> {
+/// See [`a_route_that_leads_a_tunnel_into_itself_makes_no_loop`].
+fn behind_a_gate() -> Topology {
     let mut topology = Topology::star(&["near"])
         .switch("far")
         .host(
@@ -251,7 +242,21 @@ fn a_route_that_leads_a_tunnel_into_itself_makes_no_loop() -> anyhow::Result<()>
             host.routes.push(route);
         }
     }
-    let lab = Lab::new("routing_loop", &topology)?;
+    topology
+}
+
+/// b serves the very LAN that its own endpoint is in, so a's packets to b's endpoint belong into the
+/// tunnel to b. They must not chase their own tail: b is reached by relay until the route goes.
+///
+/// ```text
+///  hub   near   router ─ lan ─ a     b 203.0.113.12
+///   │     │      │                   │
+///   │     │      │       gate ───────┴── far 203.0.113.0/24
+///  ─┴─────┴──────┴────────┴── internet
+/// ```
+#[test]
+fn a_route_that_leads_a_tunnel_into_itself_makes_no_loop() -> anyhow::Result<()> {
+    let lab = Lab::new("routing_loop", &behind_a_gate())?;
     lab.host("gate").run("sysctl -q -w net.ipv4.ip_forward=1")?;
     Nat::PortRestricted.install(&lab.host("router"), lab.host("a").v4())?;
     let coordinator = Coordinator::start(&lab.host("hub"))?;
