@@ -15,7 +15,7 @@ use tests::world::{Quality, World};
 use super::{KINDS, MS, SECOND};
 
 /// Seeds of a usual run, and with `--full`.
-const SEEDS: u64 = 80;
+const SEEDS: u64 = 40;
 const SEEDS_FULL: u64 = 3_000;
 /// Networks that run at a time.
 const WORKERS: usize = 2;
@@ -180,71 +180,106 @@ impl Story {
         }
     }
 
+    /// Nobody is at home in a region that is lost.
+    fn at_home(&mut self) {
+        for node in 0..self.homes.len() {
+            let lost = |world: &World| world.home(node).is_some_and(|home| !world.is_up(home));
+            let moved = self.world.run_until(HEALED, |world| !lost(world));
+            let (seed, home) = (self.seed, self.world.home(node));
+            assert!(
+                moved,
+                "SEED={seed}: node {node} is at home in {home:?}, which is lost"
+            );
+        }
+    }
+
     /// Something breaks, for a while or for good.
     fn misfortune(&mut self) -> &'static str {
-        let (world, homes) = (&mut self.world, &self.homes);
-        let node = pick(world, homes.len() as u64) as usize;
+        let (what, seconds) = match pick(&mut self.world, 2) {
+            0 => self.break_network(),
+            _ => self.break_node(),
+        };
+        let now = self.world.now();
+        self.told.push(format!("{now:?} {what}"));
+        self.world.run(SECOND * seconds);
+        what
+    }
+
+    /// Something that all or two share. Returns what, and how long it is before anything is asked.
+    fn break_network(&mut self) -> (&'static str, u32) {
+        let world = &mut self.world;
         let (from, to, _) = self.pairs[pick(world, self.pairs.len() as u64) as usize];
-        let (what, long) = match pick(world, 12) {
+        match pick(world, 6) {
             0 => {
                 world.set_coordinator(false);
                 ("the coordinator's death", 20)
             }
             1 => {
-                world.set_coordinator(true);
-                world.kill_agent(node);
-                world.run(3 * SECOND);
-                world.start_agent(node);
-                ("an agent's restart", 5)
-            }
-            2 => {
                 world.set_relay(0, false);
                 ("the end of a relay region", 5)
             }
-            3 => {
+            2 => {
                 world.set_relay(0, true);
-                world.restart_router(homes[node].realm);
-                ("a router's restart", 5)
+                ("the return of a relay region", 5)
             }
-            4 => {
-                world.set_link(node, false);
-                world.run(10 * SECOND);
-                world.set_link(node, true);
-                ("a pulled cable", 5)
-            }
-            5 => {
+            3 => {
                 world.quality = Quality {
                     loss: 50,
                     jitter: 60 * MS,
                 };
                 ("bad weather", 5)
             }
-            6 => {
+            4 => {
                 world.set_cut(from, to, true);
                 self.cuts.push((from, to));
                 ("a cut, one way", 2)
             }
-            7 => {
+            _ => {
                 world.set_swallowing(from, to, true);
                 self.cuts.push((from, to));
                 ("a middlebox that swallows WireGuard", 2)
             }
-            8 => {
+        }
+    }
+
+    /// Something of one node.
+    fn break_node(&mut self) -> (&'static str, u32) {
+        let (world, homes) = (&mut self.world, &self.homes);
+        let node = pick(world, homes.len() as u64) as usize;
+        match pick(world, 7) {
+            0 => {
+                world.set_coordinator(true);
+                world.kill_agent(node);
+                world.run(3 * SECOND);
+                world.start_agent(node);
+                ("an agent's restart", 5)
+            }
+            1 => {
+                world.restart_router(homes[node].realm);
+                ("a router's restart", 5)
+            }
+            2 => {
+                world.set_link(node, false);
+                world.run(10 * SECOND);
+                world.set_link(node, true);
+                ("a pulled cable", 5)
+            }
+            3 => {
                 let long = SECOND * [5, 50, 400][pick(world, 3) as usize];
                 world.sleep(node);
                 world.run(long);
                 world.wake(node);
                 ("a host that slept", 5)
             }
-            9 => {
+            4 => {
                 let to = [1_000_000_000, 2_000_000_000][pick(world, 2) as usize];
                 world.set_clock(node, Duration::from_secs(to));
                 ("a wall clock that jumped", 5)
             }
-            10 => {
-                let realm = homes[pick(world, homes.len() as u64) as usize];
-                world.roam(node, realm.realm);
-                self.homes[node] = realm;
+            5 => {
+                let home = homes[pick(world, homes.len() as u64) as usize];
+                world.roam(node, home.realm);
+                self.homes[node] = home;
                 ("a node that roamed", 5)
             }
             _ => {
@@ -255,12 +290,7 @@ impl Story {
                 }
                 ("a router that lets no UDP through any more", 5)
             }
-        };
-        let now = self.world.now();
-        self.told
-            .push(format!("{now:?} {what} (node {node}, pair {from} {to})"));
-        self.world.run(SECOND * long);
-        what
+        }
     }
 
     /// Nothing is broken any more.
@@ -294,6 +324,7 @@ fn network_of_chance(seed: u64) -> u64 {
     for _ in 0..MISFORTUNES {
         let what = story.misfortune();
         story.answered(&format!("silent after {what}"));
+        story.at_home();
     }
     story.mend();
     story.direct(WHOLE);

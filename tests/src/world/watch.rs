@@ -4,10 +4,23 @@ use std::net::SocketAddr;
 
 use engine::path::HOLD;
 use engine::plan::Step;
+use proto::id::RegionId;
 
 use super::{HAND, World};
 
 impl World {
+    /// The region where others are to find a node.
+    #[must_use]
+    pub fn home(&self, index: usize) -> Option<RegionId> {
+        self.nodes[index].table.home
+    }
+
+    /// Whether a region's relay runs.
+    #[must_use]
+    pub fn is_up(&self, region: RegionId) -> bool {
+        self.relays.get(&region).is_some_and(|relay| relay.up)
+    }
+
     /// Nothing flaps: between two returns to a direct path there is a while.
     pub(super) fn count_promotions(&mut self, index: usize, step: &Step) {
         let Step::SetPeers(changes) = step else {
