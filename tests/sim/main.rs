@@ -71,7 +71,7 @@ fn a_quiet_pair_is_there_when_it_is_asked() {
     let _talk = world.talk(nodes[0], nodes[1], 50 * MS, 20 * SECOND);
     assert!(world.run_until(20 * SECOND, |world| world.is_direct(nodes[0], nodes[1])));
     // Routers forget after 30 s what they are not reminded of, and sessions end after 180 s.
-    world.run(90 * SECOND);
+    world.run(300 * SECOND);
     let talk = world.talk(nodes[0], nodes[1], 50 * MS, 2 * SECOND);
     world.run(3 * SECOND);
     let heard = world.heard(talk);
