@@ -92,8 +92,8 @@ fn kernel_programs_tell_who_was_dropped_and_why_and_nothing_of_what_passes() {
 }
 
 #[test]
-fn kernel_events_of_a_flood_are_few_and_leave_other_reasons_their_say() {
-    let Some((_bed, mut acl, _)) = usual_bed("kernel_events_of_a_flood") else {
+fn events_of_a_flood_are_few_and_leave_other_reasons_their_say() {
+    let Some((_bed, mut acl, _)) = usual_bed("events_of_a_flood") else {
         return;
     };
     const PORTS: u16 = 3_000;

@@ -263,8 +263,8 @@ fn one_peers_flood_leaves_alone_what_others_open() {
 }
 
 #[test]
-fn kernel_the_agent_puts_right_what_the_programs_counted() {
-    let Some(bed) = Bed::make("kernel_the_agent_puts_right_what_the_programs_counted") else {
+fn the_agent_puts_right_what_the_programs_counted() {
+    let Some(bed) = Bed::make("the_agent_puts_right_what_the_programs_counted") else {
         return;
     };
     let acl = open_to_all(&bed);

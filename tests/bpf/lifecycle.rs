@@ -223,8 +223,8 @@ fn kernel_a_device_that_was_made_again_is_protected_again() {
 }
 
 #[test]
-fn kernel_a_folder_that_is_no_bpffs_is_refused() {
-    let Some(bed) = Bed::make("kernel_a_folder_that_is_no_bpffs") else {
+fn a_folder_that_is_no_bpffs_is_refused() {
+    let Some(bed) = Bed::make("a_folder_that_is_no_bpffs") else {
         return;
     };
     let folder = tempfile::tempdir().unwrap();
@@ -357,8 +357,8 @@ fn kernel_a_peer_that_joins_ten_thousand_adds_its_own_entries_in_place() {
 }
 
 #[test]
-fn kernel_a_hundred_thousand_rules_are_swapped_in_at_once() {
-    let Some(bed) = Bed::make("kernel_a_hundred_thousand_rules") else {
+fn a_hundred_thousand_rules_are_swapped_in_at_once() {
+    let Some(bed) = Bed::make("a_hundred_thousand_rules") else {
         return;
     };
     // The short form also runs in emulated kernels, which are twenty times slower.
@@ -401,8 +401,8 @@ fn kernel_a_hundred_thousand_rules_are_swapped_in_at_once() {
 }
 
 #[test]
-fn kernel_a_policy_that_is_too_large_is_refused_and_the_old_one_stays() {
-    let Some(bed) = Bed::make("kernel_a_policy_that_is_too_large") else {
+fn a_policy_that_is_too_large_is_refused_and_the_old_one_stays() {
+    let Some(bed) = Bed::make("a_policy_that_is_too_large") else {
         return;
     };
     let (mut acl, mut lowered) = (bed.open(Options::default()), Lowered::default());

@@ -488,7 +488,7 @@ fn odd_v6() -> Vec<(&'static str, Vec<u8>, Verdict)> {
 }
 
 #[test]
-fn kernel_what_cannot_be_read_is_dropped_with_its_reason() {
+fn what_cannot_be_read_is_dropped_with_its_reason() {
     let Some((_bed, acl, _)) = usual_bed("unreadable") else {
         return;
     };
@@ -553,7 +553,7 @@ fn kernel_a_revoked_flow_is_cut_in_both_directions_and_the_one_beside_it_is_not(
 }
 
 #[test]
-fn kernel_a_refusal_lasts_no_longer_than_what_it_was_made_of() {
+fn a_refusal_lasts_no_longer_than_what_it_was_made_of() {
     let Some((_bed, mut acl, mut lowered)) = usual_bed("refused_again") else {
         return;
     };
@@ -590,7 +590,7 @@ fn kernel_a_refusal_lasts_no_longer_than_what_it_was_made_of() {
 }
 
 #[test]
-fn kernel_a_missing_table_is_a_drop_with_its_own_reason() {
+fn a_missing_table_is_a_drop_with_its_own_reason() {
     let Some((bed, mut acl, _)) = usual_bed("missing_table") else {
         return;
     };

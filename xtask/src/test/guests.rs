@@ -23,6 +23,8 @@ use crate::vm::{self, Machine};
 const LAB_GUESTS: usize = 4;
 /// How many helpings each guest's share of the lab is cut into, so that none ends long last.
 const HELPINGS: usize = 4;
+/// How many tests a guest with a stock kernel gets, which emulation makes slow.
+const STOCK_HELPING: usize = 8;
 /// With so many hung guests, what is left of a helping counts as failed.
 const HANGS: usize = 2;
 
@@ -83,7 +85,10 @@ impl Run {
                 match machine {
                     Ok(_) if tests.is_empty() => {}
                     Ok(machine) => {
-                        let helping = tests.len();
+                        let helping = match machine {
+                            Machine::Qemu { .. } => STOCK_HELPING,
+                            Machine::Uml { .. } | Machine::Host => tests.len(),
+                        };
                         places.push(Place {
                             long: matches!(machine, Machine::Host),
                             name,
