@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use serde_json::Value;
 use tests::lab::Lab;
 use tests::mesh::{Mesh, Node, SPREAD_BOUND};
 use tests::probe::Talk;
@@ -210,6 +211,19 @@ fn stopping_the_service_changes_nothing_in_the_kernel() -> anyhow::Result<()> {
     mesh.settled(&[("a", 2), ("b", 2)])?;
     let b = mesh.node("b");
     let stream = Numbered::start(&mesh.node("a").host, &b.host, b.v4()?, 80)?;
+    // Until then the agent still has something to say on its routes.
+    wait_until(
+        "b knows what its paths take",
+        Duration::from_secs(15),
+        || {
+            let said = b.weir("peers --json").and_then(|out| out.json());
+            let peers = said.unwrap_or_default()["peers"].clone();
+            let known = |peer: &Value| peer["path_mtu"].is_u64();
+            peers
+                .as_array()
+                .is_some_and(|peers| peers.iter().all(known))
+        },
+    )?;
     let before = Snapshot::of(&b.host)?;
     assert_eq!(b.process().stop()?, 0, "{}", b.process().said());
     assert_eq!(
