@@ -259,14 +259,13 @@ impl Found<'_> {
             let what = format!("weir / nft set, {} rules, {}", row.rules, row.case.name());
             self.add(what, Some(row), set, 0.6);
         }
-        for (case, limit) in [(Case::RefusedSpread, 6.0)] {
-            let mut rows = ours().filter(|row| row.case == case);
-            let (few, many) = (rows.next(), rows.next_back());
-            let rules = |row: Option<&Row>| row.map_or(0, |row| row.rules);
-            let (first, last) = (rules(few), rules(many));
-            let what = format!("weir, {last} / {first} rules, {}", case.name());
-            self.add(what, many, few, limit);
-        }
+        let case = Case::RefusedSpread;
+        let mut rows = ours().filter(|row| row.case == case);
+        let (few, many) = (rows.next(), rows.next_back());
+        let rules = |row: Option<&Row>| row.map_or(0, |row| row.rules);
+        let (first, last) = (rules(few), rules(many));
+        let what = format!("weir, {last} / {first} rules, {}", case.name());
+        self.add(what, many, few, 6.0);
     }
 
     /// Against what looks through its rules, and what keeps state of flows, with 1,000 rules.
