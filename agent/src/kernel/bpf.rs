@@ -38,11 +38,10 @@ mod refuse;
 mod tracks;
 mod view;
 
-use ebpf::abi::Active;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 pub use self::acl::{Acl, First};
@@ -787,22 +786,6 @@ impl Drop for Mapped {
         // SAFETY: this value's own mapping, never used again.
         unsafe {
             libc::munmap(self.words.as_ptr().cast(), self.bytes);
-        }
-    }
-}
-
-/// The active word, mapped: one aligned store makes a policy count.
-struct ActiveWord(Mapped);
-
-impl ActiveWord {
-    fn load(&self) -> Active {
-        let word = self.0.words().first();
-        Active::from_word(word.map_or(0, |word| word.load(Ordering::Acquire)))
-    }
-
-    fn store(&self, active: Active) {
-        if let Some(word) = self.0.words().first() {
-            word.store(active.word(), Ordering::Release);
         }
     }
 }

@@ -3,9 +3,7 @@
 use super::events::Events;
 use super::policy::{self, Settling, Slot};
 use super::tracks::Tracks;
-use super::{
-    AclError, ActiveWord, How, Options, PASSED, RawMap, Run, attach, now_ns, test_run, view,
-};
+use super::{AclError, How, Mapped, Options, PASSED, RawMap, Run, attach, now_ns, test_run, view};
 use ebpf::abi::{Active, Counter, Direction, Dropped, Flow, FlowKey};
 use ebpf::packet::{Packet, Tuple, What, protocol, tcp};
 use ebpf::reason::OUTCOMES;
@@ -16,10 +14,27 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// Entries that a dump shows of one table.
 const DUMPED_ENTRIES: usize = 4_096;
+
+/// The active word, mapped: one aligned store makes a policy count.
+pub(super) struct ActiveWord(pub(super) Mapped);
+
+impl ActiveWord {
+    pub(super) fn load(&self) -> Active {
+        let word = self.0.words().first();
+        Active::from_word(word.map_or(0, |word| word.load(Ordering::Acquire)))
+    }
+
+    pub(super) fn store(&self, active: Active) {
+        if let Some(word) = self.0.words().first() {
+            word.store(active.word(), Ordering::Release);
+        }
+    }
+}
 
 /// Programs that are attached to one device, and their maps.
 pub struct Acl {

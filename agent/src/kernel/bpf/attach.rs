@@ -10,9 +10,10 @@
 //! so the old programs stay until the first policy is written ([`take_over`]). Flows are copied
 //! before the programs change and once more after it, for those that began in between.
 
+use super::acl::ActiveWord;
 use super::policy::Slot;
 use super::tracks::Tracks;
-use super::{Acl, AclError, ActiveWord, Mapped, NEW, OBJECT, RawMap, link_ifindex};
+use super::{Acl, AclError, Mapped, NEW, OBJECT, RawMap, link_ifindex};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::tc::{
     NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact,
