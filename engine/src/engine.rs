@@ -43,8 +43,10 @@ pub const TICK: Duration = Duration::from_secs(2);
 pub const TICK_PER_PEER: Duration = Duration::from_millis(1);
 /// How often while direct paths are in use that a relay could replace.
 pub const CLOSE_TICK: Duration = Duration::from_secs(1);
-/// How soon it is read after something that leads to a new session.
+/// How soon it is read after something that leads to a new session,
 const FIRST_LOOK: Duration = Duration::from_millis(500);
+/// and how often: the first look may come just before that session.
+const FIRST_LOOKS: u32 = 3;
 /// The pause after the first failure of a plan or a read; doubled with each further one.
 pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest such pause.
@@ -87,6 +89,8 @@ pub struct Engine {
     /// Whether desired or observed state changed since the last comparison.
     dirty: bool,
     observe_at: Option<Instant>,
+    /// How many of the next looks follow [`FIRST_LOOK`] after one another.
+    looks: u32,
     /// Not before this, after failures.
     retry_at: Option<Instant>,
     failures: u32,
@@ -126,6 +130,7 @@ impl Engine {
             observing: false,
             dirty: false,
             observe_at: None,
+            looks: 0,
             retry_at: None,
             failures: 0,
             outbox: VecDeque::new(),
@@ -556,10 +561,11 @@ impl Engine {
             self.paths.observe(now, peers);
         }
         let count = peers.map_or(0, BTreeMap::len);
-        let tick = if self.paths.are_watched(now) {
-            CLOSE_TICK
-        } else {
-            TICK
+        self.looks = self.looks.saturating_sub(1);
+        let tick = match self.looks {
+            1.. => FIRST_LOOK,
+            0 if self.paths.are_watched(now) => CLOSE_TICK,
+            0 => TICK,
         };
         self.observe_at = Some(now + longer(tick, count));
         self.observed = Some(observed);
@@ -597,6 +603,7 @@ impl Engine {
         let present = self.observed.as_ref().and_then(Observed::present);
         let soon = now + longer(FIRST_LOOK, present.map_or(0, |present| present.peers.len()));
         self.observe_at = self.observe_at.map(|at| at.min(soon));
+        self.looks = FIRST_LOOKS;
     }
 
     fn handle_failed(&mut self, now: Instant, failure: Failure) {
