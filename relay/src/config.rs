@@ -4,6 +4,7 @@ use crate::admit::Admission;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use proto::id::NetworkId;
 use proto::key::{Fingerprint, PermitKey, RelayKey};
+use rustls::pki_types::DnsName;
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -11,6 +12,8 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+/// The authority that is asked for certificates if no other is named.
+pub const DEFAULT_DIRECTORY: &str = "https://acme-v02.api.letsencrypt.org/directory";
 /// What a client may send in a second if nothing else is said: 400 Mbit/s.
 pub const DEFAULT_RATE: u64 = 50_000_000;
 
@@ -51,8 +54,9 @@ pub struct Flags {
     /// Where /health and /metrics are shown, without TLS [default: 127.0.0.1:9180]
     #[arg(long, value_name = "ADDR:PORT", value_parser = addr)]
     pub status_listen: Option<SocketAddr>,
-    /// The certificate: the relay's own, one that the configuration names, or none: plain HTTP
-    /// [default: given if the configuration names one, else own]
+    /// The certificate: the relay's own, one that the configuration names, one that an authority
+    /// gives by ACME, or none: plain HTTP [default: what the configuration has a section for, else
+    /// own]
     #[arg(long, value_name = "WHICH")]
     pub tls: Option<Tls>,
     /// Who may use the relay: nodes with a permit of their coordinator, or, for tests, anybody
@@ -72,6 +76,8 @@ pub enum Tls {
     Own,
     /// The one in `[certificate]`.
     Given,
+    /// One that the authority in `[acme]` gives.
+    Acme,
     /// None: plain HTTP. What passes is sealed all the same; keys of who talks to whom are not.
     Off,
 }
@@ -134,8 +140,23 @@ pub enum Certificate {
         /// Its key, in PEM.
         key: PathBuf,
     },
+    /// An authority, asked whenever one is needed.
+    Acme(Acme),
     /// None: plain HTTP.
     Off,
+}
+
+/// An authority that gives certificates by ACME, and for what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Acme {
+    /// The relay's names, in small letters; at least one.
+    pub domains: Vec<String>,
+    /// Whom the authority may tell about trouble, as URLs.
+    pub contact: Vec<String>,
+    /// Where the authority is asked.
+    pub directory: String,
+    /// Who vouches for that place, in PEM, if the system's authorities do not.
+    pub directory_roots: Option<PathBuf>,
 }
 
 /// Why the configuration cannot be used.
@@ -162,6 +183,36 @@ pub enum ConfigError {
         "`--tls given` needs a [certificate] section with `chain` and `key` in the configuration"
     )]
     NoCertificate,
+    /// `acme` without a section.
+    #[error("`--tls acme` needs an [acme] section with `domains` in the configuration")]
+    NoAcme,
+    /// Two sections, and nothing says which is meant.
+    #[error(
+        "there is a [certificate] section and an [acme] section: take one away, or say with \
+         `tls = \"given\"` or `tls = \"acme\"` which one is meant"
+    )]
+    TwoCertificates,
+    /// A certificate for nothing.
+    #[error("[acme] needs `domains`: the names under which nodes know this relay")]
+    NoDomains,
+    /// Only names are certified in this way (RFC 8737; wildcards need DNS, RFC 8555 7.1.3).
+    #[error(
+        "`{0}` in [acme] is no name that can be certified: give names as fra1.example.com, no \
+         address, no wildcard and no port"
+    )]
+    Domain(String),
+    /// The authority wants a URL.
+    #[error("`{0}` in [acme] is no contact: write mailto:ops@example.com")]
+    Contact(String),
+    /// RFC 8555 6.1: "Use of HTTPS is REQUIRED".
+    #[error("the directory `{0}` in [acme] is no https:// address")]
+    Directory(String),
+    /// Nobody agrees for somebody else.
+    #[error(
+        "the authority at {0} gives certificates to those who agree to its terms of service: read \
+         them, and set `terms-of-service-agreed = true` in [acme]"
+    )]
+    Terms(String),
     /// Nobody could be admitted.
     #[error(
         "no network to serve: name each in a [[network]] section with its `id` and `keys` (or, for \
@@ -195,6 +246,7 @@ struct File {
     admit: Option<Admit>,
     client_bytes_per_second: Option<u64>,
     certificate: Option<Files>,
+    acme: Option<AcmeSection>,
     #[serde(default)]
     network: Vec<Network>,
     #[serde(default)]
@@ -212,6 +264,18 @@ struct Region {
 struct Files {
     chain: PathBuf,
     key: PathBuf,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct AcmeSection {
+    domains: Vec<String>,
+    #[serde(default)]
+    contact: Vec<String>,
+    directory: Option<String>,
+    directory_roots: Option<PathBuf>,
+    #[serde(default)]
+    terms_of_service_agreed: bool,
 }
 
 #[derive(Deserialize)]
@@ -234,22 +298,8 @@ impl Config {
             .transpose()?
             .unwrap_or_default();
         let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
-        // Whoever names a certificate wants it shown.
-        let default = match file.certificate {
-            Some(_) => Tls::Given,
-            None => Tls::Own,
-        };
-        let certificate = match flags.tls.or(file.tls).unwrap_or(default) {
-            Tls::Own => Certificate::Own,
-            Tls::Off => Certificate::Off,
-            Tls::Given => {
-                let files = file.certificate.ok_or(ConfigError::NoCertificate)?;
-                Certificate::Given {
-                    certificate: files.chain,
-                    key: files.key,
-                }
-            }
-        };
+        let which = flags.tls.or(file.tls);
+        let certificate = certificate(which, file.certificate, file.acme)?;
         let admission = match flags.admit.or(file.admit).unwrap_or(Admit::Permit) {
             Admit::Open => Admission::Open,
             Admit::Permit => Admission::Permit(networks(file.network)?),
@@ -278,6 +328,73 @@ impl Config {
 fn addr(text: &str) -> Result<SocketAddr, &'static str> {
     let wanted = "an address and a port are needed, as in 192.0.2.1:443 or [::]:443";
     text.parse().map_err(|_| wanted)
+}
+
+/// What is shown. Whoever has a section for a certificate wants it shown, unless told otherwise.
+fn certificate(
+    which: Option<Tls>,
+    files: Option<Files>,
+    section: Option<AcmeSection>,
+) -> Result<Certificate, ConfigError> {
+    let which = match (which, &files, &section) {
+        (Some(which), _, _) => which,
+        (None, Some(_), Some(_)) => return Err(ConfigError::TwoCertificates),
+        (None, Some(_), None) => Tls::Given,
+        (None, None, Some(_)) => Tls::Acme,
+        (None, None, None) => Tls::Own,
+    };
+    match which {
+        Tls::Own => Ok(Certificate::Own),
+        Tls::Off => Ok(Certificate::Off),
+        Tls::Given => {
+            let files = files.ok_or(ConfigError::NoCertificate)?;
+            Ok(Certificate::Given {
+                certificate: files.chain,
+                key: files.key,
+            })
+        }
+        Tls::Acme => acme(section.ok_or(ConfigError::NoAcme)?).map(Certificate::Acme),
+    }
+}
+
+fn acme(section: AcmeSection) -> Result<Acme, ConfigError> {
+    let directory = section.directory;
+    let directory = directory.unwrap_or_else(|| DEFAULT_DIRECTORY.to_owned());
+    let host = directory.strip_prefix("https://").unwrap_or_default();
+    if host.is_empty() || host.starts_with('/') {
+        return Err(ConfigError::Directory(directory));
+    }
+    if section.domains.is_empty() {
+        return Err(ConfigError::NoDomains);
+    }
+    for name in &section.domains {
+        if DnsName::try_from(name.as_str()).is_err() || name.ends_with('.') {
+            return Err(ConfigError::Domain(name.clone()));
+        }
+    }
+    if let Some(bad) = section.contact.iter().find(|url| !is_contact(url)) {
+        return Err(ConfigError::Contact(bad.clone()));
+    }
+    if !section.terms_of_service_agreed {
+        return Err(ConfigError::Terms(directory));
+    }
+    let mut domains = section.domains;
+    for name in &mut domains {
+        name.make_ascii_lowercase();
+    }
+    Ok(Acme {
+        domains,
+        contact: section.contact,
+        directory,
+        directory_roots: section.directory_roots,
+    })
+}
+
+/// RFC 8555 7.3: authorities take `mailto` at least, with one address.
+fn is_contact(url: &str) -> bool {
+    let address = url.strip_prefix("mailto:").unwrap_or_default();
+    let parts = address.split_once('@');
+    parts.is_some_and(|(who, host)| !who.is_empty() && !host.is_empty())
 }
 
 fn networks(named: Vec<Network>) -> Result<BTreeMap<NetworkId, Vec<PermitKey>>, ConfigError> {
@@ -394,6 +511,72 @@ mod tests {
         assert_eq!(config.listen, silent.listen);
         assert_eq!(config.stun_listen, silent.stun_listen);
         assert_eq!(config.status_listen, silent.status_listen);
+    }
+
+    #[test]
+    fn an_authority_is_asked_for_names_and_by_those_who_agree() {
+        let check = |section: &str, expected: &str| {
+            let text = format!("{}[acme]\n{section}\n", network(1));
+            match load(&text, Flags::default()) {
+                Ok(config) => assert_eq!(format!("{:?}", config.certificate), expected),
+                Err(error) => assert!(error.to_string().contains(expected), "{section}: {error}"),
+            }
+        };
+        let agreed = "terms-of-service-agreed = true";
+        let acme = Acme {
+            domains: vec!["a.example.com".to_owned(), "b.example.com".to_owned()],
+            contact: vec!["mailto:ops@example.com".to_owned()],
+            directory: DEFAULT_DIRECTORY.to_owned(),
+            directory_roots: None,
+        };
+        let good = "domains = ['A.example.com', 'b.example.com']";
+        let contact = "contact = ['mailto:ops@example.com']";
+        let expected = format!("{:?}", Certificate::Acme(acme));
+        check(&format!("{good}\n{contact}\n{agreed}"), &expected);
+        check(good, "terms-of-service-agreed = true");
+        check(
+            &format!("{good}\nterms-of-service-agreed = false"),
+            "read them",
+        );
+        check(&format!("domains = []\n{agreed}"), "needs `domains`");
+        check(agreed, "is not right");
+        for bad in [
+            "192.0.2.1",
+            "::1",
+            "*.example.com",
+            "a:443",
+            "a b",
+            "",
+            "a.",
+        ] {
+            let section = format!("domains = ['{bad}']\n{agreed}");
+            check(&section, &format!("`{bad}` in [acme] is no name"));
+        }
+        for bad in ["ops@example.com", "mailto:ops", "tel:1", "mailto:@"] {
+            let section = format!("{good}\ncontact = ['{bad}']\n{agreed}");
+            check(&section, "is no contact");
+        }
+        for bad in ["http://ca/dir", "ca/dir", "https://", "https:///dir"] {
+            let section = format!("{good}\ndirectory = '{bad}'\n{agreed}");
+            check(&section, "is no https:// address");
+        }
+        check(&format!("{good}\nagree = true"), "is not right");
+    }
+
+    #[test]
+    fn of_two_certificates_one_is_meant() {
+        let files = "[certificate]\nchain = '/c'\nkey = '/k'\n";
+        let acme = "[acme]\ndomains = ['a']\nterms-of-service-agreed = true\n";
+        let text = format!("{}{files}{acme}", network(1));
+        let error = load(&text, Flags::default()).unwrap_err();
+        assert!(error.to_string().contains("take one away"), "{error}");
+        let given = load(&format!("tls = 'given'\n{text}"), Flags::default()).unwrap();
+        assert!(matches!(given.certificate, Certificate::Given { .. }));
+        let asked = load(&format!("tls = 'acme'\n{text}"), Flags::default()).unwrap();
+        assert!(matches!(asked.certificate, Certificate::Acme(_)));
+        let error = load(&format!("tls = 'acme'\n{}", network(1)), Flags::default());
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("needs an [acme] section"), "{error}");
     }
 
     #[test]

@@ -13,6 +13,7 @@
 //! |---|---|
 //! | [`config`] | what `serve` is told |
 //! | [`tls`] | the certificate shown, and the relay's own key |
+//! | [`acme`] | when an authority is asked for another certificate |
 //! | [`http`] | the request that opens a stream, and the few pages beside it |
 //! | [`websocket`] | the stream inside a WebSocket, for proxies |
 //! | [`admit`] | who may use the relay, for which network, how long and how fast |
@@ -27,6 +28,7 @@
 //! One direction: server → session → switch; a region's connection reads and writes as a session does.
 #![forbid(unsafe_code)]
 
+pub mod acme;
 pub mod admit;
 pub mod config;
 pub mod http;

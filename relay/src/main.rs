@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use clap::Parser;
-use relay::config::{Cli, Command, Config, ConfigError};
+use relay::config::{Certificate, Cli, Command, Config, ConfigError};
 use relay::server::Server;
 use sd_notify::NotifyState;
 use std::io::{self, IsTerminal};
@@ -39,10 +39,16 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         signal(SignalKind::terminate())?,
         signal(SignalKind::interrupt())?,
     );
-    let server = Server::start(Config::load(state_dir, flags)?)?;
-    let certificate = match server.fingerprint {
-        Some(fingerprint) => format!("certificate {fingerprint}"),
-        None => "without TLS".to_owned(),
+    let config = Config::load(state_dir, flags)?;
+    let names = match &config.certificate {
+        Certificate::Acme(acme) => Some(acme.domains.join(", ")),
+        Certificate::Own | Certificate::Given { .. } | Certificate::Off => None,
+    };
+    let server = Server::start(config)?;
+    let certificate = match (server.fingerprint, names) {
+        (Some(fingerprint), _) => format!("certificate {fingerprint}"),
+        (None, Some(names)) => format!("certificate by ACME for {names}"),
+        (None, None) => "without TLS".to_owned(),
     };
     println!(
         "weir-relay listens on {}, {certificate}, key {}; STUN on {}, status on {}",

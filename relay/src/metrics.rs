@@ -51,6 +51,12 @@ pub struct Metrics {
     pub bytes: AtomicU64,
     /// Times that a client was made to wait for its rate.
     pub paced: AtomicU64,
+    /// When the certificate that an authority gave ends, in seconds since 1970; 0 without one.
+    pub certificate_until: AtomicU64,
+    /// Certificates that an authority gave.
+    pub certificates: AtomicU64,
+    /// Times that it gave none.
+    pub certificate_failures: AtomicU64,
     /// STUN requests answered.
     pub stun: AtomicU64,
     /// Datagrams on the STUN port that were none.
@@ -95,6 +101,11 @@ impl Metrics {
                 "Other relays of the region that are connected",
                 get(&self.links),
             ),
+            (
+                "certificate_until_seconds",
+                "End of the certificate that an authority gave by ACME, in Unix time; 0 without one",
+                get(&self.certificate_until),
+            ),
         ];
         for (name, help, value) in gauges {
             sample(&mut page, name, "gauge", help, value);
@@ -128,6 +139,16 @@ impl Metrics {
                 "paced_total",
                 "Times that a client waited for its rate",
                 &self.paced,
+            ),
+            (
+                "certificates_total",
+                "Certificates that an authority gave by ACME",
+                &self.certificates,
+            ),
+            (
+                "certificate_failures_total",
+                "Times that the authority was asked for one and gave none",
+                &self.certificate_failures,
             ),
             ("stun_answers_total", "STUN requests answered", &self.stun),
             (

@@ -3,6 +3,7 @@
 //! Doors: DERP over TCP (with TLS or without), STUN over UDP, and a page of health and counters that
 //! is shown on this machine alone unless asked otherwise.
 
+use crate::acme::{Condition, Keeper};
 use crate::admit::Admission;
 use crate::config::{Certificate, Config};
 use crate::http::{self, Request};
@@ -11,7 +12,7 @@ use crate::region;
 use crate::session::{End, Session, Shared};
 use crate::stun;
 use crate::switch::Switch;
-use crate::tls::{self, Identity, TlsError};
+use crate::tls::{self, CHALLENGE_PROTOCOL, Identity, Shown, TlsError};
 use crate::websocket;
 use bytes::BytesMut;
 use proto::derp::LOGIN_TIMEOUT;
@@ -129,16 +130,8 @@ impl Server {
         let lock = take_state_dir(dir)?;
         let secret = tls::relay_secret(dir)?;
         let key = RelayKey(secret.public().0);
-        let identity = match &config.certificate {
-            Certificate::Own => Some(Identity::load_or_create(dir)?),
-            Certificate::Given { certificate, key } => Some(Identity::read(certificate, key)?),
-            Certificate::Off => None,
-        };
-        let fingerprint = identity.as_ref().map(Identity::fingerprint);
-        let tls = identity
-            .map(|identity| identity.server_config(key))
-            .transpose()?
-            .map(|config| TlsAcceptor::from(Arc::new(config)));
+        let metrics = Arc::new(Metrics::default());
+        let secured = Secured::new(config.certificate, dir, key, &metrics)?;
         if matches!(config.admission, Admission::Open) {
             tracing::warn!(
                 "--admit open: ANYBODY may use this relay, and all who do see each other; \
@@ -149,7 +142,6 @@ impl Server {
         let (status, status_addr) = listen(config.status_listen)?;
         let (udp, stun_addr) = listen_udp(config.stun_listen)?;
 
-        let metrics = Arc::new(Metrics::default());
         let keys = config.region.iter().map(|relay| NodeKey(relay.key.0));
         let shared = Arc::new(Shared {
             relays: keys.filter(|relay| relay.0 != key.0).collect(),
@@ -162,30 +154,36 @@ impl Server {
         let (shutdown, ends) = watch::channel(false);
         let door = Door {
             shared: Arc::clone(&shared),
-            tls,
+            tls: secured.tls,
+            condition: secured.condition.clone(),
             most: MAX_CONNECTIONS,
             page: false,
         };
         let page = Door {
             shared: Arc::clone(&shared),
             tls: None,
+            condition: secured.condition,
             most: MAX_STATUS_CONNECTIONS,
             page: true,
         };
+        let derp = tokio::spawn(door.serve(listener, ends.clone()));
+        let mut others = vec![
+            tokio::spawn(page.serve(status, ends)),
+            tokio::spawn(stun::serve(udp, metrics)),
+        ];
+        // Now that the door is open, an authority may come and look.
+        others.extend(secured.keeper.map(|keeper| tokio::spawn(keeper.keep())));
         Ok(Self {
             addr,
             stun_addr,
             status_addr,
             key,
-            fingerprint,
+            fingerprint: secured.fingerprint,
             shutdown,
             region: region::join(config.region, &shared),
             shared,
-            derp: tokio::spawn(door.serve(listener, ends.clone())),
-            others: vec![
-                tokio::spawn(page.serve(status, ends)),
-                tokio::spawn(stun::serve(udp, metrics)),
-            ],
+            derp,
+            others,
             _lock: lock,
         })
     }
@@ -203,6 +201,52 @@ impl Server {
     }
 }
 
+/// How the DERP door speaks TLS.
+struct Secured {
+    tls: Option<TlsAcceptor>,
+    /// Of a certificate that stays.
+    fingerprint: Option<Fingerprint>,
+    /// With an authority: who asks it, and how that goes.
+    keeper: Option<Keeper>,
+    condition: Option<watch::Receiver<Condition>>,
+}
+
+impl Secured {
+    fn new(
+        certificate: Certificate,
+        dir: &Path,
+        relay: RelayKey,
+        metrics: &Arc<Metrics>,
+    ) -> Result<Self, TlsError> {
+        let shown = Arc::new(Shown::default());
+        let mut secured = Self {
+            tls: None,
+            fingerprint: None,
+            keeper: None,
+            condition: None,
+        };
+        let identity = match certificate {
+            Certificate::Off => return Ok(secured),
+            Certificate::Own => Some(Identity::load_or_create(dir)?),
+            Certificate::Given { certificate, key } => Some(Identity::read(&certificate, &key)?),
+            Certificate::Acme(acme) => {
+                let (shown, metrics) = (Arc::clone(&shown), Arc::clone(metrics));
+                let (keeper, heard) = Keeper::start(acme, dir, relay, shown, metrics)?;
+                secured.keeper = Some(keeper);
+                secured.condition = Some(heard);
+                None
+            }
+        };
+        if let Some(identity) = identity {
+            secured.fingerprint = Some(identity.fingerprint());
+            shown.show(identity.certified(relay)?);
+        }
+        let config = tls::server_config(shown, secured.keeper.is_some())?;
+        secured.tls = Some(TlsAcceptor::from(Arc::new(config)));
+        Ok(secured)
+    }
+}
+
 /// A client that has logged in, on the bare stream or inside a WebSocket.
 enum Opened<S> {
     Plain(Session<S>),
@@ -213,6 +257,8 @@ enum Opened<S> {
 struct Door {
     shared: Arc<Shared>,
     tls: Option<TlsAcceptor>,
+    /// With an authority, how its certificate is.
+    condition: Option<watch::Receiver<Condition>>,
     most: u32,
     /// Whether this is the page of health and counters, and not DERP.
     page: bool,
@@ -266,6 +312,8 @@ impl Door {
             _ = ends.wait_for(|end| *end) => return,
         };
         match accepted {
+            // An authority has seen what it wanted to see, and says nothing (RFC 8737 3).
+            Ok(Ok(stream)) if stream.get_ref().1.alpn_protocol() == Some(CHALLENGE_PROTOCOL) => {}
             Ok(Ok(stream)) => self.stream(stream, ends).await,
             Ok(Err(_)) | Err(_) => tracing::debug!("a TLS handshake failed"),
         }
@@ -350,19 +398,31 @@ impl Door {
         None
     }
 
+    fn health(&self, clients: usize) -> String {
+        let condition = self.condition.as_ref().map(|heard| heard.borrow().clone());
+        let shown = condition.as_ref().is_none_or(|it| it.until.is_some());
+        let (code, status) = match shown {
+            true => ("200 OK", "ok"),
+            // Nobody but the authority can connect.
+            false => ("503 Service Unavailable", "no certificate"),
+        };
+        let mut body = serde_json::json!({
+            "version": 1,
+            "status": status,
+            "clients": clients,
+            "program": env!("CARGO_PKG_VERSION"),
+        });
+        if let Some(Condition { until, trouble }) = condition {
+            body["certificate"] = serde_json::json!({ "until": until, "trouble": trouble });
+        }
+        http::page(code, "application/json", &format!("{body}\n"))
+    }
+
     fn answer(&self, request: &Request) -> String {
         let text = "text/plain; charset=utf-8";
         let clients = self.shared.switch.len();
         match request {
-            Request::Health => {
-                let body = serde_json::json!({
-                    "version": 1,
-                    "status": "ok",
-                    "clients": clients,
-                    "program": env!("CARGO_PKG_VERSION"),
-                });
-                http::page("200 OK", "application/json", &format!("{body}\n"))
-            }
+            Request::Health => self.health(clients),
             Request::Metrics if self.page => {
                 let body = self.shared.metrics.page(clients);
                 http::page("200 OK", "text/plain; version=0.0.4", &body)

@@ -7,7 +7,8 @@ use relay::admit::Admission;
 use relay::config::{Certificate, Config};
 use relay::server::Server;
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU8, Ordering};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -19,6 +20,14 @@ pub struct Place {
 
 pub fn any() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 0))
+}
+
+/// A loopback address of the caller's own, where every port is free.
+pub fn own_address() -> Ipv4Addr {
+    static NUMBER: AtomicU8 = AtomicU8::new(1);
+    let [high, low] = (std::process::id() as u16).to_be_bytes();
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    Ipv4Addr::new(127, 64 | (high & 63), low, number)
 }
 
 pub fn secret(seed: u8) -> PermitSecret {

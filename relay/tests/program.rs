@@ -86,6 +86,33 @@ async fn its_key_stays_and_two_cannot_share_a_folder() {
 }
 
 #[tokio::test]
+async fn with_an_authority_that_cannot_be_reached_it_starts_and_says_for_what_it_asks() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("relay.toml");
+    let text = "admit = 'open'\n[acme]\ndomains = ['a.example.com', 'b.example.com']\n\
+                directory = 'https://127.0.0.1:1/dir'\nterms-of-service-agreed = true\n";
+    fs::write(&config, text).unwrap();
+    let flags = ["--config", config.to_str().unwrap()];
+    let (mut child, _, line) = started(&mut command(dir.path(), &flags)).await;
+    assert!(
+        line.contains("by ACME for a.example.com, b.example.com"),
+        "{line}"
+    );
+    let mut log = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("no new certificate") {
+        line.clear();
+        assert_ne!(
+            log.read_line(&mut line).await.unwrap(),
+            0,
+            "it says nothing of it"
+        );
+    }
+    assert!(line.contains("127.0.0.1 cannot be reached"), "{line}");
+    child.kill().await.unwrap();
+}
+
+#[tokio::test]
 async fn an_address_that_cannot_be_had_comes_with_advice() {
     let dir = tempfile::tempdir().unwrap();
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -112,6 +139,13 @@ fn wrong_use_is_said_and_exits_with_2() {
     let config = dir.path().join("relay.toml");
     fs::write(&config, "admit = 'everybody'\n").unwrap();
     let config = config.to_str().unwrap().to_owned();
+    let terms = dir.path().join("terms.toml");
+    fs::write(
+        &terms,
+        "admit = 'open'\n[acme]\ndomains = ['a.example.com']\n",
+    )
+    .unwrap();
+    let terms = terms.to_str().unwrap().to_owned();
     for (flags, why) in [
         (vec![], "no network to serve"),
         (
@@ -119,6 +153,8 @@ fn wrong_use_is_said_and_exits_with_2() {
             "possible values: permit, open",
         ),
         (vec!["--tls", "given", "--admit", "open"], "[certificate]"),
+        (vec!["--tls", "acme", "--admit", "open"], "[acme]"),
+        (vec!["--config", &terms], "read them"),
         (vec!["--config", &config], "everybody"),
         (vec!["--config", "/no/such/file"], "cannot read"),
         (vec!["--listen", "443"], "an address and a port are needed"),

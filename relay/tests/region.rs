@@ -1,7 +1,7 @@
 //! Two relays of one region: whoever is at the one is reached from the other.
 
 use crate::client::{Client, Login, join, join_with, key};
-use crate::place::{Place, networks, secret};
+use crate::place::{Place, networks, own_address, secret};
 use proto::derp::{DISCO_MAGIC, DISCO_MIN_BYTES, Frame};
 use proto::id::NetworkId;
 use proto::key::{NodeKey, RelayKey};
@@ -10,7 +10,6 @@ use relay::config::{Certificate, Config, RegionRelay};
 use relay::server::Server;
 use relay::tls::{Identity, relay_secret};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio::net::TcpStream;
@@ -28,15 +27,11 @@ struct Planned {
 
 impl Planned {
     fn new(certificate: Certificate) -> Self {
-        /// Each has a loopback address of its own, so that the port is free.
-        static NUMBER: AtomicU8 = AtomicU8::new(1);
-        let [high, low] = (std::process::id() as u16).to_be_bytes();
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let addr = SocketAddr::from(([127, 64 | (high & 63), low, number], 4_430));
+        let addr = SocketAddr::from((own_address(), 4_430));
         let dir = tempfile::tempdir().unwrap();
         let pin = match certificate {
             Certificate::Own => Some(Identity::load_or_create(dir.path()).unwrap().fingerprint()),
-            Certificate::Given { .. } | Certificate::Off => None,
+            Certificate::Given { .. } | Certificate::Acme(_) | Certificate::Off => None,
         };
         let relay = RegionRelay {
             addr: addr.to_string(),
