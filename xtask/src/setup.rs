@@ -21,6 +21,8 @@ pub enum Purpose {
     Lab,
     /// Run the coordinator's tests against a Postgres that they start.
     Database,
+    /// Run the relay's tests against a certificate authority that they start.
+    Authority,
     /// Run stock kernels in QEMU.
     Qemu,
     /// Build the User Mode Linux kernel.
@@ -116,6 +118,13 @@ const DATABASE: &[Need] = &[need(
     "postgresql-server",
     "runs the store's tests on Postgres",
 )];
+// Fedora has no package of it: the tests are skipped there.
+const AUTHORITY: &[Need] = &[need(
+    "pebble",
+    "pebble",
+    "",
+    "gives certificates to the relay's tests",
+)];
 const QEMU: &[Need] = &[
     need(
         "qemu-system-x86_64",
@@ -169,6 +178,7 @@ fn needs(purpose: Purpose) -> &'static [Need] {
         Purpose::Build => BUILD,
         Purpose::Lab => LAB,
         Purpose::Database => DATABASE,
+        Purpose::Authority => AUTHORITY,
         Purpose::Qemu => QEMU,
         Purpose::Uml => UML,
     }
@@ -176,13 +186,22 @@ fn needs(purpose: Purpose) -> &'static [Need] {
 
 /// The verb: everything that `demo` and `test` may need on this machine.
 pub fn run_verb() -> anyhow::Result<u8> {
-    let mut purposes = vec![Purpose::Build, Purpose::Lab, Purpose::Database];
+    let mut purposes = of_tests();
     if cfg!(target_arch = "x86_64") && Family::here()? == Family::Debian {
         purposes.push(Purpose::Qemu);
     }
     ensure(&purposes)?;
     println!("Everything needed is here.");
     Ok(0)
+}
+
+/// What tests need before they are built; emulated kernels bring their own needs.
+pub fn of_tests() -> Vec<Purpose> {
+    let mut purposes = vec![Purpose::Build, Purpose::Lab, Purpose::Database];
+    if Family::here().is_ok_and(|family| !family.packages(&AUTHORITY[0]).is_empty()) {
+        purposes.push(Purpose::Authority);
+    }
+    purposes
 }
 
 /// Installs what is missing for the purposes. Returns at once when nothing is.
@@ -374,6 +393,7 @@ mod tests {
             Purpose::Build,
             Purpose::Lab,
             Purpose::Database,
+            Purpose::Authority,
             Purpose::Qemu,
             Purpose::Uml,
         ] {

@@ -106,10 +106,7 @@ impl Run {
     }
 
     fn all(&mut self) -> anyhow::Result<()> {
-        self.phase("set up", |_| {
-            use setup::Purpose;
-            setup::ensure(&[Purpose::Build, Purpose::Lab, Purpose::Database])
-        })?;
+        self.phase("set up", |_| setup::ensure(&setup::of_tests()))?;
         self.phase("build", |run| {
             (run.programs, run.binaries) = build::everything()?;
             Ok(())
@@ -391,23 +388,6 @@ impl Run {
         self.single("clippy", |_| {
             let clippy = ["clippy", "--quiet", "--workspace", "--all-targets"];
             quiet(build::cargo().args(clippy).args(["--", "-D", "warnings"]))
-        });
-        self.single("determinism", |_| {
-            let clippy = [
-                "clippy",
-                "--quiet",
-                "--workspace",
-                "--lib",
-                "--bins",
-                "--",
-                "-D",
-            ];
-            let bans = [
-                "clippy::disallowed_methods",
-                "-D",
-                "clippy::disallowed_types",
-            ];
-            quiet(build::cargo().args(clippy).args(bans))
         });
         self.single("ebpf-object", |run| {
             if !run.args.full && !ebpf::needs_rebuild()? {
