@@ -505,6 +505,14 @@ mod tests {
         };
         let all: Vec<String> = example.lines().map(line).collect();
         let config = load(&all.join("\n"), Flags::default()).unwrap();
+        // It shows all sections, and says which one is meant.
+        assert_eq!(config.certificate, Certificate::Own);
+        let asked = Flags {
+            tls: Some(Tls::Acme),
+            ..Flags::default()
+        };
+        let asked = load(&all.join("\n"), asked).unwrap().certificate;
+        assert!(matches!(asked, Certificate::Acme(acme) if acme.directory == DEFAULT_DIRECTORY));
         assert_eq!((config.rate, config.region.len()), (DEFAULT_RATE, 1));
         // What it says behind `#` is the default.
         let silent = load(&network(1), Flags::default()).unwrap();
