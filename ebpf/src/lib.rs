@@ -25,6 +25,7 @@
 //! The objects that agents embed are `ebpf/acl.bpf.o` and `ebpf/steer.bpf.o`, built by `cargo xtask
 //! ebpf`, which also proves (`--check`) that they come from this source, bit for bit.
 #![no_std]
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::disallowed_types))]
 
 pub mod abi;
 pub mod classify;

@@ -44,6 +44,7 @@
 //! run with the same seed and inputs is the same run. No secret key comes in here: discovery is
 //! opened and sealed by whoever drives the engine.
 #![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::disallowed_types))]
 
 pub mod acl;
 mod dice;

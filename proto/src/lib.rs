@@ -19,6 +19,7 @@
 //! | [`permit`] | the coordinator's word that a node may use a relay |
 //! | [`stun`] | the question "what address do you see?" and its answer |
 #![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::disallowed_types))]
 
 pub mod control;
 pub mod derp;
