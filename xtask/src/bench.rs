@@ -1,5 +1,6 @@
 //! `cargo xtask bench NAME`: measures in a kernel with WireGuard. The measurements are the program
-//! `bench` of the package `tests`.
+//! `bench` of the package `tests`. It and the programs that it starts are built as they are shipped,
+//! with optimisation, which takes minutes the first time.
 //!
 //! `bench acl` needs no WireGuard and is about the kernel's BPF compiler, so it runs on this
 //! machine, as root; what it finds goes to `acl.json` and `acl.svg` in the results folder. So does
@@ -24,7 +25,8 @@ pub struct Args {
     /// Write the figures to this file too
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// What to measure, and its own options (`cargo xtask bench -- --help` lists them)
+    /// What to measure, and its own options (`cargo xtask bench -- --help` lists what there is,
+    /// `cargo xtask bench NAME --help` the options)
     #[arg(
         trailing_var_arg = true,
         allow_hyphen_values = true,
@@ -35,13 +37,13 @@ pub struct Args {
 
 pub fn run_verb(args: Args) -> anyhow::Result<u8> {
     setup::ensure(&[setup::Purpose::Build, setup::Purpose::Lab])?;
-    let programs = build::programs()?;
-    let program = programs.join("bench").display().to_string();
     let asks_for_help = args
         .what
         .iter()
         .any(|word| word == "--help" || word == "-h");
     if args.what.is_empty() || asks_for_help {
+        // Nothing is measured: the build that is there already will do.
+        let program = build::programs()?.join("bench");
         let help = std::process::Command::new(program)
             .args(&args.what)
             .arg("--help")
@@ -52,20 +54,18 @@ pub fn run_verb(args: Args) -> anyhow::Result<u8> {
             2
         });
     }
+    let programs = build::optimised()?;
+    let program = programs.join("bench").display().to_string();
     if let Some(name @ ("acl" | "relay")) = args.what.first().map(String::as_str) {
         return on_this_machine(&program, name, &args);
     }
-    let measured = match args.what.first().map(String::as_str) {
-        Some("relayed") => optimised(programs),
-        _ => programs,
-    };
     let mut job = vm::Job::new(vm::pick(&args.wish)?, vec![program])?;
     job.command.extend(args.what);
     if args.wish.icount {
         job.command.push("--icount".into());
     }
     job.env
-        .insert("WEIR_BIN_DIR".into(), measured.display().to_string());
+        .insert("WEIR_BIN_DIR".into(), programs.display().to_string());
     job.timeout = LONGEST;
     let Some(file) = args.json else {
         return job.start(Stdio::inherit(), Stdio::inherit())?.wait();
@@ -74,21 +74,6 @@ pub fn run_verb(args: Args) -> anyhow::Result<u8> {
         job.command.extend(["--json".into(), rows]);
         job.start(Stdio::inherit(), Stdio::inherit())?.wait()
     })
-}
-
-/// The folder of the programs whose speed counts: those built with `--release`, if all of them are.
-fn optimised(programs: PathBuf) -> PathBuf {
-    let release = programs.with_file_name("release");
-    let is_there = |name: &&str| release.join(name).is_file();
-    let all = ["weir", "weir-coordinator", "weir-relay"];
-    if all.iter().all(is_there) {
-        return release;
-    }
-    println!(
-        "debug builds are measured: `cargo build --release -p agent -p coordinator -p relay` makes \
-         better ones"
-    );
-    programs
 }
 
 fn on_this_machine(program: &str, name: &str, args: &Args) -> anyhow::Result<u8> {

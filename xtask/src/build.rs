@@ -27,8 +27,20 @@ pub fn cargo() -> Command {
 /// Builds all programs; returns the folder that they are in. The whole workspace always: a part
 /// of it would unify features differently and build half of the dependencies again.
 pub fn programs() -> anyhow::Result<PathBuf> {
+    programs_by(&["build", "--workspace"])
+}
+
+/// Builds what is measured and what measures, with optimisation; returns the folder that they are in.
+pub fn optimised() -> anyhow::Result<PathBuf> {
+    let packages = ["tests", "agent", "coordinator", "relay"];
+    let packages = packages.iter().flat_map(|package| ["-p", package]);
+    let build = ["build", "--release", "--bins"].into_iter().chain(packages);
+    programs_by(&build.collect::<Vec<_>>())
+}
+
+fn programs_by(build: &[&str]) -> anyhow::Result<PathBuf> {
     let mut folder = None;
-    artifacts(&["build", "--workspace"], |artifact| {
+    artifacts(build, |artifact| {
         if artifact["target"]["kind"][0] == "bin"
             && let Some(program) = artifact["executable"].as_str()
         {

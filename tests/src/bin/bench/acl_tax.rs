@@ -20,17 +20,12 @@ use tests::mesh::{Join, Mesh};
 use tests::packet;
 use tests::topology::Topology;
 
-/// The port that everything crosses.
-const PORT: u16 = 5201;
+use super::nodes::{POLICY, PORT};
+
 /// No transfer stands still for so long.
 const STALL_BOUND: Duration = Duration::from_secs(120);
 /// The scheduler's ticks in which the kernel tells idle time (`getconf CLK_TCK`).
 const TICK_NS: u64 = 10_000_000;
-
-const POLICY: &str = r#"{
-  "tagOwners": {"tag:bench": []},
-  "acls": [{"action": "accept", "src": ["tag:bench"], "dst": ["tag:bench:5201"]}],
-}"#;
 
 #[derive(clap::Args)]
 pub struct Args {

@@ -1,4 +1,4 @@
-//! Nodes of which only the number and the addresses matter.
+//! Nodes of which only the number and the addresses matter, and what real ones may do that measure.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -6,6 +6,15 @@ use std::net::IpAddr;
 use proto::id::NodeId;
 use proto::key::NodeKey;
 use proto::netmap::{Me, Owner, Peer};
+
+/// The port that all transfers between nodes cross.
+pub const PORT: u16 = 5201;
+
+/// Opens it.
+pub const POLICY: &str = r#"{
+  "tagOwners": {"tag:bench": []},
+  "acls": [{"action": "accept", "src": ["tag:bench"], "dst": ["tag:bench:5201"]}],
+}"#;
 
 fn owner() -> Owner {
     Owner::User("bench@example.com".to_owned())

@@ -26,10 +26,10 @@ use tests::relay::{Relay, relays_section};
 use tests::topology::Topology;
 use tests::wait_until;
 
+use super::nodes::{POLICY, PORT};
 use super::relay::{cpu_ticks, tick_us};
 use super::spread::{Spread, late};
 
-const PORT: u16 = 5201;
 /// No transfer stands still for so long.
 const STALL_BOUND: Duration = Duration::from_secs(60);
 /// How long the paths may take to become what they are to be.
@@ -38,11 +38,6 @@ const PATH_BOUND: Duration = Duration::from_secs(60);
 const PAYLOAD: f64 = 1_368.0;
 /// Not counted: it brings the session up.
 const WARM_UP: u64 = 1_000_000;
-
-const POLICY: &str = r#"{
-  "tagOwners": {"tag:bench": []},
-  "acls": [{"action": "accept", "src": ["tag:bench"], "dst": ["tag:bench:5201"]}],
-}"#;
 
 #[derive(clap::Args)]
 pub struct Args {
