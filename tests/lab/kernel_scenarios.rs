@@ -59,14 +59,7 @@ fn endpoint(node: &Node, key: &str) -> anyhow::Result<String> {
 /// ```
 #[test]
 fn what_the_kernel_promises_holds_with_agents_and_without() -> anyhow::Result<()> {
-    let topology = Topology::star(&["b", "c"])
-        .switch("lan")
-        .host(
-            "router",
-            &[("internet", "192.0.2.21/24"), ("lan", "10.1.0.1/24")],
-        )
-        .host("a", &[("lan", "10.1.0.2/24")])
-        .route("default", "10.1.0.1");
+    let topology = Topology::star(&["b", "c"]).behind_a_router("a");
     let lab = Lab::new("kernel_scenarios", &topology)?;
     Nat::PortRestricted.install(&lab.host("router"), lab.host("a").v4())?;
     let mesh = Mesh::start(&lab, POLICY, &["a", "b", "c"].map(join))?;
@@ -228,16 +221,9 @@ fn behind_a_gate() -> Topology {
         )
         .host("b", &[("far", "203.0.113.12/24")])
         .route("default", "203.0.113.1")
-        .switch("lan")
-        .host(
-            "router",
-            &[("internet", "192.0.2.21/24"), ("lan", "10.1.0.1/24")],
-        )
-        .route("203.0.113.0/24", "192.0.2.40")
-        .host("a", &[("lan", "10.1.0.2/24")])
-        .route("default", "10.1.0.1");
+        .behind_a_router("a");
     for host in &mut topology.hosts {
-        if ["hub", "near"].contains(&host.name.as_str()) {
+        if ["hub", "near", "router"].contains(&host.name.as_str()) {
             let route = ("203.0.113.0/24".to_owned(), "192.0.2.40".to_owned());
             host.routes.push(route);
         }

@@ -64,14 +64,7 @@ fn a_node_whose_address_changes_is_followed_in_seconds() -> anyhow::Result<()> {
 /// ```
 #[test]
 fn a_router_that_maps_anew_is_noticed_in_seconds() -> anyhow::Result<()> {
-    let topology = Topology::star(&["b"])
-        .switch("lan")
-        .host(
-            "router",
-            &[("internet", "192.0.2.21/24"), ("lan", "10.1.0.1/24")],
-        )
-        .host("a", &[("lan", "10.1.0.2/24")])
-        .route("default", "10.1.0.1");
+    let topology = Topology::star(&["b"]).behind_a_router("a");
     let lab = Lab::new("rebinding", &topology)?;
     let router = lab.host("router");
     Nat::PortRestricted.install(&router, lab.host("a").v4())?;

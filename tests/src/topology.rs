@@ -93,6 +93,19 @@ impl Topology {
         topology
     }
 
+    /// Adds a host, 10.1.0.2, that is alone on a LAN behind `router`, which is 192.0.2.21 on the
+    /// internet. IPv4 alone.
+    #[must_use]
+    pub fn behind_a_router(self, name: &str) -> Self {
+        self.switch("lan")
+            .host(
+                "router",
+                &[("internet", "192.0.2.21/24"), ("lan", "10.1.0.1/24")],
+            )
+            .host(name, &[("lan", "10.1.0.2/24")])
+            .route("default", "10.1.0.1")
+    }
+
     /// The small office of the demo: a coordinator, three servers, a client, and two sites whose
     /// routers join their LANs.
     ///
