@@ -21,10 +21,12 @@
 //!
 //! **Only distress demotes.** While there is traffic a direct path is pinged every
 //! [`probe::HEARTBEAT`]; without answers it is given up within [`probe::DISTRESS`] pings. And it must
-//! carry packets: if we send, had heard from the peer, and hear nothing for [`PROOF`] though probes
-//! are answered, something on the way swallows WireGuard, and the path is given up as well. Then we
-//! do not answer the peer's pings there either, so that it comes to the same end; and if the relay
-//! brings no answers either, the peer had just nothing to say, and the path is forgiven.
+//! carry packets. With its pongs the peer says how much of the session its kernel took ([`claims`]):
+//! if we send and that does not grow, something on the way swallows WireGuard, and the path is given
+//! up as well. Then we do not answer the peer's pings for a while, so that it comes to the same end. Of
+//! a peer that does not say it, silence has to do: if we had heard from it and hear nothing for
+//! [`PROOF`] though probes are answered; and if the relay brings no answers either, it had just nothing
+//! to say, and the path is forgiven.
 //! The other way round, packets that come from there are a better proof than any probe: whose agent
 //! is dead, or just starts anew, still has a kernel that answers, and keeps its path.
 //! A path idle for [`ACTIVE`] is left as it is, and nothing is sent.
@@ -37,6 +39,7 @@
 
 mod blind;
 pub mod candidate;
+mod claims;
 mod counters;
 pub mod probe;
 mod score;
@@ -46,9 +49,10 @@ pub use candidate::{Candidate, Cover, Fault, Source, Surroundings, Tier};
 
 use crate::plan::Stats;
 use blind::Blind;
+use claims::{Claim, Told};
 use counters::{Doubt, Silence, Trial};
 use probe::{Burst, DOUBT, Heart, PROMPTED_PAUSE};
-use proto::disco::TxId;
+use proto::disco::{Took, TxId};
 use score::Score;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -137,9 +141,15 @@ pub struct Path {
     /// Bursts that are made although nobody sends.
     eager: u32,
     called: Option<Instant>,
-    /// No direct path before this.
-    hold: Option<Instant>,
+    /// No direct path before this, and why.
+    hold: Option<(Instant, Fault)>,
     silence: Option<Silence>,
+    /// What the peer said last of our packets,
+    told: Option<Told>,
+    /// what it had said when the kernel was last looked at,
+    told_before: Option<Told>,
+    /// and what it is to say of those that we sent since.
+    claim: Option<Claim>,
     /// The peer has nothing to say: silence proves nothing.
     one_way: bool,
     trial: Option<Trial>,
@@ -213,6 +223,9 @@ impl Path {
             called: None,
             hold: None,
             silence: None,
+            told: None,
+            told_before: None,
+            claim: None,
             one_way: false,
             trial: None,
             greeting: Greeting::None,
@@ -279,7 +292,13 @@ impl Path {
     /// Until when no direct path is taken, because one just failed.
     #[must_use]
     pub fn held_until(&self) -> Option<Instant> {
-        self.hold
+        self.hold.map(|(until, _)| until)
+    }
+
+    /// Why no direct path is taken now, because one just failed.
+    fn held(&self, now: Instant) -> Option<Fault> {
+        let (_, fault) = self.hold.filter(|(until, _)| now < *until)?;
+        Some(fault)
     }
 
     /// Whether the kernel's counters should be looked at often: they prove a direct path in use.
@@ -483,6 +502,7 @@ impl Path {
         (self.way, self.since) = (way, Some(now));
         self.settles = (self.yields && !self.live).then_some(now + YIELD);
         self.silence = None;
+        (self.told, self.told_before, self.claim) = (None, None, None);
         (self.heart, self.doubt) = (Heart::default(), None);
         self.blind = Blind::default();
         if let Way::Direct(endpoint) = way {
@@ -612,11 +632,11 @@ impl Path {
         let Some(candidate) = self.candidates.get(&from) else {
             return true;
         };
-        match candidate.fault_at(now) {
+        match (candidate.fault_at(now), self.held(now)) {
             // An answer would say that packets pass.
-            Some(Fault::Swallows) => return false,
-            Some(Fault::Silent | Fault::Overruled) => return true,
-            None => {}
+            (Some(Fault::Swallows), _) | (None, Some(Fault::Swallows)) => return false,
+            (Some(Fault::Silent | Fault::Overruled), _) => return true,
+            (None, _) => {}
         }
         let lately = |at| now.saturating_duration_since(at) < RETURN_PAUSE;
         let quiet = !candidate.asked.is_some_and(lately);
@@ -670,12 +690,22 @@ impl Path {
         }
     }
 
-    /// An answer came from there, to us as the peer sees us.
-    pub fn ponged(&mut self, now: Instant, tx: TxId, from: SocketAddr, seen: SocketAddr) {
+    /// An answer came from there, to us as the peer sees us, and with what it took of our packets.
+    pub fn ponged(
+        &mut self,
+        now: Instant,
+        tx: TxId,
+        from: SocketAddr,
+        seen: SocketAddr,
+        took: Option<Took>,
+    ) {
         let Some(candidate) = self.candidates.get_mut(&from) else {
             return;
         };
-        if candidate.ponged(now, tx).is_none() || candidate.fault_at(now).is_some() {
+        let Some(rtt) = candidate.ponged(now, tx) else {
+            return;
+        };
+        if candidate.fault_at(now).is_some() {
             return;
         }
         match self.way {
@@ -687,14 +717,15 @@ impl Path {
                 }
             }
             Way::Direct(endpoint) => self.compare(now, endpoint, from),
-            Way::Relay => match self.hold {
-                Some(until) if now < until => {}
-                _ => self.promote(now, from),
-            },
+            Way::Relay if self.held(now).is_some() => {}
+            Way::Relay => self.promote(now, from),
             Way::Blind => self.promote(now, from),
         }
         if self.way == Way::Direct(from) {
             self.appear(now, from, seen);
+            if let Some(took) = took {
+                self.told(now, from, rtt, took);
+            }
         }
     }
 
@@ -750,10 +781,11 @@ impl Path {
                 candidate.fail(now, fault);
             }
             // What swallows packets of one path swallows those of all, most likely.
-            self.hold = match fault {
-                Fault::Swallows => Some(now + HOLD),
-                Fault::Silent | Fault::Overruled => self.promoted.map(|at| at + HOLD),
+            let since = match fault {
+                Fault::Swallows => Some(now),
+                Fault::Silent | Fault::Overruled => self.promoted,
             };
+            self.hold = since.map(|since| (since + HOLD, fault));
             self.turn(now, Way::Relay);
             // The other side must know, whatever it was told before.
             self.called = None;

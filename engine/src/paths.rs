@@ -327,13 +327,13 @@ impl Paths {
                     self.answer(now, key, tx, from, relays);
                 }
             }
-            (Message::Pong { tx, seen }, Via::Direct(addr)) => {
+            (Message::Pong { tx, seen, took }, Via::Direct(addr)) => {
                 let (addr, seen) = (canonical(addr), canonical(seen));
                 let entry = self.all.get_mut(&key);
                 if entry.is_some_and(|entry| entry.mtu.ponged(now, tx, addr)) {
                     self.reschedule(now, key);
                 } else {
-                    self.touch(now, key, |path| path.ponged(now, tx, addr, seen));
+                    self.touch(now, key, |path| path.ponged(now, tx, addr, seen, took));
                 }
             }
             (Message::CallMeMaybe { endpoints }, Via::Relay(_, node)) if node == key => {
@@ -383,12 +383,12 @@ impl Paths {
                 (Via::Relay(region, key), nowhere)
             }
         };
-        let may = self
-            .all
-            .get_mut(&key)
-            .is_some_and(|entry| entry.answers.take(now, MAX_ANSWERS));
-        if may && self.may_send(now) {
-            self.send(key, via, Message::Pong { tx, seen });
+        let Some(entry) = self.all.get_mut(&key) else {
+            return;
+        };
+        let took = entry.path.took(now);
+        if entry.answers.take(now, MAX_ANSWERS) && self.may_send(now) {
+            self.send(key, via, Message::Pong { tx, seen, took });
         }
     }
 

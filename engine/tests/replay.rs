@@ -606,7 +606,11 @@ fn disco() -> impl Strategy<Value = (DiscoKey, Message)> {
             node,
             padding
         }),
-        (tx, addr.clone()).prop_map(|(tx, seen)| Message::Pong { tx, seen }),
+        (tx, addr.clone()).prop_map(|(tx, seen)| Message::Pong {
+            tx,
+            seen,
+            took: None
+        }),
         prop::collection::vec(addr, 0..20).prop_map(|endpoints| Message::CallMeMaybe { endpoints }),
         any::<u8>().prop_map(Message::Unknown),
     ];

@@ -10,6 +10,7 @@
 //!
 //! 01 Ping         transaction 12 ‖ node key 32 ‖ zeros …      are you there?
 //! 02 Pong         transaction 12 ‖ address 16 ‖ port 2        yes, and I see you at
+//!                 (‖ 'w' ‖ bytes 8 ‖ milliseconds 4)          and took so much of you
 //! 03 CallMeMaybe  (address 16 ‖ port 2) …                     try me there; by relay alone
 //! ```
 //!
@@ -42,6 +43,8 @@ const MESSAGE_HEADER: usize = 2;
 const PING: u8 = 1;
 const PONG: u8 = 2;
 const CALL_ME_MAYBE: u8 = 3;
+/// What begins a [`Took`] behind a pong.
+const TOOK: u8 = b'w';
 
 /// What joins a pong to its ping. Not guessable, so that a pong proves that its ping arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -67,6 +70,9 @@ pub enum Message {
         tx: TxId,
         /// Where the ping came from, as this side sees it.
         seen: SocketAddr,
+        /// What came of the other side's packets. Other programs neither say nor read it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        took: Option<Took>,
     },
     /// I am about to ping you: ping me at these, so that both our routers let the other's pings in.
     CallMeMaybe {
@@ -75,6 +81,32 @@ pub enum Message {
     },
     /// A kind of a later version, or one that we have no use for.
     Unknown(u8),
+}
+
+/// How much of a session the sender's kernel took: proof for the other side that its packets arrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Took {
+    /// Bytes received from the peer, as WireGuard counts them.
+    pub bytes: u64,
+    /// How many milliseconds before the message the counter was read.
+    pub ago_ms: u32,
+}
+
+impl Took {
+    fn decode(rest: &[u8]) -> Option<Self> {
+        let (bytes, rest) = rest.strip_prefix(&[TOOK])?.split_first_chunk()?;
+        let (ago_ms, _) = rest.split_first_chunk()?;
+        Some(Self {
+            bytes: u64::from_be_bytes(*bytes),
+            ago_ms: u32::from_be_bytes(*ago_ms),
+        })
+    }
+
+    fn encode(self, out: &mut Vec<u8>) {
+        out.push(TOOK);
+        out.extend_from_slice(&self.bytes.to_be_bytes());
+        out.extend_from_slice(&self.ago_ms.to_be_bytes());
+    }
 }
 
 /// Why a packet is not a message for us.
@@ -188,8 +220,9 @@ impl Message {
             }
             PONG => {
                 let (tx, rest) = transaction()?;
-                let (seen, _) = decode_endpoint(rest)?;
-                Self::Pong { tx, seen }
+                let (seen, rest) = decode_endpoint(rest)?;
+                let took = Took::decode(rest);
+                Self::Pong { tx, seen, took }
             }
             CALL_ME_MAYBE => {
                 let mut rest = body;
@@ -219,9 +252,12 @@ impl Message {
                 let zeros = usize::from((*padding).min(MAX_PADDING));
                 out.resize(out.len() + zeros, 0);
             }
-            Self::Pong { tx, seen } => {
+            Self::Pong { tx, seen, took } => {
                 out.extend_from_slice(&tx.0);
                 encode_endpoint(*seen, &mut out);
+                if let Some(took) = took {
+                    took.encode(&mut out);
+                }
             }
             Self::CallMeMaybe { endpoints } => {
                 for endpoint in endpoints.iter().take(MAX_ENDPOINTS_PER_NODE) {

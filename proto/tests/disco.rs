@@ -4,7 +4,9 @@
 
 use data_encoding::HEXLOWER;
 use proptest::prelude::*;
-use proto::disco::{self, DiscoBox, DiscoError, MAX_PADDING, MIN_BYTES, Message, PING_BYTES, TxId};
+use proto::disco::{
+    self, DiscoBox, DiscoError, MAX_PADDING, MIN_BYTES, Message, PING_BYTES, Took, TxId,
+};
 use proto::key::{DiscoKey, DiscoSecret, NodeKey};
 use proto::netmap::MAX_ENDPOINTS_PER_NODE;
 use std::net::SocketAddr;
@@ -58,6 +60,19 @@ fn messages() -> Vec<(&'static str, Message)> {
             Message::Pong {
                 tx: TX,
                 seen: seen("192.0.2.1:1234"),
+                took: None,
+            },
+        ),
+        (
+            "02 00 0102030405060708090a0b0c 00000000000000000000ffffc0000201 04d2 \
+             77 0000000000000400 00000007",
+            Message::Pong {
+                tx: TX,
+                seen: seen("192.0.2.1:1234"),
+                took: Some(Took {
+                    bytes: 1024,
+                    ago_ms: 7,
+                }),
             },
         ),
         (
@@ -65,6 +80,7 @@ fn messages() -> Vec<(&'static str, Message)> {
             Message::Pong {
                 tx: TX,
                 seen: seen("[2001:db8::1]:7"),
+                took: None,
             },
         ),
         (
@@ -113,7 +129,11 @@ fn bodies_may_grow_and_later_versions_be_read() {
     let seen = "192.0.2.1:1234".parse().unwrap();
     assert_eq!(
         Message::decode(&grown),
-        Some(Message::Pong { tx: TX, seen })
+        Some(Message::Pong {
+            tx: TX,
+            seen,
+            took: None
+        })
     );
     let cut = bytes("03 00 00000000000000000000ffffc0000201 04d2 00000000");
     let endpoints = vec![seen];
@@ -222,8 +242,16 @@ fn any_message() -> impl Strategy<Value = Message> {
             node,
             padding
         }),
-        (any::<[u8; 12]>(), endpoint.clone())
-            .prop_map(|(tx, seen)| Message::Pong { tx: TxId(tx), seen }),
+        (
+            any::<[u8; 12]>(),
+            endpoint.clone(),
+            any::<Option<(u64, u32)>>()
+        )
+            .prop_map(|(tx, seen, took)| Message::Pong {
+                tx: TxId(tx),
+                seen,
+                took: took.map(|(bytes, ago_ms)| Took { bytes, ago_ms }),
+            }),
         prop::collection::vec(endpoint, 0..=MAX_ENDPOINTS_PER_NODE)
             .prop_map(|endpoints| Message::CallMeMaybe { endpoints }),
     ]

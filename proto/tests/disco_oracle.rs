@@ -35,7 +35,7 @@ fn sealed_by_them(
             ping.tx_id = tx.0;
             ping.node_key = NodePublicKey::from_bytes(node.0);
         }),
-        Message::Pong { tx, seen } => {
+        Message::Pong { tx, seen, .. } => {
             other::Packet::init_from_bytes(&mut bytes, |pong: &mut other::Pong| {
                 *pong = other::Pong {
                     tx_id: tx.0,
@@ -75,6 +75,7 @@ fn opened_by_them(mut packet: Vec<u8>, with: [u8; 32]) -> Message {
             Message::Pong {
                 tx: TxId(pong.tx_id),
                 seen: pong.src.socket_addr(),
+                took: None,
             }
         }
         other::MessageType::CallMeMaybe => {
@@ -103,8 +104,11 @@ fn any_message() -> impl Strategy<Value = Message> {
             node,
             padding
         }),
-        (any::<[u8; 12]>(), endpoint.clone())
-            .prop_map(|(tx, seen)| Message::Pong { tx: TxId(tx), seen }),
+        (any::<[u8; 12]>(), endpoint.clone()).prop_map(|(tx, seen)| Message::Pong {
+            tx: TxId(tx),
+            seen,
+            took: None
+        }),
         prop::collection::vec(endpoint, 0..=MAX_ENDPOINTS_PER_NODE)
             .prop_map(|endpoints| Message::CallMeMaybe { endpoints }),
     ]

@@ -19,8 +19,9 @@ const SEEDS: u64 = 40;
 const SEEDS_FULL: u64 = 3_000;
 /// Networks that run at a time.
 const WORKERS: usize = 2;
-/// How soon a node that just joined reaches a peer, through a relay if need be.
-const REACHED: Duration = Duration::from_secs(8);
+/// How soon a node that just joined reaches a peer, through a relay if need be: a message may be lost,
+/// and handshakes of both sides may cross and cancel each other, each of which costs five seconds.
+const REACHED: Duration = Duration::from_secs(20);
 /// How soon a pair that can be direct is, while it talks.
 const DIRECT: Duration = Duration::from_secs(20);
 /// How soon talk goes on after something broke.

@@ -1,5 +1,6 @@
 //! What the kernel's counters say of a path: where the kernel roamed to, and whether packets pass.
 
+use super::claims::Told;
 use super::{CONVERSING, HANDSHAKE_BYTES, KEEPALIVE_BYTES, PROOF, Path, TRIAL, WITNESSED, Way};
 use super::{Fault, Source, Tier};
 use crate::plan::Stats;
@@ -9,7 +10,9 @@ use std::time::Instant;
 /// Packets on a direct path have no answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Silence {
-    since: Instant,
+    pub(super) since: Instant,
+    /// What the peer told first of the time since then.
+    pub(super) told: Option<Told>,
     /// In how many looks at the kernel something more was sent.
     asks: u32,
 }
@@ -93,6 +96,9 @@ impl Path {
                 match silent && stats.endpoint == Some(endpoint) {
                     true => self.prove(now, endpoint, stats, growth, seen_at),
                     false => self.silence = None,
+                }
+                if self.way == Way::Direct(endpoint) {
+                    self.claim(now, growth.asked && stats.endpoint == Some(endpoint));
                 }
             }
             Way::Relay => self.judge(now, growth),
@@ -195,13 +201,15 @@ impl Path {
             if growth.asked && (unshaken || self.heard.is_some_and(conversing)) {
                 self.silence = Some(Silence {
                     since: seen_at,
+                    told: None,
                     asks: 1,
                 });
+                self.hurry(now);
             }
             return;
         };
         silence.asks += u32::from(growth.asked);
-        let Silence { since, asks } = *silence;
+        let Silence { since, asks, .. } = *silence;
         let long = now.saturating_duration_since(since) >= PROOF;
         // Without another way there is nothing to gain.
         if long && (asks > 1 || unshaken) && !self.one_way && self.relay.is_some() && self.probes {
@@ -256,7 +264,7 @@ impl Path {
                 if let Some(candidate) = self.candidates.get_mut(&endpoint) {
                     candidate.forgive();
                 }
-                self.next_burst = Some(self.hold.unwrap_or(now).max(now));
+                self.next_burst = Some(self.held_until().unwrap_or(now).max(now));
             }
         }
     }

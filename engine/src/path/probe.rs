@@ -252,7 +252,7 @@ impl Path {
         let pause = AGAIN[self.tries.min(last)];
         self.tries += 1;
         // A path that was just given up may be back when it may be taken again.
-        (now + pause).max(self.hold.unwrap_or(now))
+        (now + pause).max(self.held_until().unwrap_or(now))
     }
 
     /// Who is pinged in a round of a burst: those that have not answered in it and might be taken.

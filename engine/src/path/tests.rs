@@ -1,6 +1,8 @@
 //! One path against a world of two words: which endpoints answer probes, and which carry packets.
 #![allow(clippy::disallowed_methods, reason = "a test brings the time")]
 
+mod claims;
+
 use super::*;
 use proptest::prelude::*;
 
@@ -51,6 +53,13 @@ struct Rig {
     observe_at: Instant,
     /// As whom the peer sees us.
     appears: SocketAddr,
+    /// Whether the peer's pongs say what its kernel took,
+    tells: bool,
+    /// and what that is, in bytes.
+    taken: u64,
+    /// Whether the peer only listens: its kernel sends a keepalive every 10 s.
+    listens: bool,
+    keepalive_at: Instant,
 }
 
 impl Rig {
@@ -72,6 +81,10 @@ impl Rig {
             drawn: 0,
             observe_at: start,
             appears: at("198.51.100.1:20000"),
+            tells: false,
+            taken: 0,
+            listens: false,
+            keepalive_at: start,
         }
     }
 
@@ -106,7 +119,11 @@ impl Rig {
             if pong.is_some_and(|pong| pong <= self.now) {
                 let (_, pongs) = self.pongs.pop_first().unwrap();
                 for (tx, from) in pongs {
-                    self.path.ponged(self.now, tx, from, self.appears);
+                    let took = self.tells.then_some(Took {
+                        bytes: self.taken,
+                        ago_ms: 0,
+                    });
+                    self.path.ponged(self.now, tx, from, self.appears, took);
                 }
             }
             if self.observe_at <= self.now {
@@ -154,13 +171,10 @@ impl Rig {
         }
         if self.sending {
             self.stats.tx_bytes += 5_000;
-            if self
-                .stats
-                .endpoint
-                .is_some_and(|it| self.carries.contains(&it))
-            {
-                self.stats.rx_bytes += 5_000;
-                self.stats.last_handshake = Some(seconds(1));
+            let carried = |it| self.carries.contains(&it);
+            if self.stats.endpoint.is_some_and(carried) {
+                self.taken += 5_000;
+                self.answer();
             }
         }
         self.look();
@@ -170,6 +184,17 @@ impl Rig {
             OBSERVED
         };
         self.observe_at = self.now + tick;
+    }
+
+    /// What the peer sends back for what it took.
+    fn answer(&mut self) {
+        if !self.listens {
+            self.stats.rx_bytes += 5_000;
+            self.stats.last_handshake = Some(seconds(1));
+        } else if self.now >= self.keepalive_at {
+            self.stats.rx_bytes += KEEPALIVE_BYTES;
+            self.keepalive_at = self.now + seconds(10);
+        }
     }
 
     fn look(&mut self) {

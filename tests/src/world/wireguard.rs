@@ -16,6 +16,7 @@ use engine::plan::{Observed, PeerState, Present, Step};
 use proto::key::NodeKey;
 
 use super::acl::Acl;
+use super::mix;
 
 const REKEY_TIMEOUT: Duration = Duration::from_secs(5);
 /// `REKEY_TIMEOUT_JITTER_MAX_JIFFIES`.
@@ -349,8 +350,9 @@ impl Kernel {
 
     fn initiate(&mut self, now: Duration, peer: NodeKey) -> Option<Sent> {
         let tunnel = self.tunnels.entry(peer).or_default();
-        // Not always the same time, or two that began together would cross for ever.
-        let jitter = REKEY_TIMEOUT_JITTER.mul_f64((self.salt * 7 + self.made) as f64 % 16.0 / 16.0);
+        // By chance, or two that began together would cross for ever.
+        let chance = mix(self.salt << 32 | self.made) % 16;
+        let jitter = REKEY_TIMEOUT_JITTER.mul_f64(chance as f64 / 16.0);
         let pause = REKEY_TIMEOUT + jitter;
         if tunnel.initiated.is_some_and(|(at, _)| now - at < pause) {
             return None;
