@@ -26,6 +26,8 @@ const REACHED: Duration = Duration::from_secs(20);
 const DIRECT: Duration = Duration::from_secs(20);
 /// How soon talk goes on after something broke.
 const HEALED: Duration = Duration::from_secs(12);
+/// Datagrams of a thousand that bad weather takes: then a handshake, too, needs another five seconds.
+const STORM_LOSS: u64 = 50;
 /// How soon everything is as it could be once nothing is broken: what swallowed packets is not
 /// trusted for ten minutes.
 const WHOLE: Duration = Duration::from_secs(11 * 60);
@@ -168,6 +170,8 @@ impl Story {
 
     /// Everybody who talks gets answers to what is asked from now on.
     fn answered(&mut self, what: &str) {
+        let storm = self.world.quality.loss >= STORM_LOSS;
+        let within = HEALED * if storm { 2 } else { 1 };
         let answers = |world: &World, pair: Pair| world.heard(pair.2).answered.last().copied();
         let asked: Vec<u64> = self
             .pairs
@@ -175,7 +179,7 @@ impl Story {
             .map(|pair| self.world.heard(pair.2).asked)
             .collect();
         for (pair, asked) in self.pairs.clone().into_iter().zip(asked) {
-            self.expect(what, pair, HEALED, |world| {
+            self.expect(what, pair, within, |world| {
                 answers(world, pair) > Some(asked)
             });
         }
@@ -225,7 +229,7 @@ impl Story {
             }
             3 => {
                 world.quality = Quality {
-                    loss: 50,
+                    loss: STORM_LOSS,
                     jitter: 60 * MS,
                 };
                 ("bad weather", 5)

@@ -6,15 +6,17 @@
 //! ([`Took`]). What we send over a direct path is a *claim* that the peer's figure grows; a later
 //! figure proves it, or refutes it, whatever comes back and by whichever way.
 
-use super::{Fault, Path, Way};
+use super::{Fault, HANDSHAKE_BYTES, Path, Way};
 use proto::disco::Took;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 /// How long packets may be under way, and wait to be counted.
 const SLACK: Duration = Duration::from_millis(500);
-/// A single packet may be lost: so many looks at the kernel must have seen more of them.
+/// A single packet may be lost: so many looks at the kernel must have seen more of them,
 const LOOKS: u32 = 2;
+/// and so many bytes: handshakes that cross are not counted by who takes them.
+const LEAST: u64 = 2 * HANDSHAKE_BYTES;
 /// While a figure is waited for, the peer is asked this often.
 const HURRY: Duration = Duration::from_millis(500);
 
@@ -31,32 +33,38 @@ pub(super) struct Told {
 pub(super) struct Claim {
     /// The peer's figure from before.
     before: u64,
-    /// In so many looks at the kernel more was sent, up to [`LOOKS`].
+    /// In so many looks at the kernel more was sent,
     looks: u32,
-    /// When the last of those looks was.
-    at: Instant,
+    /// so many bytes,
+    sent: u64,
+    /// when it was first enough.
+    at: Option<Instant>,
 }
 
 impl Path {
-    /// We look at the kernel; `asked`: more was sent since the last look.
-    pub(super) fn claim(&mut self, now: Instant, asked: bool) {
+    /// We look at the kernel, and so many bytes were sent since the last look.
+    pub(super) fn claim(&mut self, now: Instant, sent: u64) {
         // What was said before that look was said before those packets.
         let before = std::mem::replace(&mut self.told_before, self.told);
-        match &mut self.claim {
-            _ if !asked => {}
-            None => {
-                self.claim = before.map(|told| Claim {
-                    before: told.bytes,
-                    looks: 1,
-                    at: now,
-                });
-            }
-            Some(claim) if claim.looks < LOOKS => {
-                (claim.looks, claim.at) = (claim.looks + 1, now);
-                self.hurry(now);
-            }
-            Some(_) => {}
+        if sent == 0 {
+            return;
         }
+        let begun = before.map(|told| Claim {
+            before: told.bytes,
+            looks: 0,
+            sent: 0,
+            at: None,
+        });
+        let Some(mut claim) = self.claim.or(begun) else {
+            return;
+        };
+        claim.looks = claim.looks.saturating_add(1);
+        claim.sent = claim.sent.saturating_add(sent);
+        if claim.at.is_none() && claim.looks >= LOOKS && claim.sent > LEAST {
+            claim.at = Some(now);
+            self.hurry(now);
+        }
+        self.claim = Some(claim);
     }
 
     /// The peer is asked soon, and says what it took.
@@ -93,11 +101,11 @@ impl Path {
         };
         if grew(claim.before) {
             self.claim = None;
-        } else if claim.looks == LOOKS && told.read.0 >= claim.at + SLACK {
-            if self.way == Way::Direct(endpoint) && self.relay.is_some() {
+        } else if claim.at.is_some_and(|at| told.read.0 >= at + SLACK) {
+            if self.way == Way::Direct(endpoint) && self.is_relay_up() {
                 self.demote(now, endpoint, Fault::Swallows);
             }
-        } else {
+        } else if claim.at.is_some() {
             self.hurry(now);
         }
     }

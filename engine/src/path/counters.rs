@@ -42,6 +42,8 @@ pub(super) struct Growth {
     pub(super) answered: bool,
     /// The counters began anew.
     pub(super) restarted: bool,
+    /// Bytes that went out.
+    pub(super) sent: u64,
     /// Something went out that asks for an answer.
     pub(super) asked: bool,
     /// More than the kernel does by itself.
@@ -57,6 +59,7 @@ impl Growth {
         Self {
             answered: received > 0 || shaken,
             restarted: after.tx_bytes < before.tx_bytes,
+            sent,
             asked: sent > 0 && sent != KEEPALIVE_BYTES,
             lively: sent > quiet || received > quiet,
         }
@@ -98,7 +101,8 @@ impl Path {
                     false => self.silence = None,
                 }
                 if self.way == Way::Direct(endpoint) {
-                    self.claim(now, growth.asked && stats.endpoint == Some(endpoint));
+                    let there = growth.asked && stats.endpoint == Some(endpoint) && self.live;
+                    self.claim(now, if there { growth.sent } else { 0 });
                 }
             }
             Way::Relay => self.judge(now, growth),
@@ -212,9 +216,10 @@ impl Path {
         let Silence { since, asks, .. } = *silence;
         let long = now.saturating_duration_since(since) >= PROOF;
         // Without another way there is nothing to gain.
-        if long && (asks > 1 || unshaken) && !self.one_way && self.relay.is_some() && self.probes {
-            // A single packet, the first of a handshake, may just have been lost.
-            let fault = if asks > 1 {
+        let other = self.is_relay_up() || (unshaken && self.relay.is_some());
+        if long && (asks > 1 || unshaken) && !self.one_way && other && self.probes {
+            // A single packet, or those of a handshake, may just have been lost.
+            let fault = if asks > 1 && !unshaken {
                 Fault::Swallows
             } else {
                 Fault::Silent
