@@ -151,8 +151,11 @@ struct Daemon {
     port: Port,
     seals: Seals,
     relayed: Relayed,
-    /// The router that is asked for a port.
+    /// The router before us, and the one that is asked for a port.
+    router: Option<Router>,
     routers: watch::Sender<Option<Router>>,
+    /// What it opened.
+    opened: watch::Receiver<Option<portmap::Opened>>,
     guard: Guard,
     rates: Rates,
     /// Not ready before this, as long as the node is not up.
@@ -200,7 +203,8 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     let (routers, router) = watch::channel(None);
     let (mut daemon, mut sources) = assemble(config, routers).await?;
     let port = daemon.config.listen_port;
-    let port_of = portmap::spawn(port, router, daemon.inputs.clone());
+    let asking = portmap::spawn(port, router, daemon.inputs.clone());
+    daemon.opened = asking.opened;
     daemon.start();
     loop {
         let deadline = daemon.settle();
@@ -214,7 +218,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     // Whatever is on its way to the disk arrives before the process ends.
     drop(daemon);
     // Likewise a port of the router is given back, if the router takes it at once.
-    let _ = tokio::time::timeout(GIVE_BACK, port_of).await;
+    let _ = tokio::time::timeout(GIVE_BACK, asking.task).await;
     while sources.kept.recv().await.is_some() {}
     Ok(())
 }
@@ -276,7 +280,9 @@ async fn assemble(
         monitor: Monitor::new(looks_in),
         port,
         relayed,
+        router: None,
         routers,
+        opened: watch::channel(None).1,
         guard: Guard::idle(),
         rates: Rates::default(),
         ready_by: Some(Instant::now() + READY_PATIENCE),
@@ -333,6 +339,9 @@ impl Daemon {
                 }
                 if let Input::Links(links) = &input {
                     self.guard.see(links);
+                    if self.relayed.see(links) {
+                        self.link.send(control::Command::Hurry);
+                    }
                 }
                 self.engine.handle(Instant::now(), input);
             }
@@ -385,7 +394,8 @@ impl Daemon {
                     }
                 }
                 Output::Router(router) => {
-                    self.routers.send_replace(router);
+                    self.router = router;
+                    self.ask_router();
                 }
                 Output::Timeout(at) => break at,
             }

@@ -143,6 +143,9 @@ pub struct Set {
     pub refuse: Option<Refuse>,
     /// Whether and how WireGuard's port is guarded.
     pub guard: Option<GuardMode>,
+    /// Whether the router is asked for a port.
+    #[serde(default)]
+    pub port_mapping: Option<bool>,
 }
 
 /// See [`Request::Explain`].

@@ -1,25 +1,30 @@
-//! A port of the router: asked for by PCP (RFC 6887) or NAT-PMP (RFC 6886), kept, and given back.
+//! A port of the router: asked for by PCP (RFC 6887), NAT-PMP (RFC 6886) or UPnP ([`upnp`]), in
+//! this order; what opens it is kept, and asked to give it back.
 //!
 //! Home and office routers that speak one of them open a port to us on request, so that peers reach
 //! this node although it is behind a NAT, even a hard one. One task asks the router that the engine
 //! names, renews at half of the lifetime that it was given, and says under which address the world
-//! finds WireGuard's port now. Most routers of servers speak neither: then it asks rarely.
+//! finds WireGuard's port now. Most routers of servers speak none: then it asks rarely.
 //!
 //! The port is given back when the router changes, the node goes down or the agent ends: a router
 //! lets nobody else have it, not even the next agent (RFC 6887, 11.3: the nonce). If the agent dies,
-//! it runs out by itself.
+//! it runs out by itself; but a few routers know no time in UPnP, and keep it until the next agent
+//! gives it back.
+
+mod upnp;
 
 use crab_nat::{
-    GatewayAddress, InternetProtocol, PortMapping, PortMappingOptions, PortMappingType,
-    TimeoutConfig, natpmp,
+    GatewayAddress, InternetProtocol, MappingFailure, PortMapping, PortMappingOptions,
+    PortMappingType, TimeoutConfig, natpmp,
 };
 use engine::{Input, Router};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroU16;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
+use upnp::UpnpError;
 
 /// What is asked for. After a crash an unused port stays open for so long.
 const LIFETIME: Duration = Duration::from_secs(1200);
@@ -36,49 +41,85 @@ const PATIENCE: TimeoutConfig = TimeoutConfig {
     max_retry_timeout: None,
 };
 
+/// By what a router was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// RFC 6887.
+    Pcp,
+    /// RFC 6886.
+    NatPmp,
+    /// UPnP IGD.
+    Upnp,
+}
+
+/// A port that the router opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Opened {
+    /// Where the world finds it.
+    pub outside: SocketAddr,
+    /// By what it was asked for.
+    pub protocol: Protocol,
+}
+
+/// The task that asks.
+pub struct Asking {
+    /// What the router opened, now.
+    pub opened: watch::Receiver<Option<Opened>>,
+    /// Ends when nobody names routers any more.
+    pub task: JoinHandle<()>,
+}
+
 /// Keeps WireGuard's port open at the router that `routers` names, and tells of each change of the
-/// address outside. Ends when nobody names routers any more.
+/// address outside.
 #[must_use]
 pub fn spawn(
     listen_port: u16,
     routers: watch::Receiver<Option<Router>>,
     mapped: mpsc::Sender<Input>,
-) -> JoinHandle<()> {
-    tokio::spawn(run(listen_port, routers, mapped))
+) -> Asking {
+    let (tell, opened) = watch::channel(None);
+    let task = tokio::spawn(run(listen_port, routers, mapped, tell));
+    Asking { opened, task }
 }
 
 async fn run(
     listen_port: u16,
     mut routers: watch::Receiver<Option<Router>>,
     mapped: mpsc::Sender<Input>,
+    opened: watch::Sender<Option<Opened>>,
 ) {
     let Some(port) = NonZeroU16::new(listen_port) else {
         return;
     };
-    let mut told = None;
-    let mut held: Option<PortMapping> = None;
+    let mut held: Option<Held> = None;
     loop {
         let router = *routers.borrow_and_update();
-        if let Some(mapping) = held.take_if(|it| {
-            Some(IpAddr::from(it.gateway())) != router.map(|router| router.gateway.into())
-        }) {
-            give_back(mapping).await;
+        let gateway = router.map(|router| router.gateway);
+        if let Some(other) = held.take_if(|it| Some(it.gateway()) != gateway.map(IpAddr::from)) {
+            other.give_back().await;
         }
         let mut pause = REFUSED;
+        let mut news = None;
         if let Some(router) = router {
             match ask(port, router, held.take()).await {
                 Ok((mapping, outside)) => {
-                    pause = (mapping_lifetime(&mapping) / 2).max(SHORTEST);
+                    pause = (mapping.lifetime() / 2).max(SHORTEST);
+                    news = Some(Opened {
+                        outside,
+                        protocol: mapping.protocol(),
+                    });
                     held = Some(mapping);
-                    tell(&mapped, &mut told, Some(outside)).await;
                 }
                 Err(error) => {
                     tracing::debug!(gateway = %router.gateway, %error, "the router opens no port");
-                    tell(&mapped, &mut told, None).await;
                 }
             }
-        } else {
-            tell(&mapped, &mut told, None).await;
+        }
+        let before = opened.send_replace(news).map(|it| it.outside);
+        let outside = news.map(|it| it.outside);
+        if before != outside {
+            // Nobody listens any more: then nobody needs to know.
+            let _ = mapped.send(Input::PortMapped(outside)).await;
         }
         // Sleeps until the port must be renewed, or the router is another.
         if let Ok(Err(_)) = timeout(pause, routers.changed()).await {
@@ -86,60 +127,125 @@ async fn run(
         }
     }
     if let Some(mapping) = held {
-        give_back(mapping).await;
+        mapping.give_back().await;
     }
 }
 
-fn mapping_lifetime(mapping: &PortMapping) -> Duration {
-    Duration::from_secs(mapping.lifetime().into())
+/// A port that is open for us.
+enum Held {
+    Asked(Box<PortMapping>),
+    Upnp(Box<upnp::Mapping>),
+}
+
+/// Why there is none. What the last protocol said: it is the one that most routers have.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error(transparent)]
+    Asked(#[from] MappingFailure),
+    #[error(transparent)]
+    Upnp(#[from] UpnpError),
+}
+
+impl Held {
+    fn gateway(&self) -> IpAddr {
+        match self {
+            Self::Asked(mapping) => mapping.gateway().into(),
+            Self::Upnp(mapping) => mapping.gateway().into(),
+        }
+    }
+
+    fn protocol(&self) -> Protocol {
+        match self {
+            Self::Asked(mapping) => match mapping.mapping_type() {
+                PortMappingType::Pcp { .. } => Protocol::Pcp,
+                PortMappingType::NatPmp => Protocol::NatPmp,
+            },
+            Self::Upnp(_) => Protocol::Upnp,
+        }
+    }
+
+    fn lifetime(&self) -> Duration {
+        match self {
+            Self::Asked(mapping) => Duration::from_secs(mapping.lifetime().into()),
+            // Routers forget on a restart, whatever they promised.
+            Self::Upnp(_) => LIFETIME,
+        }
+    }
+
+    async fn renew(&mut self) -> Result<SocketAddr, Refusal> {
+        match self {
+            Self::Asked(mapping) => {
+                mapping.renew().await?;
+                outside(mapping).await
+            }
+            Self::Upnp(mapping) => Ok(mapping.renew().await?),
+        }
+    }
+
+    async fn give_back(self) {
+        let given = async {
+            match self {
+                Self::Asked(mapping) => mapping.try_drop().await.map_err(|(error, _)| error.into()),
+                Self::Upnp(mapping) => mapping.close().await.map_err(Refusal::from),
+            }
+        };
+        if let Ok(Err(error)) = timeout(FAREWELL, given).await {
+            tracing::debug!(%error, "the router was not told that its port is free again");
+        }
+    }
 }
 
 /// Opens or renews the port. Returns the address outside.
 async fn ask(
     port: NonZeroU16,
     router: Router,
-    held: Option<PortMapping>,
-) -> Result<(PortMapping, SocketAddr), crab_nat::MappingFailure> {
+    held: Option<Held>,
+) -> Result<(Held, SocketAddr), Refusal> {
+    if let Some(mut mapping) = held {
+        match mapping.renew().await {
+            Ok(outside) => return Ok((mapping, outside)),
+            // It may have started anew, and speak something else.
+            Err(error) => tracing::debug!(%error, "the router renews no port"),
+        }
+    }
+    match by_number(port, router).await {
+        Ok(mapping) => {
+            let outside = outside(&mapping).await?;
+            Ok((Held::Asked(Box::new(mapping)), outside))
+        }
+        Err(error) => {
+            tracing::debug!(%error, "neither PCP nor NAT-PMP");
+            let (mapping, outside) = upnp::Mapping::new(router, port, LIFETIME).await?;
+            Ok((Held::Upnp(Box::new(mapping)), outside))
+        }
+    }
+}
+
+/// By PCP, or by NAT-PMP: also where PCP's packets are just swallowed.
+async fn by_number(port: NonZeroU16, router: Router) -> Result<PortMapping, MappingFailure> {
     let gateway = GatewayAddress::from(router.gateway);
-    let mapping = match held {
-        Some(mut mapping) => {
-            mapping.renew().await?;
-            mapping
-        }
-        None => {
-            let options = PortMappingOptions {
-                external_port: Some(port),
-                lifetime_seconds: u32::try_from(LIFETIME.as_secs()).ok(),
-                timeout_config: Some(PATIENCE),
-            };
-            let own = IpAddr::V4(router.own);
-            PortMapping::new(gateway, own, InternetProtocol::Udp, port, options).await?
-        }
+    let options = PortMappingOptions {
+        external_port: Some(port),
+        lifetime_seconds: u32::try_from(LIFETIME.as_secs()).ok(),
+        timeout_config: Some(PATIENCE),
     };
-    let outside = match mapping.mapping_type() {
+    let own = IpAddr::V4(router.own);
+    match PortMapping::new(gateway, own, InternetProtocol::Udp, port, options).await {
+        Err(MappingFailure::Pcp(_)) => {
+            Ok(natpmp::port_mapping(gateway, InternetProtocol::Udp, port, options).await?)
+        }
+        done => done,
+    }
+}
+
+async fn outside(mapping: &PortMapping) -> Result<SocketAddr, Refusal> {
+    let ip = match mapping.mapping_type() {
         PortMappingType::Pcp { external_ip, .. } => external_ip,
         PortMappingType::NatPmp => {
-            IpAddr::V4(natpmp::external_address(gateway, Some(PATIENCE)).await?)
+            let asked = natpmp::external_address(mapping.gateway(), Some(PATIENCE)).await;
+            IpAddr::from(asked.map_err(MappingFailure::from)? as Ipv4Addr)
         }
     };
-    let outside = SocketAddr::new(outside.to_canonical(), mapping.external_port().get());
-    Ok((mapping, outside))
-}
-
-async fn give_back(mapping: PortMapping) {
-    if let Ok(Err((error, _))) = timeout(FAREWELL, mapping.try_drop()).await {
-        tracing::debug!(%error, "the router was not told that its port is free again");
-    }
-}
-
-async fn tell(
-    mapped: &mpsc::Sender<Input>,
-    told: &mut Option<SocketAddr>,
-    news: Option<SocketAddr>,
-) {
-    if *told != news {
-        *told = news;
-        // Nobody listens any more: then nobody needs to know.
-        let _ = mapped.send(Input::PortMapped(news)).await;
-    }
+    let port = mapping.external_port().get();
+    Ok(SocketAddr::new(ip.to_canonical(), port))
 }

@@ -59,6 +59,9 @@ pub struct Settings {
     /// Whether nothing of ours may run in a network card's driver.
     #[serde(default, skip_serializing_if = "is_default")]
     pub no_xdp: bool,
+    /// Whether no router is asked for a port.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub unmapped: bool,
 }
 
 /// What was never said is not written, so that an older agent can read the file.

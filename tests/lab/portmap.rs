@@ -49,13 +49,31 @@ fn topology() -> Topology {
     lan(lan(Topology::star(&[]), "a", 1), "b", 2)
 }
 
+/// What miniupnpd takes requests by.
+#[derive(Clone, Copy)]
+enum Speaks {
+    /// PCP and NAT-PMP.
+    Pcp,
+    /// UPnP alone.
+    Upnp,
+}
+
 /// Starts miniupnpd on a router.
-fn open_ports_on_request(router: &Host, folder: &std::path::Path) -> anyhow::Result<()> {
+fn open_ports_on_request(
+    router: &Host,
+    folder: &std::path::Path,
+    speaks: Speaks,
+) -> anyhow::Result<()> {
     router.ip(&format!("addr add {OUTSIDE}/32 dev eth0\n"))?;
     router.run_with("nft -f -", TABLE)?;
     let config = folder.join("miniupnpd.conf");
+    let (natpmp, upnp) = match speaks {
+        Speaks::Pcp => ("yes", "no"),
+        Speaks::Upnp => ("no", "yes"),
+    };
     let text = format!(
-        "ext_ifname=eth0\next_ip={OUTSIDE}\nlistening_ip=eth1\nenable_natpmp=yes\nenable_upnp=no\n\
+        "ext_ifname=eth0\next_ip={OUTSIDE}\nlistening_ip=eth1\n\
+         enable_natpmp={natpmp}\nenable_upnp={upnp}\n\
          secure_mode=yes\nupnp_table_name=router_ports\nupnp_nat_table_name=router_ports\n\
          allow 1024-65535 10.1.0.0/24 1024-65535\n"
     );
@@ -71,47 +89,76 @@ fn rules(router: &Host) -> anyhow::Result<String> {
     Ok(router.run(chain)?.stdout)
 }
 
+struct Site {
+    lab: Lab,
+    mesh: Mesh,
+    _folder: tempfile::TempDir,
+    _servers: Vec<Reflector>,
+}
+
+impl Site {
+    /// See [`topology`]: two hard NATs, of which a's opens ports on request.
+    fn start(name: &str, speaks: Speaks, joins: &[&'static str]) -> anyhow::Result<Self> {
+        let lab = Lab::new(name, &topology())?;
+        let [router, other, hub] = ["router-a", "router-b", "hub"].map(|name| lab.host(name));
+        Nat::Symmetric.install(&router, lab.host("a").v4())?;
+        Nat::Symmetric.install(&other, lab.host("b").v4())?;
+        for host in [&other, &hub] {
+            host.ip(&format!("route add {OUTSIDE}/32 via 192.0.2.21\n"))?;
+        }
+        let folder = tempfile::tempdir()?;
+        open_ports_on_request(&router, folder.path(), speaks)?;
+        let serve = |at: &&str| Reflector::start(&hub, at.parse()?);
+        let servers = SERVERS.iter().map(serve).collect::<Result<_, _>>()?;
+        let config = format!("[relays]\nstun = {SERVERS:?}\n");
+        let mut mesh = Mesh::new(Coordinator::start_with(&hub, &config)?);
+        mesh.coordinator.admin("network create home")?;
+        let user = "user create ana@example.com --network home";
+        mesh.coordinator.admin(user)?;
+        mesh.coordinator.set_policy(POLICY)?;
+        let join = |host: &&'static str| Join {
+            host,
+            owner: "--user ana@example.com",
+            routes: "",
+        };
+        let joins: Vec<Join<'_>> = joins.iter().map(join).collect();
+        mesh.join(&lab, &joins)?;
+        Ok(Self {
+            lab,
+            mesh,
+            _folder: folder,
+            _servers: servers,
+        })
+    }
+
+    /// Waits until a tells of a port of its router, asked for by this.
+    fn until_opened(&self, protocol: &str) -> anyhow::Result<()> {
+        let (a, opened) = (self.mesh.node("a"), format!("{OUTSIDE}:51820"));
+        let mut last = Value::Null;
+        let told = || {
+            let check = a.weir("netcheck --json").and_then(|out| out.json());
+            last = check.unwrap_or_default();
+            let told = last["v4"]["endpoints"].as_array();
+            let mapping = &last["port_mapping"];
+            told.is_some_and(|all| all.iter().any(|it| *it == opened))
+                && mapping["addr"] == opened
+                && mapping["protocol"] == protocol
+        };
+        let waited = wait_until("the router opened a port", SPREAD_BOUND, told);
+        waited.with_context(|| format!("{last:#}"))
+    }
+
+    fn rules(&self) -> anyhow::Result<String> {
+        rules(&self.lab.host("router-a"))
+    }
+}
+
 /// See [`topology`]. No hole can be punched here, but a's router opens a port when it is asked.
 #[test]
 fn a_port_that_the_router_opens_leads_through_two_hard_nats() -> anyhow::Result<()> {
-    let lab = Lab::new("portmap", &topology())?;
-    let [router, other, hub] = ["router-a", "router-b", "hub"].map(|name| lab.host(name));
-    Nat::Symmetric.install(&router, lab.host("a").v4())?;
-    Nat::Symmetric.install(&other, lab.host("b").v4())?;
-    for host in [&other, &hub] {
-        host.ip(&format!("route add {OUTSIDE}/32 via 192.0.2.21\n"))?;
-    }
-    let folder = tempfile::tempdir()?;
-    open_ports_on_request(&router, folder.path())?;
-    let serve = |at: &&str| Reflector::start(&hub, at.parse()?);
-    let _servers: Vec<Reflector> = SERVERS.iter().map(serve).collect::<Result<_, _>>()?;
-    let config = format!("[relays]\nstun = {SERVERS:?}\n");
-    let mut mesh = Mesh::new(Coordinator::start_with(&hub, &config)?);
-    mesh.coordinator.admin("network create home")?;
-    let user = "user create ana@example.com --network home";
-    mesh.coordinator.admin(user)?;
-    mesh.coordinator.set_policy(POLICY)?;
-    let join = |host| Join {
-        host,
-        owner: "--user ana@example.com",
-        routes: "",
-    };
-    mesh.join(&lab, &[join("a"), join("b")])?;
-    let [a, b] = ["a", "b"].map(|name| mesh.node(name));
-
-    let opened = format!("{OUTSIDE}:51820");
-    let mut last = Value::Null;
-    let told = || {
-        last = a
-            .weir("netcheck --json")
-            .and_then(|out| out.json())
-            .unwrap_or_default();
-        last["v4"]["endpoints"]
-            .as_array()
-            .is_some_and(|all| all.iter().any(|it| *it == opened))
-    };
-    let waited = wait_until("the router opened a port", SPREAD_BOUND, told);
-    waited.with_context(|| format!("{last:#}"))?;
+    let site = Site::start("portmap", Speaks::Pcp, &["a", "b"])?;
+    let [a, b] = ["a", "b"].map(|name| site.mesh.node(name));
+    site.until_opened("PCP")?;
     let question = Question {
         from: std::sync::Arc::clone(&b.host),
         to: std::sync::Arc::clone(&a.host),
@@ -127,9 +174,31 @@ fn a_port_that_the_router_opens_leads_through_two_hard_nats() -> anyhow::Result<
         "by what path? {endpoint}"
     );
 
-    ensure!(rules(&router)?.contains("dnat"), "{}", rules(&router)?);
+    ensure!(site.rules()?.contains("dnat"), "{}", site.rules()?);
     a.process().stop()?;
-    ensure!(!rules(&router)?.contains("dnat"), "not given back");
-    lab.passed();
+    ensure!(!site.rules()?.contains("dnat"), "not given back");
+    site.lab.passed();
+    Ok(())
+}
+
+/// See [`topology`]. What a router opened by UPnP is given back when the node goes down, and when
+/// the operator wants no port of it.
+#[test]
+fn a_router_that_speaks_upnp_alone_opens_a_port_too() -> anyhow::Result<()> {
+    let site = Site::start("portmap-upnp", Speaks::Upnp, &["a"])?;
+    let a = site.mesh.node("a");
+    site.until_opened("UPnP")?;
+    ensure!(site.rules()?.contains("dnat"), "{}", site.rules()?);
+    let check = a.weir("netcheck")?.stdout;
+    ensure!(check.contains("asked by UPnP"), "{check}");
+
+    a.weir("set --port-mapping=off")?;
+    let closed = || site.rules().is_ok_and(|rules| !rules.contains("dnat"));
+    wait_until("the port is given back", SPREAD_BOUND, closed)?;
+    a.weir("set --port-mapping=on")?;
+    site.until_opened("UPnP")?;
+    a.weir("down")?;
+    wait_until("the port is given back", SPREAD_BOUND, closed)?;
+    site.lab.passed();
     Ok(())
 }

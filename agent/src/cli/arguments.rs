@@ -234,6 +234,10 @@ pub struct Set {
     /// the driver of a network card; or `off`
     #[arg(long, value_name = "HOW", value_parser = parse_guard)]
     pub guard: Option<GuardMode>,
+    /// Whether the router of a private network is asked to open WireGuard's port, by PCP, NAT-PMP
+    /// or UPnP: `on` or `off`
+    #[arg(long, value_name = "HOW", value_parser = parse_switch)]
+    pub port_mapping: Option<bool>,
 }
 
 /// Subnets, as given on the command line.
@@ -317,6 +321,14 @@ fn parse_guard(text: &str) -> Result<GuardMode, String> {
         "tc" => Ok(GuardMode::Tc),
         "off" => Ok(GuardMode::Off),
         _ => Err("`on`, `tc` or `off`".to_owned()),
+    }
+}
+
+fn parse_switch(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("`on` or `off`".to_owned()),
     }
 }
 

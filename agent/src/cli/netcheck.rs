@@ -33,6 +33,12 @@ fn text(check: &Netcheck) -> String {
             text.push_str(&format!("  peers are told: {}\n", endpoints.join(", ")));
         }
     }
+    if let Some(opened) = &check.port_mapping {
+        let (addr, protocol) = (opened.addr, &opened.protocol);
+        text.push_str(&format!(
+            "The router opened {addr} for it, asked by {protocol}.\n"
+        ));
+    }
     if check.servers.is_empty() {
         text.push_str(
             "The network has no STUN servers: name some in the coordinator's configuration \
@@ -63,9 +69,10 @@ fn regions(check: &Netcheck) -> String {
     let mut table = Table::headed(["", "REGION", "NAME", "AWAY", "CONNECTION"]);
     for region in &check.regions {
         let away = region.latency_us.map(super::path::millis);
-        let connection = match &region.why {
-            Some(why) => format!("{}: {why}", region.connection),
-            None => region.connection.clone(),
+        let connection = match (&region.why, region.transport.as_deref()) {
+            (Some(why), _) => format!("{}: {why}", region.connection),
+            (None, Some("websocket")) => format!("{}, by WebSocket", region.connection),
+            (None, _) => region.connection.clone(),
         };
         table.row([
             if region.home { "*" } else { "" },
@@ -106,7 +113,7 @@ fn unreached(check: &Netcheck) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::local::report::{Family, Region, StunServer};
+    use crate::local::report::{Family, PortMapping, Region, StunServer};
 
     #[test]
     fn it_says_what_the_nat_is_like_and_why_there_is_no_path() {
@@ -134,8 +141,13 @@ mod tests {
                 home: true,
                 connection: "down".to_owned(),
                 why: Some("it fell silent".to_owned()),
+                transport: None,
                 latency_us: Some(1_240),
             }],
+            port_mapping: Some(PortMapping {
+                addr: "192.0.2.9:51820".parse().unwrap(),
+                protocol: "UPnP".to_owned(),
+            }),
             unreached: vec!["web".to_owned()],
             discovery_dropped: 0,
         };
@@ -148,6 +160,7 @@ mod tests {
             "1.24 ms",
             "down: it fell silent",
             "at relay near",
+            "opened 192.0.2.9:51820 for it, asked by UPnP",
         ] {
             assert!(hard.contains(part), "{part}: {hard}");
         }

@@ -15,6 +15,7 @@ pub(super) fn set(agent: &Agent, console: &Console, arguments: &Arguments) -> Re
         shields_up: arguments.shields_up,
         refuse: arguments.refuse,
         guard: arguments.guard,
+        port_mapping: arguments.port_mapping,
     };
     let Response::Done(remarks) = agent.ask(Request::Set(set), SET)? else {
         return Err(astray());
@@ -45,7 +46,12 @@ pub(super) fn set(agent: &Agent, console: &Console, arguments: &Arguments) -> Re
         GuardMode::Tc => "Floods to WireGuard's port are held off, and never in a driver.",
         GuardMode::Off => "WireGuard's port is not guarded: WireGuard itself sorts what it is sent.",
     });
+    let port_mapping = set.port_mapping.map(|on| match on {
+        true => "The router is asked to open WireGuard's port.",
+        false => "No router is asked for a port. What one opened is given back.",
+    });
     let said = shields.into_iter().chain(refuse).chain(guard);
+    let said = said.chain(port_mapping);
     let said = said.map(str::to_owned);
     let lines: Vec<String> = said.chain(remarks).collect();
     console.say(&format!("{}\n", lines.join("\n")))

@@ -1,8 +1,9 @@
 //! How the world sees this node: asking on the engine's behalf, and telling people.
 
 use super::Daemon;
-use crate::local::report::{Family, Nat, Netcheck, Problem, StunServer};
+use crate::local::report::{Family, Nat, Netcheck, PortMapping, Problem, StunServer};
 use crate::port::Word;
+use crate::portmap::{Opened, Protocol};
 use engine::{Input, netcheck};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -87,9 +88,22 @@ impl Daemon {
                 .find(|region| region.home)
                 .map(|region| region.name.clone()),
             regions,
+            port_mapping: self.opened.borrow().map(port_mapping),
             unreached,
             discovery_dropped: self.seals.dropped(),
         }
+    }
+}
+
+fn port_mapping(opened: Opened) -> PortMapping {
+    let protocol = match opened.protocol {
+        Protocol::Pcp => "PCP",
+        Protocol::NatPmp => "NAT-PMP",
+        Protocol::Upnp => "UPnP",
+    };
+    PortMapping {
+        addr: opened.outside,
+        protocol: protocol.to_owned(),
     }
 }
 

@@ -36,6 +36,9 @@ impl Daemon {
             settings.unguarded = guard == GuardMode::Off;
             settings.no_xdp = guard == GuardMode::Tc;
         }
+        if let Some(on) = set.port_mapping {
+            settings.unmapped = !on;
+        }
         if let Err(error) = self.state.keep_settings(&settings) {
             let next = "Nothing has changed. Make room or access for the state folder, then try \
                         again.";
@@ -44,6 +47,7 @@ impl Daemon {
         self.note("settings_damaged", None);
         self.note("settings_not_kept", None);
         self.settings = settings;
+        self.ask_router();
         let now = Instant::now();
         self.engine
             .handle(now, Input::ShieldsUp(self.settings.shields_up));
@@ -54,6 +58,16 @@ impl Daemon {
                 deadline: now + SET_PATIENCE,
             },
             switched,
+        });
+    }
+
+    /// Names the router that is asked for a port, if one is to be.
+    pub(super) fn ask_router(&self) {
+        let router = self.router.filter(|_| !self.settings.unmapped);
+        self.routers.send_if_modified(|told| {
+            let is_news = *told != router;
+            *told = router;
+            is_news
         });
     }
 

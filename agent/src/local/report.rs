@@ -76,6 +76,9 @@ pub struct Interface {
     pub mtu: Option<u32>,
     /// Its addresses.
     pub addrs: Vec<IpAddr>,
+    /// Addresses in peers' subnets that are not routed into it, because it is built on them: those
+    /// of the coordinator and of relays.
+    pub outside: Vec<IpAddr>,
 }
 
 /// What this machine is in its network.
@@ -282,6 +285,10 @@ pub struct Region {
     pub connection: String,
     /// Why it is down, as a clause; `null` unless it is.
     pub why: Option<String>,
+    /// What it goes through while it is up: `derp`, or `websocket` where something in between lets
+    /// nothing else pass. Stable.
+    #[serde(default)]
+    pub transport: Option<String>,
     /// How far it is; `null` if that was not measured.
     pub latency_us: Option<u64>,
 }
@@ -381,6 +388,15 @@ pub enum Seen {
     Drop(Box<Drop>),
     /// More packets were dropped than told.
     LeftOut(LeftOut),
+    /// Events were lost, because packets of too many kinds were dropped at once.
+    Lost(Lost),
+}
+
+/// Events that found no room in the buffer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lost {
+    /// How many, since the last such line.
+    pub events: u64,
 }
 
 /// A dropped packet. Never what it carried.
@@ -470,12 +486,24 @@ pub struct Netcheck {
     pub home: Option<String>,
     /// The network's relays, by id.
     pub regions: Vec<Region>,
+    /// The port that the router opened on request; `null` if none is.
+    #[serde(default)]
+    pub port_mapping: Option<PortMapping>,
     /// Peers that are on line and from which no packet came by the endpoint in use, by name.
     pub unreached: Vec<String>,
     /// Packets that looked like discovery and were dropped since the agent started: of nobody in
     /// this network, not sealed for this node, or too many at once.
     #[serde(default)]
     pub discovery_dropped: u64,
+}
+
+/// A port of the router that leads to WireGuard's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortMapping {
+    /// Where the world finds it.
+    pub addr: SocketAddr,
+    /// By what it was asked for: `PCP`, `NAT-PMP` or `UPnP`.
+    pub protocol: String,
 }
 
 /// How the world sees this node in one address family.
@@ -533,6 +561,10 @@ pub struct Counters {
     /// Datagrams that WireGuard's port was sent from the underlay, by what the guard made of them;
     /// empty while it is switched off.
     pub guard: Vec<GuardCount>,
+    /// Events of dropped packets that `weir monitor` could not be told, because nobody took those
+    /// before them: most of them from when nobody followed. The packets are counted.
+    #[serde(default)]
+    pub events_lost: u64,
 }
 
 /// What the guard made of datagrams.
