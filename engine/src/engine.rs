@@ -16,10 +16,11 @@ mod view;
 use crate::acl::{self, Change};
 use crate::mtu;
 use crate::netcheck::{self, Netcheck, Wish};
+use crate::outside::Outside;
 use crate::path::{Path, Surroundings, Way};
 use crate::paths::Paths;
 use crate::plan::{
-    Desired, MAX_GREETED, Observed, Policy, Routing, Step, Wanted, WantedPeer, diff,
+    Desired, Host, MAX_GREETED, Observed, Policy, Routing, Step, Wanted, WantedPeer, diff,
 };
 use crate::relays::Relays;
 use crate::status::{Failure, Problem};
@@ -82,6 +83,7 @@ pub struct Engine {
     /// When what relays are to do changes by itself.
     relays_at: Option<Instant>,
     netcheck: Netcheck,
+    outside: Outside,
     /// The router that is asked for a port.
     router: Option<Router>,
     in_flight: Option<Vec<Step>>,
@@ -125,6 +127,7 @@ impl Engine {
             links: None,
             observed: None,
             netcheck: Netcheck::default(),
+            outside: Outside::default(),
             router: None,
             in_flight: None,
             observing: false,
@@ -173,7 +176,14 @@ impl Engine {
             }
             Input::Applied => self.handle_applied(now),
             Input::Failed(failure) => self.handle_failed(now, failure),
-            Input::Resolved(servers) => self.netcheck.resolved(now, servers),
+            Input::Coordinator(name) => {
+                self.outside.set_coordinator(now, name);
+                self.dirty = true;
+            }
+            Input::Resolved(servers) => {
+                self.dirty |= self.outside.resolved(&servers);
+                self.netcheck.resolved(now, servers);
+            }
             Input::Mapped { server, addr } => self.handle_mapped(now, server, addr),
             Input::Disco {
                 from,
@@ -215,6 +225,10 @@ impl Engine {
 
     /// What is to be asked and sent now.
     fn poll_network(&mut self, now: Instant) -> Option<Output> {
+        self.dirty |= self.outside.take_waited(now);
+        if let Some(names) = self.outside.poll(now) {
+            return Some(Output::Resolve(names));
+        }
         if let Some(wish) = self.netcheck.poll(now) {
             return Some(match wish {
                 Wish::Resolve(names) => Output::Resolve(names),
@@ -225,6 +239,9 @@ impl Engine {
         if self.paths.take_look() {
             self.observe_at = Some(now);
             self.netcheck.doubt(now);
+        }
+        if self.paths.take_sought() {
+            self.netcheck.sample(now);
         }
         let (via, to, message) = transmit?;
         Some(Output::Transmit { via, to, message })
@@ -250,9 +267,18 @@ impl Engine {
 
     /// Whether a plan has changed what paths or relays want now, or a path what servers are asked.
     fn is_due(&self, now: Instant) -> bool {
-        let network = [self.paths.deadline(), self.netcheck.deadline()];
-        let network = network.into_iter().filter(|_| self.up == Some(true));
-        network.flatten().any(|at| at <= now) || self.paths.is_moved()
+        self.network_at().is_some_and(|at| at <= now) || self.paths.is_moved()
+    }
+
+    /// When something is to be asked or sent.
+    fn network_at(&self) -> Option<Instant> {
+        let all = [
+            self.paths.deadline(),
+            self.netcheck.deadline(),
+            self.outside.deadline(),
+        ];
+        let first = all.into_iter().flatten().min();
+        first.filter(|_| self.up == Some(true))
     }
 
     fn deadline(&self, now: Instant) -> Instant {
@@ -261,9 +287,7 @@ impl Engine {
             _ => self.observe_at,
         };
         let kernel = kernel.filter(|at| *at > now).unwrap_or(now + TICK);
-        let network = [self.netcheck.deadline(), self.paths.deadline()];
-        let network = network.into_iter().filter(|_| self.up == Some(true));
-        let all = network.chain([self.relays_at]).flatten();
+        let all = [self.network_at(), self.relays_at].into_iter().flatten();
         all.filter(|at| *at > now).fold(kernel, Instant::min)
     }
 
@@ -415,6 +439,7 @@ impl Engine {
         }
         let servers = netcheck::servers(offered.network());
         self.netcheck.set_names(now, servers);
+        self.outside.set_relays(now, offered.network());
         self.trusted = Some(offered);
         self.refresh_paths(now);
     }
@@ -439,6 +464,7 @@ impl Engine {
         self.links = Some(links);
         self.refresh_router();
         self.netcheck.hurry(now);
+        self.outside.hurry(now);
         self.refresh_paths(now);
         self.paths.shaken(now);
         self.report();
@@ -482,6 +508,7 @@ impl Engine {
     fn tell_paths(&mut self, now: Instant) {
         let endpoints = self.about().endpoints;
         self.paths.set_endpoints(now, &endpoints);
+        self.paths.set_seen(now, self.netcheck.seen_in_turn());
     }
 
     fn handle_relay(&mut self, now: Instant, region: RegionId, event: RelayEvent) {
@@ -653,9 +680,14 @@ impl Engine {
         };
         let none = BTreeMap::new();
         let present = self.observed.as_ref().and_then(Observed::present);
-        let installed = present.map_or(&none, |present| &present.routes);
+        let outside = self.outside.addrs();
+        let host = Host {
+            live: &links.routes,
+            installed: present.map_or(&none, |present| &present.routes),
+            outside: outside.as_ref(),
+        };
         let inner = |peer: &NodeKey| self.paths.inner(peer);
-        self.routing = Routing::choose(netmap, &links.routes, installed, inner);
+        self.routing = Routing::choose(netmap, host, inner);
     }
 
     /// What the kernel should hold; `None` as long as that cannot be said, and nothing is touched.
@@ -702,8 +734,8 @@ impl Engine {
     /// Candidates of every peer, ranked for this host; new peers get a path, gone ones lose it. The
     /// same for relays. While the node is not to be up, there is none of it.
     fn refresh_paths(&mut self, now: Instant) {
-        let up = self.up == Some(true);
-        let (Some(netmap), true) = (&self.trusted, up) else {
+        self.refresh_routing();
+        let (Some(netmap), Some(true)) = (&self.trusted, self.up) else {
             self.relays.set(&BTreeMap::new(), std::iter::empty());
             self.paths.clear();
             self.refresh_relays(now);
@@ -716,6 +748,7 @@ impl Engine {
         let on_link = on_link.filter_map(|own| Prefix::containing(own.addr, own.prefix_len).ok());
         let network = netmap.network();
         let routes = netmap.peers().values().flat_map(|peer| &peer.routes);
+        let routes = routes.filter(|prefix| !self.routing.refuses(prefix));
         let ground = Surroundings {
             own: self.own_addrs(),
             on_link: on_link.collect(),

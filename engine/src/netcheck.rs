@@ -7,7 +7,9 @@
 //!
 //! What servers say is compared family by family ([`Nat`]): the same address from all of them means
 //! that peers will be seen from there too; different ports mean a NAT that makes another mapping
-//! for each destination ("hard"), and then no mapping is worth telling to anybody.
+//! for each destination ("hard"), and then no mapping is worth telling to anybody. Such servers are
+//! asked rarely ([`HARD_REFRESH`]), so that the NAT forgets, and shows new ports when a path is
+//! looked for: sometimes they tell which port a peer will see ([`ports`]).
 //!
 //! The servers of regions that have relays are asked too: how long they take to answer says which
 //! region is near ([`better_home`]).
@@ -17,6 +19,8 @@
 //!
 //! Random transaction numbers and the matching of answers are the hand's; DNS too. Without servers
 //! nothing is asked at all.
+
+pub mod ports;
 
 use crate::{Links, Router};
 use proto::id::RegionId;
@@ -36,6 +40,14 @@ pub const AGAIN: [Duration; 4] = [
 /// From the start of a round to the start of the next: below the 30 s after which the strictest
 /// routers forget a mapping, with time for a repetition.
 pub const REFRESH: Duration = Duration::from_secs(23);
+/// The same for servers of whom a hard NAT shows another port to each: nobody needs their mappings,
+/// and after five minutes they are forgotten (RFC 4787, REQ-5).
+pub const HARD_REFRESH: Duration = Duration::from_secs(310);
+/// What servers see behind a hard NAT is asked anew for a path if it is older: mappings last two
+/// minutes at least, where RFC 4787 is followed.
+const STALE: Duration = Duration::from_secs(125);
+/// Servers that were first heard within this time show ports that were given out together.
+const TOGETHER: Duration = Duration::from_secs(5);
 /// Between two rounds that paths ask for which fell silent.
 const DOUBT_PAUSE: Duration = Duration::from_secs(2);
 /// Names are looked up again after this long.
@@ -83,6 +95,8 @@ pub struct Server {
     recent: VecDeque<Duration>,
     answered: bool,
     asked: Option<Instant>,
+    /// When it was asked when it first saw this address.
+    since: Option<Instant>,
     misses: u32,
 }
 
@@ -106,6 +120,8 @@ pub struct Netcheck {
     /// When the round began, and how often was asked in it.
     began: Option<Instant>,
     attempt: usize,
+    /// Whether the round is one of many, and may leave out who was asked lately.
+    usual: bool,
     /// When the last round began.
     last: Option<Instant>,
     /// Whether a round has ended since the servers became known.
@@ -145,12 +161,13 @@ impl Netcheck {
 
     /// The names were looked up. An empty answer changes nothing: it is a failure of DNS.
     pub fn resolved(&mut self, now: Instant, servers: BTreeMap<SocketAddr, String>) {
-        if servers.is_empty() || self.names.is_empty() {
+        let mut servers = servers;
+        servers.retain(|_, name| self.names.contains_key(name));
+        if servers.is_empty() {
             return;
         }
-        let known = |name: &String| self.names.contains_key(name);
         let mut before = std::mem::take(&mut self.servers);
-        for (addr, name) in servers.into_iter().filter(|(_, name)| known(name)) {
+        for (addr, name) in servers {
             let server = before.remove(&addr).unwrap_or_else(|| Server::new(name));
             self.servers.insert(addr, server);
         }
@@ -179,6 +196,44 @@ impl Netcheck {
         self.next = (!self.servers.is_empty()).then_some(now);
         self.began = None;
         self.attempt = 0;
+        self.usual = false;
+    }
+
+    /// A path is looked for: behind a hard NAT, what servers see should be new.
+    pub fn sample(&mut self, now: Instant) {
+        let asked = self.servers.iter().filter(|(addr, _)| addr.is_ipv4());
+        let newest = asked.filter_map(|(_, server)| server.asked).max();
+        let stale = |at: Instant| now.saturating_duration_since(at) >= STALE;
+        if self.is_hard() && newest.is_some_and(stale) {
+            self.begin(now);
+        }
+    }
+
+    /// Whether the IPv4 NAT shows each server another port.
+    fn is_hard(&self) -> bool {
+        self.seen(true).len() > 1
+    }
+
+    /// What servers see behind a hard NAT, in the order in which they were asked: those of them, two
+    /// at least, that were asked at about the same time.
+    #[must_use]
+    pub fn seen_in_turn(&self) -> Option<(IpAddr, Vec<u16>)> {
+        if !self.is_hard() {
+            return None;
+        }
+        let seen = |(addr, server): (&SocketAddr, &Server)| {
+            let mapped = server.mapped.filter(SocketAddr::is_ipv4)?;
+            Some((server.since?, *addr, mapped))
+        };
+        let mut turns: Vec<_> = self.servers.iter().filter_map(seen).collect();
+        turns.sort();
+        let (newest, _, last) = *turns.last()?;
+        let together = |at: Instant| newest.saturating_duration_since(at) <= TOGETHER;
+        let alike = turns
+            .iter()
+            .filter(|(at, _, mapped)| together(*at) && mapped.ip() == last.ip());
+        let ports: Vec<u16> = alike.map(|(_, _, mapped)| mapped.port()).collect();
+        (ports.len() > 1).then(|| (last.ip(), ports))
     }
 
     /// A server answered. Returns whether that changed what is known.
@@ -194,6 +249,9 @@ impl Netcheck {
         server.recent.extend(server.rtt);
         (server.answered, server.misses) = (true, 0);
         let changed = server.mapped.replace(mapped) != Some(mapped);
+        if changed {
+            server.since = server.asked;
+        }
         if self.servers.values().all(|server| server.answered) {
             self.end(now);
         }
@@ -212,11 +270,18 @@ impl Netcheck {
             return None;
         }
         if self.began.is_none() {
-            (self.began, self.last) = (Some(now), Some(now));
-            self.attempt = 0;
-            for server in self.servers.values_mut() {
-                server.answered = false;
+            (self.began, self.attempt) = (Some(now), 0);
+            let spares = self.usual && self.is_hard();
+            let lately = |at: Instant| now.saturating_duration_since(at) < HARD_REFRESH;
+            for (addr, server) in &mut self.servers {
+                let known = addr.is_ipv4() && server.mapped.is_some();
+                server.answered = spares && known && server.asked.is_some_and(lately);
             }
+            if self.servers.values().all(|server| server.answered) {
+                self.end(now);
+                return None;
+            }
+            self.last = Some(now);
         }
         let Some(pause) = AGAIN.get(self.attempt) else {
             self.end(now);
@@ -246,6 +311,7 @@ impl Netcheck {
         }
         let began = self.began.take().unwrap_or(now);
         self.next = Some((began + REFRESH).max(now + AGAIN[0]));
+        self.usual = true;
         self.concluded = true;
     }
 
@@ -366,6 +432,7 @@ impl Server {
             recent: VecDeque::new(),
             answered: false,
             asked: None,
+            since: None,
             misses: 0,
         }
     }
@@ -571,6 +638,34 @@ mod tests {
             check.poll(now);
         }
         assert_eq!(check.reflexive(), []);
+    }
+
+    #[test]
+    fn behind_a_hard_nat_servers_are_left_alone_so_that_it_forgets_until_a_path_is_looked_for() {
+        let (mut check, start) = asking(&[ONE, TWO]);
+        assert_eq!(check.seen_in_turn(), None);
+        check.answered(start, at(TWO), at("192.0.2.1:40001"));
+        check.answered(start, at(ONE), at("192.0.2.1:40000"));
+        let seen = |ports: [u16; 2]| Some(("192.0.2.1".parse().unwrap(), ports.to_vec()));
+        assert_eq!(check.seen_in_turn(), seen([40_000, 40_001]), "as asked");
+        let mut now = start;
+        while now < start + STALE {
+            now = check.deadline().unwrap();
+            let wish = check.poll(now);
+            assert!(!matches!(wish, Some(Wish::Ask(_))), "{:?}", now - start);
+            check.sample(start + STALE / 2);
+        }
+        check.sample(now);
+        let both = Some(Wish::Ask([at(ONE), at(TWO)].into()));
+        assert_eq!(check.poll(now), both);
+        check.answered(now, at(ONE), at("192.0.2.1:40123"));
+        assert_eq!(check.seen_in_turn(), None, "the other is old");
+        check.answered(now, at(TWO), at("192.0.2.1:40124"));
+        assert_eq!(check.seen_in_turn(), seen([40_123, 40_124]));
+        check.sample(now + STALE / 2);
+        assert_eq!(check.poll(now + STALE / 2), None);
+        check.doubt(now + STALE / 2);
+        assert_eq!(check.poll(now + STALE / 2), both, "in doubt all are asked");
     }
 
     #[test]

@@ -41,6 +41,7 @@ mod blind;
 pub mod candidate;
 mod claims;
 mod counters;
+pub mod guess;
 pub mod probe;
 mod score;
 
@@ -51,6 +52,7 @@ use crate::plan::Stats;
 use blind::Blind;
 use claims::{Claim, Told};
 use counters::{Doubt, Silence, Trial};
+use guess::Guesses;
 use probe::{Burst, DOUBT, Heart, PROMPTED_PAUSE};
 use proto::disco::{Took, TxId};
 use score::Score;
@@ -158,12 +160,15 @@ pub struct Path {
     appears: Option<(SocketAddr, SocketAddr)>,
     /// Whether that became another address, which the peer's kernel does not know yet.
     strayed: bool,
+    /// Whether the host's links changed since a direct path last answered.
+    shaken: bool,
     /// Until when the other side may go first.
     settles: Option<Instant>,
     /// Whether something became due that the kernel is to be told.
     ripe: bool,
     /// To be pinged at once.
     urgent: BTreeSet<SocketAddr>,
+    guesses: Guesses,
 }
 
 /// An empty packet that makes a session.
@@ -181,6 +186,8 @@ enum Greeting {
 pub enum Errand {
     /// A ping to this endpoint.
     Ping(SocketAddr),
+    /// Likewise, and the peer may not be there.
+    Guess(SocketAddr),
     /// A call by relay, with our endpoints.
     Call,
 }
@@ -231,9 +238,11 @@ impl Path {
             greeting: Greeting::None,
             appears: None,
             strayed: false,
+            shaken: false,
             settles: None,
             ripe: false,
             urgent: BTreeSet::new(),
+            guesses: Guesses::default(),
         };
         path.name(candidates, Source::Netmap);
         match path.relay {
@@ -527,6 +536,16 @@ impl Path {
         self.start_burst(now);
     }
 
+    /// The host's links changed. What fell silent may speak again, and the peer's kernel may send to
+    /// where we are no more: it learns better from a packet of ours, as soon as there is a way.
+    pub fn shaken(&mut self, now: Instant) {
+        self.shaken = true;
+        self.hold = None;
+        for candidate in self.candidates.values_mut() {
+            candidate.heard(now);
+        }
+    }
+
     /// We can be reached elsewhere: whoever was called with other endpoints is called again.
     pub fn recall(&mut self, now: Instant) {
         self.called = None;
@@ -608,7 +627,8 @@ impl Path {
 
     /// The peer calls: it is about to ping us, and can be pinged here.
     pub fn called(&mut self, now: Instant, candidates: &[(Tier, SocketAddr)]) {
-        let candidates = candidates.get(..MAX_NAMED).unwrap_or(candidates);
+        let plain = self.guesses.sort_out(now, candidates);
+        let candidates = plain.get(..MAX_NAMED).unwrap_or(&plain);
         let new = candidates.iter().map(|(_, addr)| *addr);
         let new: Vec<SocketAddr> = new.filter(|it| !self.candidates.contains_key(it)).collect();
         self.name(candidates, Source::Call);
@@ -629,10 +649,12 @@ impl Path {
         } else if let Some(candidate) = self.candidates.get_mut(&from) {
             candidate.sources.insert(Source::Seen);
         }
-        let Some(candidate) = self.candidates.get(&from) else {
+        let held = self.held(now);
+        let Some(candidate) = self.candidates.get_mut(&from) else {
             return true;
         };
-        match (candidate.fault_at(now), self.held(now)) {
+        candidate.heard(now);
+        match (candidate.fault_at(now), held) {
             // An answer would say that packets pass.
             (Some(Fault::Swallows), _) | (None, Some(Fault::Swallows)) => return false,
             (Some(Fault::Silent | Fault::Overruled), _) => return true,
@@ -678,8 +700,9 @@ impl Path {
 
     /// A ping went out.
     pub fn pinged(&mut self, now: Instant, endpoint: SocketAddr, tx: TxId) {
-        if let Some(candidate) = self.candidates.get_mut(&endpoint) {
-            candidate.pinged(now, tx);
+        match self.candidates.get_mut(&endpoint) {
+            Some(candidate) => candidate.pinged(now, tx),
+            None => self.guesses.pinged(now, endpoint, tx),
         }
     }
 
@@ -699,6 +722,7 @@ impl Path {
         seen: SocketAddr,
         took: Option<Took>,
     ) {
+        self.prove_guess(tx, from);
         let Some(candidate) = self.candidates.get_mut(&from) else {
             return;
         };
@@ -734,6 +758,7 @@ impl Path {
     fn appear(&mut self, now: Instant, from: SocketAddr, seen: SocketAddr) {
         let before = self.appears.replace((from, seen));
         self.strayed |= before.is_some_and(|(at, as_whom)| at == from && as_whom != seen);
+        self.strayed |= std::mem::take(&mut self.shaken);
         self.say_where(now);
     }
 

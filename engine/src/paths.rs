@@ -7,23 +7,26 @@
 use crate::Via;
 use crate::dice::Dice;
 use crate::mtu::{self, Mtu, Seen};
+use crate::netcheck::ports;
 use crate::path::probe::{Budget, MAX_TRANSMITS};
-use crate::path::{Errand, Path, Surroundings, Way};
+use crate::path::{Errand, Path, Surroundings, Way, guess};
 use crate::plan::{PeerState, Present, Stats};
 use crate::relays::{Relays, is_loopback};
 use proto::disco::{Message, TxId};
 use proto::key::{DiscoKey, NodeKey};
 use proto::net::Prefix;
-use proto::netmap::Peer;
+use proto::netmap::{MAX_ENDPOINTS_PER_NODE, Peer};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::SocketAddr;
-use std::time::Instant;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
 
 /// With at most so many peers, news alone makes paths, so that the first packet finds one. With
 /// more, or where a relay carries the first packets anyway, traffic does.
 pub const EAGER_PEERS: usize = 128;
 /// Answers to one peer in a second, at most.
 const MAX_ANSWERS: u32 = 50;
+/// Servers answer one after the other: what each says of a hard NAT is told at once no more often.
+const RECALL_PAUSE: Duration = Duration::from_millis(250);
 /// Rounds of long pings in a second, at most; with many peers a fifth of their number.
 const MAX_LONG_ROUNDS: u32 = 50;
 
@@ -38,9 +41,16 @@ pub(crate) struct Paths {
     timers: BTreeSet<(Instant, NodeKey)>,
     budget: Budget,
     long: Budget,
+    guessed: guess::Limits,
     ground: Surroundings,
     /// Where we can be reached, for calls.
     endpoints: Vec<SocketAddr>,
+    /// The ports that servers see behind a hard NAT of this address, in the order of asking.
+    seen: Option<(IpAddr, Vec<u16>)>,
+    /// When they were last told at once to those who are being called.
+    recalled: Option<Instant>,
+    /// Whether a path was looked for, so that these should be new.
+    sought: bool,
     outbox: VecDeque<Sent>,
     /// Whether what is wanted of kernel or relays may have changed.
     moved: bool,
@@ -58,6 +68,8 @@ struct Entry {
     disco: Option<DiscoKey>,
     timer: Option<Instant>,
     answers: Budget,
+    /// How often it was called since servers saw other ports behind a hard NAT.
+    calls: usize,
 }
 
 impl Paths {
@@ -71,8 +83,12 @@ impl Paths {
             timers: BTreeSet::new(),
             budget: Budget::default(),
             long: Budget::default(),
+            guessed: guess::Limits::default(),
             ground: Surroundings::default(),
             endpoints: Vec::new(),
+            seen: None,
+            recalled: None,
+            sought: false,
             outbox: VecDeque::new(),
             moved: false,
             look: false,
@@ -132,6 +148,34 @@ impl Paths {
         }
     }
 
+    /// What servers see behind a hard NAT. Whoever is being called hears what follows from it.
+    pub(crate) fn set_seen(&mut self, now: Instant, seen: Option<(IpAddr, Vec<u16>)>) {
+        if self.seen == seen {
+            return;
+        }
+        self.seen = seen;
+        for entry in self.all.values_mut() {
+            entry.calls = 0;
+        }
+        let lately = |at| now.saturating_duration_since(at) < RECALL_PAUSE;
+        if self.seen.is_none() || self.recalled.is_some_and(lately) {
+            return;
+        }
+        self.recalled = Some(now);
+        for key in self.keys() {
+            self.touch(now, key, |path| {
+                if path.is_probing() && !matches!(path.way(), Way::Direct(_)) {
+                    path.recall(now);
+                }
+            });
+        }
+    }
+
+    /// Whether paths were looked for since this was last asked.
+    pub(crate) fn take_sought(&mut self) -> bool {
+        std::mem::take(&mut self.sought)
+    }
+
     fn keys(&self) -> Vec<NodeKey> {
         self.all.keys().copied().collect()
     }
@@ -176,6 +220,7 @@ impl Paths {
                         disco: peer.disco,
                         timer: None,
                         answers: Budget::default(),
+                        calls: 0,
                     }
                 }
             };
@@ -200,6 +245,7 @@ impl Paths {
     /// The host's links changed: every path that is in use is asked, the others are looked for.
     pub(crate) fn shaken(&mut self, now: Instant) {
         for key in self.keys() {
+            self.touch(now, key, |path| path.shaken(now));
             self.news(now, key);
         }
     }
@@ -430,6 +476,11 @@ impl Paths {
     }
 
     fn run(&mut self, now: Instant, key: NodeKey, errand: Errand, relays: &Relays) {
+        if let Errand::Guess(to) = errand
+            && !self.guessed.take(now, to.ip())
+        {
+            return;
+        }
         if !self.may_send(now) {
             if let (Errand::Ping(endpoint), Some(entry)) = (errand, self.all.get_mut(&key)) {
                 entry.path.unsent(endpoint);
@@ -437,7 +488,7 @@ impl Paths {
             return;
         }
         match errand {
-            Errand::Ping(endpoint) => {
+            Errand::Ping(endpoint) | Errand::Guess(endpoint) => {
                 let tx = TxId(self.dice.draw());
                 if let Some(entry) = self.all.get_mut(&key) {
                     entry.path.pinged(now, endpoint, tx);
@@ -452,12 +503,33 @@ impl Paths {
             }
             Errand::Call => {
                 if let Some(region) = relays.region_of(&key) {
-                    let endpoints = self.endpoints.clone();
+                    let endpoints = self.told_to(key);
                     let call = Message::CallMeMaybe { endpoints };
                     self.send(key, Via::Relay(region, key), call);
                 }
             }
         }
+    }
+
+    /// Where a peer is told that we can be reached: by turns where a hard NAT most likely shows us to
+    /// it, which may have got lost, and at other ports.
+    fn told_to(&mut self, key: NodeKey) -> Vec<SocketAddr> {
+        let mut endpoints = self.endpoints.clone();
+        if let (Some((ip, seen)), Some(entry)) = (&self.seen, self.all.get_mut(&key))
+            && !matches!(entry.path.way(), Way::Direct(_))
+        {
+            self.sought = true;
+            let round = if entry.calls.is_multiple_of(2) {
+                0
+            } else {
+                entry.calls / 2
+            };
+            entry.calls += 1;
+            let ports = ports::guesses(seen, round);
+            endpoints.extend(ports.into_iter().map(|port| SocketAddr::new(*ip, port)));
+            endpoints.truncate(MAX_ENDPOINTS_PER_NODE);
+        }
+        endpoints
     }
 
     /// Long pings, if some are due.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod chance;
+mod hard;
 mod mtu;
 mod timing;
 mod traces;

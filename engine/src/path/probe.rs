@@ -157,6 +157,7 @@ impl Path {
             urgent,
             self.heart.next,
             burst,
+            self.guesses.deadline(),
         ];
         all.into_iter().flatten().min()
     }
@@ -179,6 +180,7 @@ impl Path {
         self.burst(now, &mut errands);
         let urgent = std::mem::take(&mut self.urgent);
         errands.extend(urgent.into_iter().map(Errand::Ping));
+        errands.extend(self.guess(now).into_iter().map(Errand::Guess));
         errands
     }
 

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use super::mix;
+
 /// What of the other end's address counts (RFC 4787, 4.1 and 5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Depends {
@@ -15,11 +17,24 @@ pub enum Depends {
     AddressAndPort,
 }
 
+/// Which port a new mapping gets (RFC 4787, 4.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ports {
+    /// Any, by chance.
+    Chance,
+    /// One so much further than the last, whoever had that.
+    Steps(u16),
+    /// Any of so many, by chance.
+    Block(u16),
+}
+
 /// The kind of a router.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kind {
     /// When a flow from the same inner address and port gets another outer port.
     pub mapping: Depends,
+    /// Which port it gets.
+    pub ports: Ports,
     /// Who may send to a mapping.
     pub filtering: Depends,
     /// Whether inner hosts reach each other by their outer addresses (RFC 4787, 6).
@@ -34,6 +49,7 @@ impl Kind {
     const fn new(mapping: Depends, filtering: Depends) -> Kind {
         Kind {
             mapping,
+            ports: Ports::Chance,
             filtering,
             hairpin: false,
             expiry: Duration::from_secs(30),
@@ -49,6 +65,16 @@ impl Kind {
     pub const PORT_RESTRICTED: Kind = Kind::new(Depends::Nothing, Depends::AddressAndPort);
     /// Each destination gets a mapping of its own.
     pub const SYMMETRIC: Kind = Kind::new(Depends::AddressAndPort, Depends::AddressAndPort);
+    /// Likewise, and the next port always, so that it can be foreseen.
+    pub const SYMMETRIC_IN_TURN: Kind = Kind {
+        ports: Ports::Steps(1),
+        ..Kind::SYMMETRIC
+    };
+    /// Likewise, and one of few ports.
+    pub const SYMMETRIC_OF_FEW: Kind = Kind {
+        ports: Ports::Block(16),
+        ..Kind::SYMMETRIC
+    };
     /// No UDP.
     pub const BLOCKED: Kind = Kind {
         udp: false,
@@ -88,8 +114,13 @@ pub struct Nat {
     pub outside: IpAddr,
     ports: BTreeMap<Key, u16>,
     mappings: BTreeMap<u16, Mapping>,
-    next: u16,
+    last: u16,
+    drawn: u64,
 }
+
+/// Where ports begin, and how many there are.
+const FIRST: u16 = 20_000;
+const COUNT: u16 = 40_000;
 
 impl Nat {
     /// A router that has translated nothing yet.
@@ -100,7 +131,8 @@ impl Nat {
             outside,
             ports: BTreeMap::new(),
             mappings: BTreeMap::new(),
-            next: 20_000,
+            last: FIRST,
+            drawn: 0,
         }
     }
 
@@ -108,6 +140,30 @@ impl Nat {
     pub fn forget(&mut self) {
         self.ports.clear();
         self.mappings.clear();
+    }
+
+    /// Other hosts behind it speak to so many others, who were not spoken to before.
+    pub fn busy(&mut self, flows: u16) {
+        for _ in 0..flows {
+            self.last = self.draw();
+        }
+    }
+
+    /// The port of a new mapping.
+    fn draw(&mut self) -> u16 {
+        loop {
+            self.drawn += 1;
+            let chance = mix(self.drawn ^ u64::from(self.last) << 32);
+            let chance = |count: u16| FIRST + (chance % u64::from(count)) as u16;
+            self.last = match self.kind.ports {
+                Ports::Chance => chance(COUNT),
+                Ports::Block(size) => chance(size),
+                Ports::Steps(step) => FIRST + (self.last - FIRST + step) % COUNT,
+            };
+            if !self.mappings.contains_key(&self.last) {
+                return self.last;
+            }
+        }
     }
 
     /// The outer source of a packet from inside, or `None` if it is dropped.
@@ -124,8 +180,7 @@ impl Nat {
         let port = match self.ports.get(&key) {
             Some(port) => *port,
             None => {
-                let port = self.next;
-                self.next = self.next.checked_add(1).unwrap_or(20_000);
+                let port = self.draw();
                 self.ports.insert(key, port);
                 let mapping = Mapping {
                     inner: from,
@@ -234,6 +289,28 @@ mod tests {
             .unwrap();
         assert_ne!(one, two);
         assert!(nat.back(SECOND, at("198.51.100.1:2"), one.port()).is_none());
+    }
+
+    #[test]
+    fn ports_come_in_turn_by_chance_or_of_few() {
+        let ports = |kind: Kind| {
+            let mut nat = nat(kind);
+            let to = |port: u16| SocketAddr::from(([198, 51, 100, 1], port));
+            let mut out = |port| nat.out(SECOND, at("10.0.0.2:5"), to(port)).unwrap().port();
+            (1..=8).map(&mut out).collect::<Vec<u16>>()
+        };
+        let steps = ports(Kind::SYMMETRIC_IN_TURN);
+        assert!(
+            steps.windows(2).all(|two| two[1] == two[0] + 1),
+            "{steps:?}"
+        );
+        let few = ports(Kind::SYMMETRIC_OF_FEW);
+        assert!(
+            few.iter().max().unwrap() - few.iter().min().unwrap() < 16,
+            "{few:?}"
+        );
+        let chance = ports(Kind::SYMMETRIC);
+        assert!(chance.iter().max().unwrap() - chance.iter().min().unwrap() > 1_000);
     }
 
     #[test]

@@ -64,6 +64,13 @@ impl World {
         }
     }
 
+    /// Other hosts behind a network's router begin so many flows.
+    pub fn busy(&mut self, realm: usize, flows: u16) {
+        if let Some((nat, _)) = &mut self.realms[realm].router {
+            nat.busy(flows);
+        }
+    }
+
     /// A network's router restarts: it forgets its mappings.
     pub fn restart_router(&mut self, realm: usize) {
         if let Some((nat, _)) = &mut self.realms[realm].router {
