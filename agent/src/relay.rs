@@ -15,6 +15,8 @@
 //! key. Which relay it is, TLS says: the certificate that the coordinator named, or one that the
 //! system's authorities vouch for.
 //!
+//! A middlebox that refuses DERP's own upgrade is passed by a WebSocket ([`Transport`]).
+//!
 //! A connection that says nothing is asked every two seconds ([`stream`]), so that a region that
 //! went without a farewell is told within four.
 
@@ -22,6 +24,7 @@ mod dial;
 mod frames;
 mod outbox;
 mod stream;
+mod websocket;
 
 pub use outbox::{Outboxes, Packet};
 
@@ -58,6 +61,15 @@ pub type Login = Arc<dyn Fn(RelayKey) -> Option<LoginBox> + Send + Sync>;
 pub type Pinned = Arc<dyn Fn(Fingerprint) -> rustls::ClientConfig + Send + Sync>;
 /// Takes what peers sent, and says whose packets were the first of their kind.
 pub type Deliver = Arc<dyn Fn(&[Packet]) -> Vec<NodeKey> + Send + Sync>;
+
+/// What a connection goes through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// DERP's own upgrade.
+    Derp,
+    /// A WebSocket, because something in between refused the upgrade.
+    WebSocket,
+}
 
 /// What is told of a region's connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,6 +113,7 @@ struct Place {
     region: Region,
     outbox: Arc<Outbox>,
     home: Arc<AtomicBool>,
+    transport: watch::Receiver<Option<Transport>>,
     /// The task; it ends with the place.
     _task: JoinSet<()>,
 }
@@ -156,6 +169,13 @@ impl Relays {
         }
     }
 
+    /// What the connection to a region goes through, while it stands.
+    #[must_use]
+    pub fn transport(&self, region: RegionId) -> Option<Transport> {
+        let place = self.regions.get(&region)?;
+        *place.transport.borrow()
+    }
+
     /// Sends a discovery packet to a peer by a region's relay.
     pub fn send(&self, region: RegionId, to: NodeKey, bytes: Vec<u8>) {
         self.outboxes.push(region, &[(to, Bytes::from(bytes))]);
@@ -164,6 +184,7 @@ impl Relays {
     fn place(&self, id: RegionId, region: &Region, home: bool) -> Place {
         let outbox = Arc::new(Outbox::default());
         let home = Arc::new(AtomicBool::new(home));
+        let (through, transport) = watch::channel(None);
         let link = Link {
             id,
             region: region.clone(),
@@ -171,6 +192,7 @@ impl Relays {
             permit: self.permit.subscribe(),
             outbox: Arc::clone(&outbox),
             home: Arc::clone(&home),
+            transport: through,
         };
         let mut task = JoinSet::new();
         task.spawn(link.run());
@@ -178,6 +200,7 @@ impl Relays {
             region: region.clone(),
             outbox,
             home,
+            transport,
             _task: task,
         }
     }
@@ -191,6 +214,7 @@ struct Link {
     permit: watch::Receiver<Option<Permit>>,
     outbox: Arc<Outbox>,
     home: Arc<AtomicBool>,
+    transport: watch::Sender<Option<Transport>>,
 }
 
 /// The daemon is gone.
@@ -215,6 +239,7 @@ impl Link {
                 Ok(end) => (end.to_string(), None),
                 Err(why) => (why, None),
             };
+            self.transport.send_replace(None);
             self.outbox.clear();
             if began.elapsed() >= PROVEN {
                 failures = 0;
@@ -244,8 +269,10 @@ impl Link {
         for host in &self.region.hosts {
             match dialer.connect(host, permit).await {
                 Ok(connected) => {
+                    let transport = connected.transport;
+                    self.transport.send_replace(Some(transport));
                     tracing::info!(
-                        region = %self.id, host = host.addr, "connected to a relay"
+                        region = %self.id, host = host.addr, ?transport, "connected to a relay"
                     );
                     self.outbox.clear_notes();
                     if self.home.load(Ordering::Relaxed) {

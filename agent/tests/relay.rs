@@ -1,7 +1,7 @@
 //! Connections to real relays, without a kernel: what comes through, and what a lost one costs.
 
 use agent::control::tls_to;
-use agent::relay::{Config, Event, Outboxes, Packet, Relays};
+use agent::relay::{Config, Event, Outboxes, Packet, Relays, Transport};
 use bytes::Bytes;
 use engine::RelayEvent;
 use proto::derp::{DISCO_MAGIC, DISCO_MIN_BYTES, LoginBox};
@@ -148,6 +148,7 @@ async fn data_and_discovery_pass_with_tls_and_without() {
     for (certificate, plain) in [(Certificate::Own, false), (Certificate::Off, true)] {
         let (server, _dir) = start(certificate, any());
         let [mut a, mut b] = pair(&region(&server, plain)).await;
+        assert_eq!(a.relays.transport(HERE), Some(Transport::Derp));
         let sent: Vec<Packet> = (0..20_u8)
             .map(|number| (b.key, Bytes::from(vec![number; 1_400])))
             .collect();
@@ -224,6 +225,81 @@ async fn a_relay_that_ends_is_told_at_once_and_found_again_when_it_is_back() {
         .push(HERE, &[(b.key, Bytes::from_static(b"after"))]);
     let got = timeout(PATIENCE, b.data.recv()).await.unwrap().unwrap();
     assert_eq!(got, (a.key, Bytes::from_static(b"after")));
+}
+
+/// What stands between a node and a relay, reads along, and lets only WebSockets through.
+async fn middlebox(relay: SocketAddr, refusal: &'static [u8]) -> SocketAddr {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
+    let door = tokio::net::TcpListener::bind(any()).await.unwrap();
+    let addr = door.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (mut near, _) = door.accept().await.unwrap();
+            tokio::spawn(async move {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    head.push(near.read_u8().await?);
+                }
+                let text = String::from_utf8_lossy(&head).to_ascii_lowercase();
+                if !text.contains("\r\nupgrade: websocket\r\n") {
+                    return near.write_all(refusal).await;
+                }
+                let mut far = tokio::net::TcpStream::connect(relay).await?;
+                far.write_all(&head).await?;
+                copy_bidirectional(&mut near, &mut far).await?;
+                Ok(())
+            });
+        }
+    });
+    addr
+}
+
+#[tokio::test]
+async fn what_lets_only_websockets_through_is_passed_in_one() {
+    let (server, _dir) = start(Certificate::Off, any());
+    let refusals: [&[u8]; 2] = [b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", b""];
+    for refusal in refusals {
+        let mut region = region(&server, true);
+        region.hosts[0].addr = middlebox(server.addr, refusal).await.to_string();
+        let [a, mut b] = pair(&region).await;
+        assert_eq!(a.relays.transport(HERE), Some(Transport::WebSocket));
+        let sent: Vec<Packet> = (0..50_u8)
+            .map(|number| (b.key, Bytes::from(vec![number; 1_400])))
+            .collect();
+        a.outboxes.push(HERE, &sent);
+        for (_, packet) in &sent {
+            let got = timeout(PATIENCE, b.data.recv()).await.unwrap().unwrap();
+            assert_eq!(got, (a.key, packet.clone()));
+        }
+        // Why a relay refuses a node is heard through it, too.
+        let mut late = Node::new(3);
+        late.relays.set_permit(None);
+        late.go(&region);
+        let why = late.down().await;
+        assert!(why.contains("permit of their coordinator"), "{why}");
+    }
+}
+
+/// Where nothing lets us through, the first refusal is what is told.
+#[tokio::test]
+async fn what_is_no_relay_is_told_as_it_answers() {
+    let door = tokio::net::TcpListener::bind(any()).await.unwrap();
+    let mut region = region(&start(Certificate::Off, any()).0, true);
+    region.hosts[0].addr = door.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        loop {
+            let (mut stream, _) = door.accept().await.unwrap();
+            let _ = stream.read(&mut [0; 4_096]).await;
+            let answer = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n";
+            let _ = stream.write_all(answer).await;
+        }
+    });
+    let mut node = Node::new(1);
+    node.go(&region);
+    let why = node.down().await;
+    assert!(why.contains("HTTP/1.1 404 Not Found"), "{why}");
+    assert_eq!(node.relays.transport(HERE), None);
 }
 
 /// A relay whose network went away: TCP stays as it is, and nothing comes any more.

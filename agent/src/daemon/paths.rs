@@ -6,7 +6,7 @@ use crate::control::{self, Command};
 use crate::identity::Identity;
 use crate::local::report::Problem;
 use crate::port;
-use crate::relay::{self, Outboxes, Relays};
+use crate::relay::{self, Outboxes, Relays, Transport};
 use crate::shim::Shim;
 use engine::relays::RelayTable;
 use engine::{Input, RelayEvent, Via};
@@ -93,6 +93,11 @@ impl Relayed {
     /// Whoever was asked for a permit will not answer.
     pub(super) fn unasked(&mut self) {
         self.asked = false;
+    }
+
+    /// What the connection to a region goes through, while it stands.
+    pub(super) fn transport(&self, region: RegionId) -> Option<Transport> {
+        self.relays.transport(region)
     }
 
     fn set(&mut self, table: &RelayTable) {

@@ -3,6 +3,7 @@
 use super::answer::unknown;
 use super::{Daemon, Response};
 use crate::local::report::{Candidate, PeerPath, PeerStatus, Region, Way};
+use crate::relay::Transport;
 use engine::path::{Source, Tier};
 use engine::plan::{Observed, Stats};
 use engine::status::{CandidateStatus, Connection, Now, PathStatus, Probe, RegionStatus};
@@ -140,11 +141,13 @@ impl Daemon {
 
     /// The network's relays.
     pub(super) fn regions(&self) -> Vec<Region> {
+        let through = |id| self.relayed.transport(id);
+        let region = |status: RegionStatus| region(through(status.id), status);
         self.engine.regions().into_iter().map(region).collect()
     }
 }
 
-fn region(status: RegionStatus) -> Region {
+fn region(transport: Option<Transport>, status: RegionStatus) -> Region {
     let (connection, why) = match status.connection {
         Connection::Unused => ("unused", None),
         Connection::Connecting => ("connecting", None),
@@ -157,6 +160,10 @@ fn region(status: RegionStatus) -> Region {
         home: status.is_home,
         connection: connection.to_owned(),
         why,
+        transport: transport.map(|transport| match transport {
+            Transport::Derp => "derp".to_owned(),
+            Transport::WebSocket => "websocket".to_owned(),
+        }),
         latency_us: status.latency.map(micros),
     }
 }

@@ -4,9 +4,13 @@
 //! authorities signed, the upgrade, the login. A relay that shows its key in its certificate chain
 //! is not waited for: upgrade and login leave in one write, and the first bytes that come back
 //! admit us.
+//!
+//! A middlebox may refuse an upgrade that it does not know, and pass a WebSocket. So when the answer is
+//! not the relay's, the same is tried once more inside one. Nothing is remembered of that: the next
+//! connection begins with the plain upgrade again, which costs less.
 
 use super::frames::Frames;
-use super::{Login, Pinned};
+use super::{Login, Pinned, Transport, websocket};
 use bytes::BytesMut;
 use proto::derp::login::NONCE_BYTES;
 use proto::derp::{
@@ -61,6 +65,8 @@ pub(super) enum DialError {
     Tls { host: String, source: io::Error },
     #[error("{host} is no relay: it answers `{answer}`")]
     NoRelay { host: String, answer: String },
+    #[error("{host} ends the connection when asked for an upgrade: {source}")]
+    NoUpgrade { host: String, source: io::Error },
     #[error("the connection to {host} broke: {source}")]
     Broken { host: String, source: io::Error },
     #[error("{host} speaks no DERP: {source}")]
@@ -73,6 +79,13 @@ pub(super) enum DialError {
     Late(String),
 }
 
+impl DialError {
+    /// Whether somebody in between may not have let the upgrade through.
+    fn is_refusal(&self) -> bool {
+        matches!(self, Self::NoRelay { .. } | Self::NoUpgrade { .. })
+    }
+}
+
 /// Anything that bytes go through.
 pub(super) trait Wire: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Wire for T {}
@@ -82,6 +95,7 @@ pub(super) struct Connected {
     pub(super) wire: Box<dyn Wire>,
     /// What it has already sent beyond the login.
     pub(super) frames: Frames,
+    pub(super) transport: Transport,
 }
 
 /// Opens connections to the hosts of one region.
@@ -112,16 +126,38 @@ impl Dialer {
         permit: Option<Permit>,
     ) -> Result<Connected, DialError> {
         let addrs = self.resolve(&host.addr).await?;
+        let plainly = self.attempt(host, &addrs, permit, Transport::Derp).await;
+        let Err(refusal) = plainly else {
+            return plainly;
+        };
+        if !refusal.is_refusal() {
+            return Err(refusal);
+        }
+        let inside = self.attempt(host, &addrs, permit, Transport::WebSocket);
+        match inside.await {
+            // Neither: what was said first says more.
+            Err(error) if error.is_refusal() => Err(refusal),
+            other => other,
+        }
+    }
+
+    async fn attempt(
+        &self,
+        host: &RelayHost,
+        addrs: &[SocketAddr],
+        permit: Option<Permit>,
+        transport: Transport,
+    ) -> Result<Connected, DialError> {
         let unreachable = |source| DialError::Connect {
             host: host.addr.clone(),
             source,
         };
-        let tcp = race(addrs).await.map_err(unreachable)?;
+        let tcp = race(addrs.to_vec()).await.map_err(unreachable)?;
         let (wire, key) = match host.plain {
             true => (Box::new(tcp) as Box<dyn Wire>, None),
             false => self.tls(host, tcp).await?,
         };
-        self.log_in(host, wire, key, permit).await
+        self.log_in(host, wire, key, permit, transport).await
     }
 
     async fn resolve(&mut self, name: &str) -> Result<Vec<SocketAddr>, DialError> {
@@ -172,20 +208,29 @@ impl Dialer {
         mut wire: Box<dyn Wire>,
         key: Option<RelayKey>,
         permit: Option<Permit>,
+        transport: Transport,
     ) -> Result<Connected, DialError> {
         let broken = |source| DialError::Broken {
             host: host.addr.clone(),
             source,
         };
-        let mut opening = request(&host.addr, key.is_some()).into_bytes();
-        if let Some(key) = key {
-            self.client_info(host, key, permit, &mut opening)?;
-        }
-        wire.write_all(&opening).await.map_err(broken)?;
-        wire.flush().await.map_err(broken)?;
         let mut buffer = BytesMut::new();
-        if key.is_none() {
-            upgraded(host, &mut wire, &mut buffer).await?;
+        // Where the relay's key is known, nothing is waited for.
+        let mut fast = false;
+        match transport {
+            Transport::WebSocket => wire = websocket::open(&host.addr, wire).await?,
+            Transport::Derp => {
+                fast = key.is_some();
+                let mut opening = request(&host.addr, fast).into_bytes();
+                if let Some(key) = key {
+                    self.client_info(host, key, permit, &mut opening)?;
+                }
+                wire.write_all(&opening).await.map_err(broken)?;
+                wire.flush().await.map_err(broken)?;
+                if !fast {
+                    upgraded(host, &mut wire, &mut buffer).await?;
+                }
+            }
         }
         let mut frames = Frames::new(buffer, MAX_LOGIN_BYTES);
         let shown = match next(host, &mut frames, &mut wire).await?.decode() {
@@ -193,15 +238,14 @@ impl Dialer {
             Ok(_) => return Err(DialError::Key(host.addr.clone())),
             Err(source) => return Err(frame_error(host, source)),
         };
-        match key {
-            Some(key) if key != shown => return Err(DialError::Key(host.addr.clone())),
-            Some(_) => {}
-            None => {
-                let mut info = Vec::new();
-                self.client_info(host, shown, permit, &mut info)?;
-                wire.write_all(&info).await.map_err(broken)?;
-                wire.flush().await.map_err(broken)?;
-            }
+        if key.is_some_and(|key| key != shown) {
+            return Err(DialError::Key(host.addr.clone()));
+        }
+        if !fast {
+            let mut info = Vec::new();
+            self.client_info(host, shown, permit, &mut info)?;
+            wire.write_all(&info).await.map_err(broken)?;
+            wire.flush().await.map_err(broken)?;
         }
         let answer = next(host, &mut frames, &mut wire).await?;
         match answer
@@ -223,7 +267,11 @@ impl Dialer {
             _ => return Err(DialError::Key(host.addr.clone())),
         }
         frames.logged_in();
-        Ok(Connected { wire, frames })
+        Ok(Connected {
+            wire,
+            frames,
+            transport,
+        })
     }
 
     fn client_info(
@@ -312,16 +360,16 @@ async fn upgraded(
                 answer: answer(buffer),
             });
         }
-        let broken = |source| DialError::Broken {
+        let no_upgrade = |source| DialError::NoUpgrade {
             host: host.addr.clone(),
             source,
         };
         if buffer.len() >= MAX_HEAD_BYTES {
-            return Err(broken(io::ErrorKind::InvalidData.into()));
+            return Err(no_upgrade(io::ErrorKind::InvalidData.into()));
         }
         buffer.reserve(1 << 10);
-        if wire.read_buf(buffer).await.map_err(broken)? == 0 {
-            return Err(broken(io::ErrorKind::UnexpectedEof.into()));
+        if wire.read_buf(buffer).await.map_err(no_upgrade)? == 0 {
+            return Err(no_upgrade(io::ErrorKind::UnexpectedEof.into()));
         }
     }
 }

@@ -61,7 +61,7 @@ struct Pulse {
 
 /// Carries packets until the connection ends.
 pub(super) async fn carry(connected: Connected, link: &Link) -> End {
-    let Connected { wire, frames } = connected;
+    let Connected { wire, frames, .. } = connected;
     let (reader, writer) = tokio::io::split(wire);
     let pulse = Mutex::new(Pulse {
         heard: Instant::now(),
