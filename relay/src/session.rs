@@ -36,11 +36,15 @@ const MAX_LOGIN_BYTES: usize = 8 << 10;
 const MAX_BODY_BYTES: usize = KEY_BYTES + MAX_PACKET_BYTES;
 /// The same of another relay.
 pub(crate) const MAX_RELAY_BODY_BYTES: usize = WITHIN_BYTES + KEY_BYTES + MAX_BODY_BYTES;
-/// Read at once from a client that is silent most of the time.
-const IDLE_BUFFER: usize = 1 << 10;
+/// Read at once from a client that is silent most of the time: a packet of full size on an ordinary
+/// link (WireGuard's 1,420 bytes, sealed and framed), so that one that comes alone is read in one go.
+const IDLE_BUFFER: usize = 1_536;
 /// Read at once from a client that sends much. A packet that waits somewhere keeps its whole buffer
 /// alive, so this bounds what a slow reader's queue can hold on to.
 const BUSY_BUFFER: usize = 16 << 10;
+/// Who sends so much at once lets others run before more is read. To do so after each packet would
+/// wake another thread for each.
+const MANY_BYTES: usize = 4 << 10;
 /// A write that makes no end in this time ends the session.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest wait for the last frame to be written.
@@ -417,7 +421,10 @@ fn into_recv_packet(bytes: &mut BytesMut, src: NodeKey) {
 pub(crate) struct Reader<R> {
     stream: R,
     buffer: BytesMut,
+    /// The last read had more than a packet: the next one may, too.
     busy: bool,
+    /// The last read left others work, and may have left more to read.
+    much: bool,
 }
 
 impl<R: AsyncRead + Unpin> Reader<R> {
@@ -426,6 +433,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             stream,
             buffer,
             busy: false,
+            much: false,
         }
     }
 
@@ -448,7 +456,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     }
 
     async fn fill(&mut self, missing: usize) -> io::Result<()> {
-        if self.busy {
+        if self.much {
             // Those who were just handed packets write them before there are more.
             tokio::task::yield_now().await;
         }
@@ -457,15 +465,17 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             self.buffer = BytesMut::new();
         }
         // A little room left is not worth a read of its own.
-        let room = self.buffer.capacity() - self.buffer.len();
+        let mut room = self.buffer.capacity() - self.buffer.len();
         if room < missing.max(usual / 4) {
             self.buffer.reserve(missing.max(usual));
+            room = self.buffer.capacity() - self.buffer.len();
         }
         let read = self.stream.read_buf(&mut self.buffer).await?;
         if read == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        self.busy = read >= IDLE_BUFFER / 2;
+        self.busy = read >= room.min(IDLE_BUFFER);
+        self.much = read >= room.min(MANY_BYTES);
         Ok(())
     }
 }
