@@ -117,6 +117,7 @@ fn status(phase: Phase) -> Status {
             } else {
                 Vec::new()
             },
+            outside: Vec::new(),
         },
         node: None,
         coordinator: Coordinator {

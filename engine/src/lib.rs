@@ -51,6 +51,7 @@ mod dice;
 mod engine;
 pub mod mtu;
 pub mod netcheck;
+mod outside;
 pub mod path;
 mod paths;
 pub mod plan;
@@ -108,6 +109,8 @@ pub enum Input {
     Cached(Box<Netmap>),
     /// The node left its network: nothing of it holds any more.
     Forget,
+    /// The coordinator is spoken to at this `HOST:PORT`.
+    Coordinator(String),
     /// The host's addresses or routes are these now.
     Links(Links),
     /// What the kernel holds of ours, as asked by [`Output::Observe`].
@@ -118,7 +121,7 @@ pub enum Input {
     Applied,
     /// A step of the plan in flight failed; those after it were not tried.
     Failed(Failure),
-    /// STUN servers that were looked up for [`Output::Resolve`], with their names.
+    /// Servers that were looked up for [`Output::Resolve`], with their names.
     Resolved(BTreeMap<SocketAddr, String>),
     /// A STUN server that was asked by [`Output::Ask`] sees our UDP port under this address.
     Mapped {
@@ -187,7 +190,7 @@ pub enum Output {
     Report(Report),
     /// Keep this netmap on disk: it is in force.
     Persist(Box<Netmap>),
-    /// Look up these STUN servers (`HOST:PORT`), and answer with [`Input::Resolved`].
+    /// Look up these servers (`HOST:PORT`), and answer with [`Input::Resolved`].
     Resolve(Vec<String>),
     /// Ask these STUN servers, from the UDP port of WireGuard, how they see it. Each answer is an
     /// [`Input::Mapped`]; there may be none.

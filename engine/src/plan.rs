@@ -36,7 +36,7 @@ use std::time::Duration;
 mod peers;
 mod routes;
 
-pub use routes::{LEAST_MTU, LiveRoute, Overlap, RouteMtu, Routing};
+pub use routes::{Host, LEAST_MTU, LiveRoute, Overlap, RouteMtu, Routing};
 
 /// Most peers that are greeted: each costs a handshake, and those beyond will notice by themselves.
 pub const MAX_GREETED: usize = 1_024;
@@ -410,15 +410,16 @@ impl Plan<'_> {
 
     fn route(&mut self, wanted: &Wanted) {
         let device = self.device();
-        for route in device.routes.keys() {
-            if !wanted.routes.contains_key(route) {
-                self.step(Step::RemoveRoute(*route));
-            }
-        }
         for (route, mtu) in &wanted.routes {
             match device.routes.get(route) {
                 None => self.step(Step::AddRoute(*route, *mtu)),
                 Some(has) => self.step_if(has != mtu, Step::ChangeRoute(*route, *mtu)),
+            }
+        }
+        // Last: what goes may be one that others of them stand for.
+        for route in device.routes.keys() {
+            if !wanted.routes.contains_key(route) {
+                self.step(Step::RemoveRoute(*route));
             }
         }
         let forwarding = self.state.forwarding.clone();

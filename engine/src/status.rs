@@ -11,6 +11,8 @@ use crate::trust::Distrust;
 use proto::net::Prefix;
 use proto::netmap::Netmap;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 /// The engine's view of this node.
 #[derive(Clone, Debug)]
@@ -25,6 +27,8 @@ pub struct Status<'a> {
     pub observed: Option<&'a Observed>,
     /// Whether the kernel holds what is desired.
     pub converged: bool,
+    /// What is left out of peers' subnets, because the tunnel itself needs it.
+    pub outside: &'a BTreeSet<IpAddr>,
     /// What is wrong, worst first.
     pub problems: Vec<Problem>,
 }

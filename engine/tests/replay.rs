@@ -425,6 +425,78 @@ fn an_overlap_of_one_route_refuses_that_route_alone() {
     assert_eq!(driver.engine.status().problems[0].code(), "route_overlap");
 }
 
+/// As [`full`]; peer 2 offers this, and the relay has this name.
+fn around(generation: u64, routes: &[&str], relay: &str) -> Input {
+    let mut map = netmap(generation, &[2]);
+    map.peers.get_mut(&NodeId(2)).unwrap().routes = routes.iter().map(|it| prefix(it)).collect();
+    let host = RelayHost {
+        addr: relay.to_owned(),
+        stun: None,
+        plain: false,
+        certificate: None,
+    };
+    let region = Region {
+        name: "near".to_owned(),
+        hosts: vec![host],
+    };
+    map.network.relays = [(RegionId(1), region)].into();
+    Input::Netmap(Update::Full(Box::new(map)))
+}
+
+/// What is routed into the device beside the network itself.
+fn routed(driver: &Driver) -> Vec<String> {
+    let routes = driver.kernel.present().unwrap().routes.keys();
+    let routes = routes.filter(|it| !prefix("100.64.0.0/10").covers(it) && it.is_v4());
+    routes.map(ToString::to_string).collect()
+}
+
+#[test]
+fn what_the_tunnel_needs_is_left_out_of_subnet_routes() {
+    let mut driver = Driver::new();
+    driver.input(Input::Coordinator("10.0.0.3:8443".to_owned()));
+    driver.input(around(1, &["10.0.0.0/30"], "10.0.0.1:443"));
+    assert_eq!(routed(&driver), ["10.0.0.0/32", "10.0.0.2/32"]);
+    // Nothing is cut while it becomes one again, and what another names stays its own.
+    driver.plans.clear();
+    driver.input(around(2, &["10.0.0.0/30", "10.0.0.2/31"], "192.0.2.1:443"));
+    let pieces = ["10.0.0.0/31", "10.0.0.2/32"];
+    assert_eq!(routed(&driver), pieces, "10.0.0.3 is the coordinator");
+    let steps: Vec<&Step> = driver.plans.iter().flatten().collect();
+    let place = |wanted: fn(&Step) -> bool| steps.iter().position(|step| wanted(step));
+    let added = place(|step| matches!(step, Step::AddRoute(it, _) if it.len() == 31));
+    let removed = place(|step| matches!(step, Step::RemoveRoute(it) if it.len() == 32));
+    assert!(added.is_some() && added < removed, "{steps:?}");
+}
+
+#[test]
+fn subnet_routes_stay_as_they_are_until_names_are_looked_up() {
+    const RELAY: &str = "relay.example:443";
+    let answer = || Input::Resolved([("10.0.0.1:443".parse().unwrap(), RELAY.to_owned())].into());
+    let mut driver = Driver::new();
+    driver.input(around(1, &["10.0.0.0/31"], RELAY));
+    assert!(
+        driver
+            .told
+            .contains(&Output::Resolve(vec![RELAY.to_owned()]))
+    );
+    assert_eq!(routed(&driver), [""; 0]);
+    driver.input(answer());
+    assert_eq!(routed(&driver), ["10.0.0.0/32"]);
+    // Another agent finds them so, and leaves them while a live route collides.
+    driver.engine = engine();
+    driver.input(Input::Up(true));
+    driver.input(Input::Links(links(&[("10.0.0.0/24", "lan0")])));
+    driver.input(around(1, &["10.0.0.0/31"], RELAY));
+    assert_eq!(routed(&driver), ["10.0.0.0/32"]);
+    driver.input(answer());
+    assert_eq!(routed(&driver), ["10.0.0.0/32"]);
+    // Without a resolver the routes come all the same.
+    let mut driver = Driver::new();
+    driver.input(around(1, &["10.0.0.0/31"], RELAY));
+    driver.pass(Duration::from_secs(3));
+    assert_eq!(routed(&driver), ["10.0.0.0/31"]);
+}
+
 #[test]
 fn dead_endpoints_are_left_and_roaming_is_followed() {
     let mut driver = Driver::new();

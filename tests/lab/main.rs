@@ -19,6 +19,7 @@ mod main_job;
 mod monitor;
 mod mtu;
 mod nats;
+mod outside;
 mod portmap;
 mod refusal;
 mod relays;

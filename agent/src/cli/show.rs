@@ -129,6 +129,11 @@ fn status_text(status: &Status) -> String {
     if !interface.addrs.is_empty() {
         table.row(["  addresses", &list(&interface.addrs)]);
     }
+    if !interface.outside.is_empty() {
+        let addrs = list(&interface.outside);
+        let words = "coordinator or relay in a peer's subnet, reached beside the tunnel";
+        table.row(["  outside", &format!("{addrs}: {words}")]);
+    }
     if let Some(node) = node {
         table.row(["  owner", &owner(&node.owner)]);
         if !node.advertised_routes.is_empty() {
@@ -335,6 +340,7 @@ fn counters_text(counters: &Counters) -> String {
         counters,
         answers,
         guard,
+        events_lost,
     } = counters;
     let mut table = Table::headed(["DIRECTION", "VERDICT", "REASON", "PACKETS"]);
     let mut seen = false;
@@ -360,7 +366,14 @@ fn counters_text(counters: &Counters) -> String {
         table.row(["guard", verdict, &count.outcome, &count.packets.to_string()]);
     }
     if seen {
-        table.print()
+        let mut text = table.print();
+        if *events_lost > 0 {
+            text.push_str(&format!(
+                "Events of {events_lost} dropped packets found no reader (`weir monitor`); the packets \
+                 are counted above.\n"
+            ));
+        }
+        text
     } else {
         "No packet has met the programs yet.\n".to_owned()
     }

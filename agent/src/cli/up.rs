@@ -226,6 +226,7 @@ mod tests {
                 listen_port: None,
                 mtu: None,
                 addrs: Vec::new(),
+                outside: Vec::new(),
             },
             node: None,
             coordinator: Coordinator {

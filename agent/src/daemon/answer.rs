@@ -45,6 +45,7 @@ impl Daemon {
                 addrs: device
                     .map(|device| device.addrs.iter().map(|(addr, _)| *addr).collect())
                     .unwrap_or_default(),
+                outside: engine.outside.iter().copied().collect(),
             },
             node: engine.netmap.map(|netmap| self.node(netmap)),
             coordinator: self.coordinator(),
@@ -150,14 +151,15 @@ impl Daemon {
     pub(super) fn answer_counters(&self, reply: oneshot::Sender<Response>) {
         let jobs = self.jobs.clone();
         self.ask_maps(
-            |acl| acl.map(|acl| Ok((acl.counters()?, acl.answers()?))),
+            |acl| acl.map(|acl| Ok((acl.counters()?, acl.answers()?, acl.lost()?))),
             move |counters| {
                 let response = match counters {
-                    Some(Ok((counters, answers))) => {
+                    Some(Ok((counters, answers, events_lost))) => {
                         let counters = Counters {
                             counters: counters.into_iter().map(counter).collect(),
                             answers: answers.into_iter().map(answered).collect(),
                             guard: Vec::new(),
+                            events_lost,
                         };
                         return guard::answer_with_counts(jobs, counters, reply);
                     }

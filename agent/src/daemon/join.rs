@@ -119,6 +119,8 @@ impl Daemon {
         });
         self.link.commands = Some(commands);
         self.link.coordinator = Some(coordinator.clone());
+        let at = Input::Coordinator(coordinator.address.clone());
+        self.engine.handle(Instant::now(), at);
     }
 
     /// Joins with a token, or comes up again as the node that this machine is.

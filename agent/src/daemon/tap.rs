@@ -245,6 +245,8 @@ impl Daemon {
         inputs.extend(standing.up.map(Input::Up));
         inputs.extend(standing.links.map(Input::Links));
         inputs.push(Input::PortMapped(standing.mapped));
+        let coordinator = self.link.coordinator.as_ref();
+        inputs.extend(coordinator.map(|it| Input::Coordinator(it.address.clone())));
         for input in inputs {
             self.engine.handle(now, input);
         }

@@ -31,6 +31,7 @@ impl Engine {
             lowered: &self.lowered,
             observed: self.observed.as_ref(),
             converged: converged && self.in_flight.is_none() && self.offered.is_none(),
+            outside: &self.routing.outside,
             problems: self.problems(),
         }
     }

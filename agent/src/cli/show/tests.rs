@@ -14,6 +14,7 @@ fn up() -> Status {
             listen_port: Some(51820),
             mtu: Some(1420),
             addrs: vec!["100.64.0.3".parse().unwrap(), "fd7a::3".parse().unwrap()],
+            outside: vec!["192.0.2.1".parse().unwrap()],
         },
         node: Some(Node {
             id: NodeId(3),
@@ -93,6 +94,7 @@ fn a_status_reads_like_this() {
 web-1 is up in network home.
   device       weir0 is up, UDP port 51820, MTU 1420
   addresses    100.64.0.3, fd7a::3
+  outside      192.0.2.1: coordinator or relay in a peer's subnet, reached beside the tunnel
   owner        tag:web
   routes       10.1.0.0/24, 10.2.0.0/24 (waits for `weir-coordinator route approve web-1 10.2.0.0/24`)
   policy       enforced by tcx programs, epoch 2
@@ -118,6 +120,7 @@ fn a_status_before_joining_reads_like_this() {
             listen_port: None,
             mtu: None,
             addrs: Vec::new(),
+            outside: Vec::new(),
             ..up().interface
         },
         node: None,
@@ -212,7 +215,7 @@ fn counters_that_never_counted_are_left_out() {
 DIRECTION  VERDICT  REASON  PACKETS
 ingress    deny     policy  5
 ";
-    let some = |counters: &[Counter], sent, guarded| {
+    let of = |counters: &[Counter], sent, guarded, events_lost| {
         let answers = [("sent", sent), ("limited", 0)].map(|(outcome, packets)| Answers {
             outcome: outcome.to_owned(),
             packets,
@@ -225,13 +228,18 @@ ingress    deny     policy  5
                 outcome: "prefix_limit".to_owned(),
                 packets: guarded,
             }],
+            events_lost,
         })
     };
+    let some = |counters: &[Counter], sent, guarded| of(counters, sent, guarded, 0);
     let both = [counter("policy", 5), counter("spoofed", 0)];
     assert_eq!(some(&both, 0, 0), want);
     assert!(some(&both, 7, 0).ends_with("egress     answer   sent    7\n"));
     assert!(some(&both, 0, 9).ends_with("guard      deny     prefix_limit  9\n"));
     assert!(some(&[counter("policy", 0)], 0, 0).starts_with("No packet"));
+    let lost = "Events of 3 dropped packets found no reader (`weir monitor`); the packets are \
+                counted above.\n";
+    assert_eq!(of(&both, 0, 0, 3), format!("{want}{lost}"));
 }
 
 #[test]
