@@ -69,6 +69,8 @@ pub enum Command {
     },
     /// Ask for a permit to use the network's relays. Leads to [`Event::Permit`].
     Permit,
+    /// The host's links changed: a pause is over.
+    Hurry,
     /// Leave the network. Leads to [`Event::LoggedOut`]; not tried again if it fails.
     Logout,
 }
@@ -160,7 +162,8 @@ pub async fn run(
 /// The daemon is gone.
 struct Gone;
 
-/// Waits out a pause. What somebody waits for (a registration, a logout) ends it early.
+/// Waits out a pause. What somebody waits for (a registration, a logout) ends it early, and so do
+/// new links.
 async fn wait(
     session: &mut Session,
     commands: &mut mpsc::Receiver<Command>,
@@ -173,7 +176,10 @@ async fn wait(
             () = &mut deadline => return Ok(()),
             command = commands.recv() => {
                 let command = command.ok_or(Gone)?;
-                let urgent = matches!(command, Command::Register(_) | Command::Logout);
+                let urgent = match command {
+                    Command::Register(_) | Command::Logout | Command::Hurry => true,
+                    Command::Report(_) | Command::Poll { .. } | Command::Permit => false,
+                };
                 session.note(command);
                 if urgent {
                     return Ok(());
@@ -235,6 +241,7 @@ impl Session {
             Command::Register(register) => self.register = Some(register),
             Command::Report(report) => self.report = Some(report),
             Command::Permit => self.permit = true,
+            Command::Hurry => {}
             Command::Logout => self.logout = true,
             Command::Poll { base } => {
                 self.stream = JoinSet::new();

@@ -105,6 +105,8 @@ pub struct Relays {
     config: Config,
     outboxes: Outboxes,
     permit: watch::Sender<Option<Permit>>,
+    /// Sends when the host's links change.
+    shaken: watch::Sender<()>,
     regions: BTreeMap<RegionId, Place>,
 }
 
@@ -126,6 +128,7 @@ impl Relays {
             config,
             outboxes,
             permit: watch::Sender::new(None),
+            shaken: watch::Sender::new(()),
             regions: BTreeMap::new(),
         }
     }
@@ -139,6 +142,12 @@ impl Relays {
             news
         };
         self.permit.send_if_modified(changed);
+    }
+
+    /// The host's links changed: connections are asked whether they still stand, and whoever pauses
+    /// tries again.
+    pub fn shaken(&self) {
+        self.shaken.send_replace(());
     }
 
     /// Be connected to these regions, and to no others; `home` is where peers find us.
@@ -190,6 +199,7 @@ impl Relays {
             region: region.clone(),
             config: self.config.clone(),
             permit: self.permit.subscribe(),
+            shaken: self.shaken.subscribe(),
             outbox: Arc::clone(&outbox),
             home: Arc::clone(&home),
             transport: through,
@@ -212,6 +222,7 @@ struct Link {
     region: Region,
     config: Config,
     permit: watch::Receiver<Option<Permit>>,
+    shaken: watch::Receiver<()>,
     outbox: Arc<Outbox>,
     home: Arc<AtomicBool>,
     transport: watch::Sender<Option<Transport>>,
@@ -232,11 +243,7 @@ impl Link {
         loop {
             let began = Instant::now();
             let (why, asked) = match self.attempt(&mut dialer).await {
-                Ok(End::Restarting { reconnect_in }) => (
-                    End::Restarting { reconnect_in }.to_string(),
-                    Some(reconnect_in),
-                ),
-                Ok(end) => (end.to_string(), None),
+                Ok(end) => (end.to_string(), end.pause()),
                 Err(why) => (why, None),
             };
             self.transport.send_replace(None);
@@ -248,13 +255,14 @@ impl Link {
             if self.tell(RelayEvent::Down(why)).await.is_err() {
                 return;
             }
-            let pause = match asked {
-                Some(pause) => pause.min(LONGEST_RESTART),
-                None => pause(failures),
-            };
+            let pause = asked.unwrap_or_else(|| pause(failures));
             failures = failures.saturating_add(1);
             tokio::select! {
                 () = sleep(pause) => {}
+                shaken = self.shaken.changed() => match shaken {
+                    Ok(()) => failures = 0,
+                    Err(_) => return,
+                },
                 changed = self.permit.changed() => if changed.is_err() {
                     return;
                 },
@@ -265,9 +273,16 @@ impl Link {
     /// A connection to the first host that gives one, and how it ended; or why none does.
     async fn attempt(&mut self, dialer: &mut Dialer) -> Result<End, String> {
         let permit = *self.permit.borrow_and_update();
+        self.shaken.borrow_and_update();
         let mut whys: Vec<String> = Vec::new();
         for host in &self.region.hosts {
-            match dialer.connect(host, permit).await {
+            // A packet that is said again ever later would come late on links that are new.
+            let mut shaken = self.shaken.clone();
+            let connected = tokio::select! {
+                connected = dialer.connect(host, permit) => connected,
+                Ok(()) = shaken.changed() => return Err("the host's links changed".to_owned()),
+            };
+            match connected {
                 Ok(connected) => {
                     let transport = connected.transport;
                     self.transport.send_replace(Some(transport));

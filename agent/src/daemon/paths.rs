@@ -9,11 +9,13 @@ use crate::port;
 use crate::relay::{self, Outboxes, Relays, Transport};
 use crate::shim::Shim;
 use engine::relays::RelayTable;
-use engine::{Input, RelayEvent, Via};
+use engine::{Input, LinkAddr, Links, RelayEvent, Via};
 use proto::disco::Message;
 use proto::id::RegionId;
 use proto::key::DiscoKey;
 use proto::permit::{Permit, VALIDITY};
+use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
@@ -35,6 +37,8 @@ pub(super) struct Relayed {
     asked: bool,
     /// It is not asked again before this.
     ask_after: Option<Instant>,
+    /// Where this host can be reached, as far as connections depend on it.
+    ground: Option<(BTreeSet<LinkAddr>, Option<Ipv4Addr>)>,
 }
 
 /// Opens the sockets beside WireGuard's, or says why not.
@@ -68,6 +72,7 @@ impl Relayed {
             permit: None,
             asked: false,
             ask_after: None,
+            ground: None,
         }
     }
 
@@ -93,6 +98,18 @@ impl Relayed {
     /// Whoever was asked for a permit will not answer.
     pub(super) fn unasked(&mut self) {
         self.asked = false;
+    }
+
+    /// The host's links may have changed. Returns whether connections may have broken, or may be
+    /// possible again.
+    pub(super) fn see(&mut self, links: &Links) -> bool {
+        let ground = Some((links.addrs.clone(), links.gateway));
+        let shaken = self.ground != ground;
+        if shaken {
+            self.ground = ground;
+            self.relays.shaken();
+        }
+        shaken
     }
 
     /// What the connection to a region goes through, while it stands.

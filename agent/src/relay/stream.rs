@@ -18,6 +18,9 @@ use tokio::time::{sleep, timeout};
 
 /// Between two questions whether the relay is there, and how long it may say nothing after one.
 const PULSE: Duration = Duration::from_secs(2);
+/// How long it may say nothing when the host's links have changed. TCP repeats itself ever later: on
+/// links that are new, a new connection is there sooner.
+const SHAKEN_PULSE: Duration = Duration::from_millis(600);
 /// A write that makes no end in this time ends the connection.
 const WRITE: Duration = Duration::from_secs(10);
 /// How often it is told how long an answer takes.
@@ -32,6 +35,8 @@ pub(super) enum End {
     Broken(#[source] io::Error),
     #[error("the relay fell silent")]
     Silent,
+    #[error("the host's links changed, and the connection did not last")]
+    Shaken,
     #[error("what the relay sends is no DERP: {0}")]
     Frame(#[from] FrameError),
     #[error("the relay restarts")]
@@ -41,6 +46,17 @@ pub(super) enum End {
     },
     #[error("the agent stops")]
     Stopped,
+}
+
+impl End {
+    /// How long to wait with the next connection, if that is not for us to say.
+    pub(super) fn pause(&self) -> Option<Duration> {
+        match self {
+            Self::Restarting { reconnect_in } => Some((*reconnect_in).min(LONGEST_RESTART)),
+            Self::Shaken => Some(Duration::ZERO),
+            _ => None,
+        }
+    }
 }
 
 impl From<io::Error> for End {
@@ -92,16 +108,29 @@ async fn write(mut writer: WriteHalf<Box<dyn Wire>>, outbox: &Outbox) -> Result<
 
 /// Asks again and again; ends when an answer is missing. Any byte is an answer.
 async fn watch(link: &Link, pulse: &Mutex<Pulse>) -> End {
+    let mut shaken = link.shaken.clone();
+    let mut patience = PULSE;
     for number in 0_u64.. {
         let now = Instant::now();
         with(pulse, |pulse| pulse.asked = Some((number, now)));
         link.outbox.note(&Frame::Ping(number.to_be_bytes()));
-        sleep(PULSE).await;
+        tokio::select! {
+            () = sleep(patience) => {}
+            Ok(()) = shaken.changed() => {
+                patience = SHAKEN_PULSE;
+                continue;
+            }
+        }
         if with(pulse, |pulse| pulse.heard < now) {
             break;
         }
+        patience = PULSE;
     }
-    End::Silent
+    if patience == PULSE {
+        End::Silent
+    } else {
+        End::Shaken
+    }
 }
 
 async fn read(
@@ -161,7 +190,6 @@ fn word(raw: &Raw, link: &Link, pulse: &Mutex<Pulse>) -> Result<Option<End>, End
             link.mention(Event::Said(RelayEvent::PeerGone(peer)));
         }
         Frame::Restarting { reconnect_in, .. } => {
-            let reconnect_in = reconnect_in.min(LONGEST_RESTART);
             return Ok(Some(End::Restarting { reconnect_in }));
         }
         Frame::Health(text) if !text.is_empty() => {

@@ -229,6 +229,14 @@ impl Candidate {
         self.fault = Some((now + pause, fault));
     }
 
+    /// Something came from there, or the way there is another: it may have been silent, it is to be
+    /// asked again.
+    pub(super) fn heard(&mut self, now: Instant) {
+        if self.fault_at(now) == Some(Fault::Silent) {
+            self.fault = None;
+        }
+    }
+
     /// What was held against it was not its fault.
     pub(super) fn forgive(&mut self) {
         self.fault = None;

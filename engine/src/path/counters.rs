@@ -1,6 +1,7 @@
 //! What the kernel's counters say of a path: where the kernel roamed to, and whether packets pass.
 
 use super::claims::Told;
+use super::probe::DOUBT;
 use super::{CONVERSING, HANDSHAKE_BYTES, KEEPALIVE_BYTES, PROOF, Path, TRIAL, WITNESSED, Way};
 use super::{Fault, Source, Tier};
 use crate::plan::Stats;
@@ -218,8 +219,9 @@ impl Path {
         // Without another way there is nothing to gain.
         let other = self.is_relay_up() || (unshaken && self.relay.is_some());
         if long && (asks > 1 || unshaken) && !self.one_way && other && self.probes {
-            // A single packet, or those of a handshake, may just have been lost.
-            let fault = if asks > 1 && !unshaken {
+            // A single packet, the first of a handshake, may just have been lost; and where probes
+            // are lost too, nothing is swallowed that could be told from the rest.
+            let fault = if asks > 1 && self.heart.unanswered < DOUBT {
                 Fault::Swallows
             } else {
                 Fault::Silent
