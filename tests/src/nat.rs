@@ -31,9 +31,14 @@ pub enum Nat {
     PortRestricted,
     /// Another random port for each destination.
     Symmetric,
+    /// Another port for each destination, always the next one.
+    SymmetricInTurn,
     /// Nothing of it gets out.
     UdpBlocked,
 }
+
+/// The first port of a router that gives out one after the other, and how many it has.
+const TURNS: (u16, u16) = (42_000, 512);
 
 /// A node's WireGuard behind a router, and the router's port that the world sees it at, if the kind
 /// has one for all destinations.
@@ -100,6 +105,17 @@ impl Nat {
             Self::Symmetric => {
                 translate += "  meta l4proto udp oifname eth0 masquerade fully-random\n";
             }
+            Self::SymmetricInTurn => {
+                let (first, count) = TURNS;
+                let turn = |number: u16| format!("{number} : {}", first + number);
+                let turns: Vec<String> = (0..count).map(turn).collect();
+                translate += &format!(
+                    "  meta l4proto udp oifname eth0 \
+                     snat ip to {} : numgen inc mod {count} map {{ {} }}\n",
+                    host.v4(),
+                    turns.join(", ")
+                );
+            }
             Self::UdpBlocked => forward += "  meta l4proto udp drop\n",
             Self::FullCone | Self::AddressRestricted | Self::PortRestricted => {}
         }
@@ -142,7 +158,10 @@ table ip router {{
         forward: &mut String,
     ) {
         let (ip, own) = (inside.ip(), inside.port());
-        if matches!(self, Self::Symmetric | Self::UdpBlocked) {
+        if matches!(
+            self,
+            Self::Symmetric | Self::SymmetricInTurn | Self::UdpBlocked
+        ) {
             return;
         }
         *translate +=
@@ -156,7 +175,7 @@ table ip router {{
                     "  iifname eth1 udp sport {own} update @spoken {{ ip daddr timeout 2m }}\n"
                 );
             }
-            Self::PortRestricted | Self::Symmetric | Self::UdpBlocked => {}
+            Self::PortRestricted | Self::Symmetric | Self::SymmetricInTurn | Self::UdpBlocked => {}
         }
     }
 }

@@ -53,22 +53,25 @@ const fn behind(nat: Nat) -> Place {
     Place::Behind(nat)
 }
 
-/// For a run in a hurry: a hole on both sides, none at all, and IPv6 where IPv4 is blocked.
-const TELLING: [Spot; 5] = [
+/// For a run in a hurry: a hole on both sides, none at all, one that must be guessed, and IPv6 where
+/// IPv4 is blocked.
+const TELLING: [Spot; 6] = [
     ("port", behind(Nat::PortRestricted)),
     ("port2", behind(Nat::PortRestricted)),
     ("hard", behind(Nat::Symmetric)),
+    ("turn", behind(Nat::SymmetricInTurn)),
     ("six", Place::Six(Firewall::Answers)),
     ("six2", Place::Six(Firewall::Answers)),
 ];
-const TELLING_PAIRS: [Pair; 3] = [
+const TELLING_PAIRS: [Pair; 4] = [
     ("port", "hard", false),
+    ("port", "turn", true),
     ("port", "port2", true),
     ("six", "six2", true),
 ];
 
 /// Every kind for IPv4, twice.
-const KINDS: [Spot; 12] = [
+const KINDS: [Spot; 13] = [
     ("open", Place::Open),
     ("open2", Place::Open),
     ("cone", behind(Nat::FullCone)),
@@ -79,6 +82,7 @@ const KINDS: [Spot; 12] = [
     ("port2", behind(Nat::PortRestricted)),
     ("hard", behind(Nat::Symmetric)),
     ("hard2", behind(Nat::Symmetric)),
+    ("turn", behind(Nat::SymmetricInTurn)),
     ("none", behind(Nat::UdpBlocked)),
     ("none2", behind(Nat::UdpBlocked)),
 ];
@@ -165,17 +169,20 @@ fn named(place: Place) -> String {
     }
 }
 
-/// Whether a direct path is possible at all, without guessing ports.
+/// Whether a direct path is possible at all, without guessing ports but those that come in turn.
 fn possible(one: Place, other: Place) -> bool {
     use Place::{Behind, Open, Six};
-    let hard = |place| place == Behind(Nat::Symmetric);
-    let strict = |place| hard(place) || place == Behind(Nat::PortRestricted);
+    let in_turn = |place| place == Behind(Nat::SymmetricInTurn);
+    let hard = |place| in_turn(place) || place == Behind(Nat::Symmetric);
+    let easy = |place| place == Behind(Nat::PortRestricted);
+    let strict = |place| hard(place) || easy(place);
+    let foreseen = in_turn(one) && easy(other) || in_turn(other) && easy(one);
     let four = |place| match place {
         Six(_) | Behind(Nat::UdpBlocked) => false,
         Open | Behind(_) | Place::Beside | Place::Twice { .. } => true,
     };
     let six = |place| matches!(place, Open | Six(Firewall::Open | Firewall::Answers));
-    let guess = hard(one) && strict(other) || hard(other) && strict(one);
+    let guess = !foreseen && (hard(one) && strict(other) || hard(other) && strict(one));
     six(one) && six(other) || four(one) && four(other) && !guess
 }
 
