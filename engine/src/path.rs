@@ -643,11 +643,12 @@ impl Path {
 
     /// A ping of the peer came from there. Returns whether to answer.
     pub fn pinged_by(&mut self, now: Instant, tier: Tier, from: SocketAddr) -> bool {
-        let is_new = !self.candidates.contains_key(&from);
+        let known = self.candidates.get_mut(&from);
+        let is_new = known.is_none();
+        // Its router lets us in now, whenever we asked last.
+        let is_open = known.is_none_or(|it| it.sources.insert(Source::Seen));
         if is_new {
             self.see(tier, from);
-        } else if let Some(candidate) = self.candidates.get_mut(&from) {
-            candidate.sources.insert(Source::Seen);
         }
         let held = self.held(now);
         let Some(candidate) = self.candidates.get_mut(&from) else {
@@ -672,7 +673,7 @@ impl Path {
                     self.urgent.insert(from);
                 }
             }
-            Way::Relay | Way::Blind if quiet => {
+            Way::Relay | Way::Blind if quiet || is_open => {
                 self.urgent.insert(from);
             }
             Way::Relay | Way::Blind => {}

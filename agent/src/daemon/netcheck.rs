@@ -134,7 +134,7 @@ fn words(nat: Nat) -> &'static str {
         }
         Nat::Hard => {
             "behind a NAT that shows each destination another port: a direct path can be made only \
-             with peers that have no NAT, or a port opened for them"
+             with peers that have no NAT, or a port opened for them, or where ports come in turn"
         }
     }
 }

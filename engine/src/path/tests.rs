@@ -552,6 +552,7 @@ fn a_relay_that_is_lost_leaves_the_kernel_its_candidates() {
     assert_eq!(rig.path.wanted(), Some(at(LOOPBACK)));
 }
 
+mod heartbeats;
 mod links;
 
 /// As the kernel says, of a peer that does not probe.
