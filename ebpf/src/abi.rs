@@ -21,6 +21,7 @@
 //! | `QUOTA` | array | 0 | [`Quota`] | programs |
 //! | `COUNTERS` | per-CPU array | [`crate::verdict::Verdict::counter`] | [`Counter`] | programs |
 //! | `EVENTS` | ring buffer | - | [`Dropped`] | programs |
+//! | `LOST` | per-CPU array | 0 | how many [`Dropped`] found no room in `EVENTS`, as u64 | programs |
 //! | `MARK` | array | 0 | mark of answers to refused packets, or 0 | agent |
 //! | `ANSWERS` | per-CPU array | [`crate::refuse::Outcome`] | [`Counter`] | programs |
 //!
@@ -123,6 +124,8 @@ pub mod maps {
     pub const COUNTERS: &str = "COUNTERS";
     /// What is told of dropped packets.
     pub const EVENTS: &str = "EVENTS";
+    /// How much of that found no room.
+    pub const LOST: &str = "LOST";
     /// The mark of answers to refused packets.
     pub const MARK: &str = "MARK";
     /// What became of answers to refused packets.
@@ -131,7 +134,7 @@ pub mod maps {
     /// The outer maps of the policy tables, indexed by slot.
     pub const SLOTTED: [&str; 5] = [IDENTITIES, PREFIXES, PAIRS, PORTS, PAGES];
     /// Every other map.
-    pub const PLAIN: [&str; 13] = [
+    pub const PLAIN: [&str; 14] = [
         ACTIVE,
         SHAPES,
         TRACKS,
@@ -143,6 +146,7 @@ pub mod maps {
         QUOTA,
         COUNTERS,
         EVENTS,
+        LOST,
         MARK,
         ANSWERS,
     ];

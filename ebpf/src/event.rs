@@ -9,7 +9,8 @@
 //! Whoever floods under one reason leaves the others their say.
 //!
 //! Nobody may be reading. Then the buffer is full after a while and events are lost, without harm:
-//! the counters are exact, and the reader tells from them what it was not shown.
+//! the counters are exact, and the reader tells from them what it was not shown. How many events
+//! found no room is counted too.
 
 use crate::abi::{Addr, Allowance, Direction, Dropped, Identity, Told, known, side};
 use crate::packet::{Bytes, Packet, What, protocol};

@@ -1,14 +1,16 @@
 //! What the loaded programs tell of dropped packets.
 
 use super::bed;
-use super::craft::{ACK, Body, SYN, Spec};
+use super::craft::{ACK, Body, FIN, SYN, Spec};
 use super::semantics::usual_bed;
-use ebpf::abi::Direction::{Egress, Ingress};
-use ebpf::abi::{Dropped, known, side};
+use agent::kernel::bpf::Acl;
+use ebpf::abi::Direction::{self, Egress, Ingress};
+use ebpf::abi::{Dropped, EVENT_BYTES, known, side};
 use ebpf::event::EVENTS_PER_WINDOW;
 use ebpf::reason::Reason;
 use ebpf::verdict::Verdict;
 use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 const PEER: &str = "100.64.0.2";
 const US: &str = "100.64.0.1";
@@ -124,4 +126,76 @@ fn events_of_a_flood_are_few_and_leave_other_reasons_their_say() {
     let told = acl.drops().unwrap();
     assert_eq!(told.len(), 1, "{told:?}");
     assert_eq!(reason(&told[0].1), Some(Reason::TcpNoFlow));
+}
+
+/// Bytes that the kernel puts before each entry of a ring buffer.
+const HEADER: usize = 8;
+/// Each CPU tells a few events of each outcome a second; this is many times what the rest takes.
+const FILLED_WITHIN: Duration = Duration::from_secs(60);
+
+/// Packets that are dropped for many outcomes, each of a kind by its port.
+fn of_many_outcomes(port: u16) -> Vec<(Direction, Spec)> {
+    let tcp = |src, dst, flags| Spec::new(src, dst, Body::Tcp(7, port, flags));
+    let udp = |src, dst| Spec::new(src, dst, Body::Udp(7, port));
+    let mut all = vec![
+        (Ingress, udp(US, US)),
+        (Ingress, udp("100.64.0.77", US)),
+        (Ingress, udp(PEER, "100.64.0.77")),
+        (Egress, udp(US, "100.64.0.77")),
+    ];
+    for (direction, src, dst) in [(Ingress, PEER, US), (Egress, US, PEER)] {
+        all.extend([
+            (direction, udp(src, dst)),
+            (direction, tcp(src, dst, SYN | ACK)),
+            (direction, tcp(src, dst, SYN | FIN)),
+            (direction, Spec::new(src, dst, Body::Sctp(7, port, 0))),
+        ]);
+    }
+    all
+}
+
+#[test]
+fn events_that_find_the_buffer_full_are_counted() {
+    let Some((_bed, mut acl, _)) = usual_bed("events_that_find_the_buffer_full") else {
+        return;
+    };
+    assert_eq!(acl.lost().unwrap(), 0);
+    let run = |acl: &Acl, direction, spec: &Spec| {
+        assert!(
+            !acl.run(direction, &spec.bytes(), 1).unwrap().passes,
+            "{spec:?}"
+        );
+    };
+    let begun = Instant::now();
+    for port in (10_000..60_000).cycle() {
+        for (direction, spec) in of_many_outcomes(port) {
+            run(&acl, direction, &spec);
+        }
+        if acl.lost().unwrap() > 0 {
+            break;
+        }
+        assert!(begun.elapsed() < FILLED_WITHIN, "the buffer is not full");
+    }
+    // Of an outcome that had no say yet, so that each of these is told of.
+    const MORE: u16 = 10;
+    let before = acl.lost().unwrap();
+    for port in 1..=MORE {
+        let forged = Spec::new(PEER, PEER, Body::Udp(7, port));
+        run(&acl, Egress, &forged);
+    }
+    assert_eq!(acl.lost().unwrap() - before, u64::from(MORE));
+    // What was there is kept, nothing in it is overwritten.
+    let kept = acl.drops().unwrap();
+    assert_eq!(
+        kept.len(),
+        EVENT_BYTES as usize / (size_of::<Dropped>() + HEADER)
+    );
+    assert!(
+        kept.iter()
+            .all(|(_, event)| reason(event) != Some(Reason::SourceForged)
+                || event.direction == Ingress as u8)
+    );
+    run(&acl, Egress, &Spec::new(PEER, PEER, Body::Udp(7, MORE + 1)));
+    assert_eq!(acl.drops().unwrap().len(), 1, "there is room again");
+    assert_eq!(acl.lost().unwrap() - before, u64::from(MORE));
 }

@@ -2,7 +2,7 @@
 
 use super::arguments::Monitor as Arguments;
 use super::{Agent, Console, Failure, PATIENCE, astray, unanswered};
-use crate::local::report::{Drop, LeftOut, NearMiss, Party, Seen};
+use crate::local::report::{Drop, LeftOut, Lost, NearMiss, Party, Seen};
 use crate::local::{AskError, Monitor, Request, Response, follow};
 use proto::filter::Direction;
 use proto::net::Protocol;
@@ -63,6 +63,7 @@ fn tell(console: &Console, response: Response) -> Result<(), Failure> {
         Seen::Begun => "Dropped packets, as they are dropped. Ctrl-C ends this.\n".to_owned(),
         Seen::Drop(drop) => drop_text(drop),
         Seen::LeftOut(left_out) => left_out_text(left_out),
+        Seen::Lost(lost) => lost_text(lost),
     })
 }
 
@@ -118,6 +119,18 @@ fn left_out_text(left_out: &LeftOut) -> String {
         "{:12} {} {packets} more dropped for {reason}, not shown\n",
         "",
         way(*direction)
+    )
+}
+
+fn lost_text(Lost { events }: &Lost) -> String {
+    let were = if *events == 1 {
+        "event was"
+    } else {
+        "events were"
+    };
+    format!(
+        "{:12} {events} {were} lost: too many kinds of packets were dropped at once\n",
+        ""
     )
 }
 
@@ -218,5 +231,8 @@ No rule of the policy allows it. Closest is line 17: it allows tcp port 80, not 
             left_out_text(&left_out),
             "             out 412 more dropped for policy, not shown\n"
         );
+        let want =
+            "             2 events were lost: too many kinds of packets were dropped at once\n";
+        assert_eq!(lost_text(&Lost { events: 2 }), want);
     }
 }

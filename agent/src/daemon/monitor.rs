@@ -12,7 +12,7 @@ use super::answer::not_attached;
 use super::explain::{near, way, why};
 use super::{Daemon, refused, send};
 use crate::kernel::Job;
-use crate::local::report::{Drop, LeftOut, NearMiss, Party, Seen, Side};
+use crate::local::report::{Drop, LeftOut, Lost, NearMiss, Party, Seen, Side};
 use crate::local::{Monitor as Request, RefusedCode, Response};
 use ebpf::abi::{self, Dropped, known, side};
 use ebpf::packet::{protocol, tcp};
@@ -36,8 +36,9 @@ const SUM_UP_EVERY: Duration = Duration::from_secs(1);
 /// Most followers; each holds one of the socket's places.
 const MAX_FOLLOWERS: usize = 16;
 
-/// What a look at the maps shows; `None` while no programs are attached.
-pub(super) type Look = Option<(Vec<(Duration, Dropped)>, Counters)>;
+/// What a look at the maps shows: drops, counters, and how many events were lost; `None` while no
+/// programs are attached.
+pub(super) type Look = Option<(Vec<(Duration, Dropped)>, Counters, u64)>;
 /// Packets by direction and verdict, since the programs were loaded.
 type Counters = Vec<(abi::Direction, Verdict, u64)>;
 /// Which way, and why.
@@ -61,6 +62,8 @@ struct Follower {
     lines: mpsc::Sender<Response>,
     /// Drops whose lines it did not take.
     missed: BTreeMap<Cause, u64>,
+    /// Events whose loss it was not told of, likewise.
+    lost: u64,
 }
 
 impl Monitor {
@@ -103,11 +106,14 @@ async fn look_on(
                 // Counted before it is told: in this order nothing is told that was not counted.
                 let drops = acl.drops();
                 let counters = acl.counters();
-                let failed = drops.as_ref().err().or(counters.as_ref().err());
-                if let Some(error) = failed {
-                    tracing::debug!(%error, "drops cannot be read");
+                let lost = acl.lost();
+                match (drops, counters, lost) {
+                    (Ok(drops), Ok(counters), Ok(lost)) => Some((drops, counters, lost)),
+                    (Err(error), _, _) | (_, Err(error), _) | (_, _, Err(error)) => {
+                        tracing::debug!(%error, "drops cannot be read");
+                        None
+                    }
                 }
-                drops.ok().zip(counters.ok())
             });
             // The loop may have ended.
             let _ = tell.send(seen);
@@ -159,6 +165,7 @@ impl Daemon {
             peer,
             lines,
             missed: BTreeMap::new(),
+            lost: 0,
         };
         self.monitor.begin(&self.jobs);
         self.monitor.waiting.push((follower, reply));
@@ -168,7 +175,7 @@ impl Daemon {
     pub(super) fn looked(&mut self, look: Look) {
         let none = Monitor::new(self.monitor.looks.clone());
         let mut monitor = std::mem::replace(&mut self.monitor, none);
-        if let Some((drops, counters)) = &look {
+        if let Some((drops, counters, lost)) = &look {
             for (age, event) in drops {
                 if let Some(cause) = monitor.ledger.told(event)
                     && !monitor.followers.is_empty()
@@ -180,11 +187,19 @@ impl Daemon {
                         .for_each(|one| one.tell(cause, &line));
                 }
             }
-            for (cause, packets) in monitor.ledger.counted(counters, Instant::now()) {
+            let now = Instant::now();
+            for (cause, packets) in monitor.ledger.counted(counters, now) {
                 monitor
                     .followers
                     .iter_mut()
                     .for_each(|one| one.sum_up(cause, packets));
+            }
+            let events = monitor.ledger.lost(*lost, now);
+            if events > 0 {
+                monitor
+                    .followers
+                    .iter_mut()
+                    .for_each(|one| one.lose(events));
             }
         }
         for (follower, reply) in monitor.waiting.drain(..) {
@@ -317,6 +332,14 @@ impl Follower {
             *self.missed.entry(cause).or_default() += packets;
         }
     }
+
+    fn lose(&mut self, events: u64) {
+        self.lost += events;
+        let line = Response::Seen(Seen::Lost(Lost { events: self.lost }));
+        if !matches!(self.lines.try_send(line), Err(TrySendError::Full(_))) {
+            self.lost = 0;
+        }
+    }
 }
 
 fn direction(event: &Dropped) -> Direction {
@@ -346,6 +369,8 @@ fn letters(flags: u8) -> String {
 struct Ledger {
     accounts: BTreeMap<Cause, Account>,
     summed_up: Option<Instant>,
+    /// Events lost, as last said.
+    lost: Option<u64>,
 }
 
 /// The drops of one cause.
@@ -406,6 +431,19 @@ impl Ledger {
             account.counted = *packets;
         }
         left_out
+    }
+
+    /// Books how many events were lost altogether, after the counters of the same look, and says how
+    /// many more it is, as often as what was left out.
+    fn lost(&mut self, events: u64, now: Instant) -> u64 {
+        let said = self.lost.get_or_insert(events);
+        if self.summed_up != Some(now) {
+            return 0;
+        }
+        // Fewer than before: other maps.
+        let more = events.saturating_sub(*said);
+        *said = events;
+        more
     }
 }
 
@@ -476,6 +514,7 @@ mod tests {
             peer: None,
             lines,
             missed: BTreeMap::new(),
+            lost: 0,
         };
         for _ in 0..5 {
             follower.sum_up(CAUSE, 10);
@@ -486,6 +525,28 @@ mod tests {
         };
         assert_eq!(packets(taken.try_recv().ok()), 10);
         follower.sum_up(CAUSE, 10);
+        follower.lose(3);
         assert_eq!(packets(taken.try_recv().ok()), 50);
+        follower.lose(4);
+        match taken.try_recv().ok() {
+            Some(Response::Seen(Seen::Lost(lost))) => assert_eq!(lost.events, 7),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn lost_events_are_those_since_somebody_follows() {
+        let (mut ledger, begin) = (Ledger::default(), Instant::now());
+        let mut look = |lost, tenths: u64| {
+            let now = begin + Duration::from_millis(100 * tenths);
+            ledger.counted(&counters(1), now);
+            ledger.lost(lost, now)
+        };
+        assert_eq!(look(1_000, 0), 0, "from a time when nobody followed");
+        assert_eq!(look(1_005, 1), 0, "said with the sums");
+        assert_eq!(look(1_009, 11), 9);
+        assert_eq!(look(1_009, 22), 0, "said once");
+        assert_eq!(look(2, 33), 0, "new maps count from nothing");
+        assert_eq!(look(5, 44), 3);
     }
 }

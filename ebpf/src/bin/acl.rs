@@ -97,6 +97,9 @@ static COUNTERS: PerCpuArray<Counter, { 2 * OUTCOMES as usize }> = PerCpuArray::
 /// What is told of dropped packets: see [`ebpf::event`].
 #[btf_map]
 static EVENTS: RingBuf<Dropped, { EVENT_BYTES as usize }> = RingBuf::new();
+/// Events of this CPU that found the buffer full.
+#[btf_map]
+static LOST: PerCpuArray<u64, 1> = PerCpuArray::new();
 /// The kinds of packets that this CPU told of lately, by kind.
 #[btf_map]
 static TOLD: PerCpuArray<Told, { event::KINDS as usize }> = PerCpuArray::new();
@@ -657,7 +660,13 @@ pub extern "C" fn acl_tell(
     }
     let dropped = event::describe(&Maps, &ByCall { skb }, packet, verdict, direction, now_ns);
     // Full where nobody reads. The reader looks by itself: nothing here wakes it.
-    let _ = EVENTS.output(&dropped, u64::from(BPF_RB_NO_WAKEUP));
+    let written = EVENTS.output(&dropped, u64::from(BPF_RB_NO_WAKEUP));
+    if written.is_err()
+        && let Some(lost) = LOST.get_ptr_mut(0)
+    {
+        // SAFETY: as above.
+        unsafe { *lost += 1 };
+    }
     1
 }
 

@@ -56,6 +56,7 @@ pub struct Acl {
     pub(super) counters: RawMap,
     pub(super) mark: RawMap,
     pub(super) answers: RawMap,
+    pub(super) lost: RawMap,
     /// Opened when somebody first wants to see drops.
     pub(super) events: Option<Events>,
     pub(super) outer: [RawMap; 5],
@@ -191,6 +192,14 @@ impl Acl {
             .into_iter()
             .map(|event| (age(&event), event))
             .collect())
+    }
+
+    /// How many events of dropped packets found the buffer full, since the programs were loaded.
+    ///
+    /// # Errors
+    /// [`AclError::Map`].
+    pub fn lost(&self) -> Result<u64, AclError> {
+        Ok(self.lost.get_per_cpu::<_, u64>(&0_u32)?.iter().sum())
     }
 
     /// What the programs would do with the first packet of a flow, by their own evaluator. Its

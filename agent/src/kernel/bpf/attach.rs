@@ -248,6 +248,7 @@ fn assemble(
         counters: map(maps::COUNTERS)?,
         mark: map(maps::MARK)?,
         answers: map(maps::ANSWERS)?,
+        lost: map(maps::LOST)?,
         events: None,
         outer: [
             map(maps::IDENTITIES)?,
