@@ -129,9 +129,9 @@ fn kernels_show_programs_live_packets_however_they_are_attached_until_told() {
 }
 
 #[test]
-fn kernel_the_next_agent_adopts_flows_policy_and_counters() {
+fn the_next_agent_adopts_flows_policy_and_counters() {
     for how in ways() {
-        let Some(bed) = Bed::make("kernel_the_next_agent_adopts") else {
+        let Some(bed) = Bed::make("the_next_agent_adopts") else {
             return;
         };
         let options = Options {
@@ -199,8 +199,8 @@ fn kernel_a_new_layout_takes_over_with_the_flows_and_only_with_a_policy() {
 }
 
 #[test]
-fn kernel_a_device_that_was_made_again_is_protected_again() {
-    let Some(bed) = Bed::make("kernel_a_device_that_was_made_again") else {
+fn a_device_that_was_made_again_is_protected_again() {
+    let Some(bed) = Bed::make("a_device_that_was_made_again") else {
         return;
     };
     for how in ways() {
@@ -243,8 +243,8 @@ fn lowered(filter: &Filter) -> (Tables, Lowered) {
 }
 
 #[test]
-fn kernel_a_flip_under_a_storm_never_mixes_two_policies() {
-    let Some(bed) = Bed::make("kernel_a_flip_under_a_storm") else {
+fn a_flip_under_a_storm_never_mixes_two_policies() {
+    let Some(bed) = Bed::make("a_flip_under_a_storm") else {
         return;
     };
     // Peer 2 may reach 80 and nothing else; then peer 3 may reach 443 and nothing else. Nobody
@@ -322,8 +322,8 @@ fn crowd(count: u32) -> BTreeMap<NodeId, Peer> {
 }
 
 #[test]
-fn kernel_a_peer_that_joins_ten_thousand_adds_its_own_entries_in_place() {
-    let Some(bed) = Bed::make("kernel_a_peer_that_joins") else {
+fn a_peer_that_joins_ten_thousand_adds_its_own_entries_in_place() {
+    let Some(bed) = Bed::make("a_peer_that_joins") else {
         return;
     };
     let (mut acl, mut lowered) = (bed.open(Options::default()), Lowered::default());
@@ -361,7 +361,7 @@ fn a_hundred_thousand_rules_are_swapped_in_at_once() {
     let Some(bed) = Bed::make("a_hundred_thousand_rules") else {
         return;
     };
-    // The short form also runs in emulated kernels, which are twenty times slower.
+    // The short form also runs in a kernel that interprets the programs.
     let full = std::env::var_os("WEIR_FULL").is_some();
     let (count, per_peer, bound) = if full {
         (1_000_u32, 100_u16, Duration::from_secs(1))
