@@ -9,12 +9,13 @@
 //! |---|---|---|---|---|
 //! | `ACTIVE` | array, mmapable | 0 | [`Active`] as one u64 | agent, one atomic store |
 //! | `SHAPES` | array | slot | [`crate::lines::Shape`] | agent |
-//! | `IDENTITIES` | 2 × array | line | [`crate::lines::OwnedLine`] | agent |
+//! | `IDENTITIES` | 2 × 1,024 × array | 0 | [`crate::addresses::Slab`] | agent |
 //! | `PREFIXES` | 2 × LPM trie | prefix, [`Addr`] | [`Identity`] | agent |
 //! | `PAIRS` | 2 × array | line | [`crate::lines::GrantedLine`] | agent |
 //! | `PORTS` | 2 × hash | [`PortsKey`] | [`Ports`] | agent |
 //! | `PAGES` | 2 × hash | [`PageKey`] | [`Page`] | agent |
-//! | `ESTABLISHED`, `OPENING`, `SURPLUS` | LRU hash | [`FlowKey`] | [`Flow`] | programs |
+//! | `FLOWS` | array, mmapable | set | [`crate::flows::Set`] | programs, agent |
+//! | `SEEDS` | array | 0 | [`crate::flows::Seeds`] | agent, once |
 //! | `TRACKS` | array, mmapable | word | see [`crate::tracks`] | programs, agent |
 //! | `SHARES` | array | [`Identity::share`] | [`Share`] | programs, agent (recount) |
 //! | `FRAGMENTS` | LRU hash | [`FragmentKey`] | [`Fragment`] | programs |
@@ -31,20 +32,16 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Version of all layouts below. Maps of another version are never adopted, only copied from.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Slots of every policy table. One is active, the other is filled for the next change.
 pub const SLOTS: u32 = 2;
 
-/// Flows that proved to last. An entry of a flow table takes 120 bytes: 40 of key, 16 of value, 48
-/// of the kernel's own, and 16 of its bucket; all three tables together 11.8 MB.
+/// Flows that proved to last, of those that the table of flows promises to hold.
 pub const ESTABLISHED_FLOWS: u32 = 65_536;
 /// Flows that have not proved it yet. Apart, so that a flood of short flows cannot evict those
 /// that last.
 pub const OPENING_FLOWS: u32 = 16_384;
-/// Flows that are over, and those of peers that open too many at once. Apart, so that such a peer
-/// cannot evict what others open.
-pub const SURPLUS_FLOWS: u32 = 16_384;
 /// Shares that peers' flows are counted by. Beyond so many peers, two may have one share.
 pub const SHARES: u32 = 4_096;
 /// Fragmented datagrams whose first fragment passed.
@@ -61,7 +58,8 @@ pub const fn layout() -> u32 {
         ABI_VERSION as usize,
         size_of::<Identity>(),
         size_of::<Ports>(),
-        size_of::<crate::lines::OwnedLine>(),
+        crate::addresses::SLAB_BYTES,
+        crate::addresses::SLABS as usize,
         size_of::<crate::lines::GrantedLine>(),
         crate::tracks::ALL_WORDS as usize,
         size_of::<FlowKey>(),
@@ -75,7 +73,8 @@ pub const fn layout() -> u32 {
         EVENT_BYTES as usize,
         ESTABLISHED_FLOWS as usize,
         OPENING_FLOWS as usize,
-        SURPLUS_FLOWS as usize,
+        size_of::<crate::flows::Set>(),
+        crate::flows::SETS as usize,
         SHARES as usize,
         FRAGMENTED_DATAGRAMS as usize,
         crate::reason::OUTCOMES as usize,
@@ -106,12 +105,10 @@ pub mod maps {
     pub const PORTS: &str = "PORTS";
     /// Bitmaps of large port sets.
     pub const PAGES: &str = "PAGES";
-    /// Flows that have not proved to last.
-    pub const OPENING: &str = "OPENING";
-    /// Flows that last.
-    pub const ESTABLISHED: &str = "ESTABLISHED";
-    /// Flows that are over, or too many of one peer.
-    pub const SURPLUS: &str = "SURPLUS";
+    /// Flows.
+    pub const FLOWS: &str = "FLOWS";
+    /// What the hash of flows depends on.
+    pub const SEEDS: &str = "SEEDS";
     /// Which flows cannot be there.
     pub const TRACKS: &str = "TRACKS";
     /// How many flows each peer has.
@@ -131,16 +128,16 @@ pub mod maps {
     /// What became of answers to refused packets.
     pub const ANSWERS: &str = "ANSWERS";
 
-    /// The outer maps of the policy tables, indexed by slot.
-    pub const SLOTTED: [&str; 5] = [IDENTITIES, PREFIXES, PAIRS, PORTS, PAGES];
+    /// The outer maps of the policy tables that have one inner map a slot.
+    pub const SLOTTED: [&str; 4] = [PREFIXES, PAIRS, PORTS, PAGES];
     /// Every other map.
     pub const PLAIN: [&str; 14] = [
         ACTIVE,
         SHAPES,
+        IDENTITIES,
         TRACKS,
-        OPENING,
-        ESTABLISHED,
-        SURPLUS,
+        FLOWS,
+        SEEDS,
         SHARES,
         FRAGMENTS,
         QUOTA,
@@ -593,7 +590,7 @@ pub struct Share {
     pub since_ns: u64,
     /// Flows opened in it.
     pub opened: u32,
-    /// Flows in `ESTABLISHED`.
+    /// Flows that last.
     pub established: u32,
 }
 

@@ -3,6 +3,8 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`abi`] | layouts of all maps, their names, [`abi::ABI_VERSION`] |
+//! | [`addresses`] | the table of addresses, of one line each |
+//! | [`flows`] | the table of flows |
 //! | [`lines`] | tables that a look-up touches one line of |
 //! | [`tracks`] | which flows cannot be there |
 //! | [`event`] | what is told of dropped packets, and how often |
@@ -28,8 +30,10 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::disallowed_types))]
 
 pub mod abi;
+pub mod addresses;
 pub mod classify;
 pub mod event;
+pub mod flows;
 pub mod guard;
 pub mod lines;
 pub mod packet;

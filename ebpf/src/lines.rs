@@ -2,16 +2,17 @@
 //! the processor's cache.
 //!
 //! The kernel's hash maps are made to be written by anybody at any time: a look-up is a call, a hash
-//! against attackers, a bucket, and an entry somewhere else, or two of them. Addresses and pairs are
-//! written by the agent alone, all at once, so their tables are arrays of *lines* of 64 bytes with
-//! two entries each. A key names two lines ([`places`]), and its entry is in one of them; mostly in
-//! the first, because there are more lines than entries. The agent finds a place for each by moving
-//! others to their second line (cuckoo hashing: Pagh, Rodler, 2004), under another seed if need be.
+//! against attackers, a bucket, and an entry somewhere else, or two of them. Pairs are written by the
+//! agent alone, all at once, so their table is an array of *lines* of 64 bytes with two entries each.
+//! A key names two lines ([`places`]), and its entry is in one of them; mostly in the first, because
+//! there are more lines than entries. The agent finds a place for each by moving others to their
+//! second line (cuckoo hashing: Pagh, Rodler, 2004), under another seed if need be.
 //!
-//! Zeros are no entry: no class and no address that is asked for is zero, and what an entry of zeros
-//! says is that nobody is there. So an entry that is half written denies.
+//! Zeros are no entry: no class that is asked for is zero. So an entry that is half written denies.
+//! Addresses, which every refusal asks for, have a table of their own ([`crate::addresses`]).
 
-use crate::abi::{Addr, Grant, Identity, PairKey};
+use crate::abi::{Addr, Grant, PairKey};
+use crate::addresses::{Book, Home};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Entries of a line.
@@ -30,28 +31,17 @@ pub struct Plan {
     pub zero: u32,
 }
 
-/// The tables of lines of one slot. Zeros: nothing may be looked for there.
+/// How the tables of one slot are looked into. Zeros: nothing may be looked for there.
 #[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[cfg_attr(not(target_arch = "bpf"), derive(Debug))]
 #[repr(C)]
 pub struct Shape {
     /// Of `IDENTITIES`.
-    pub identities: Plan,
+    pub book: Book,
     /// Of `PAIRS`.
     pub pairs: Plan,
     /// The node's first address of each family, IPv6 first: every packet has one of its addresses.
-    pub own: [Owned; 2],
-}
-
-/// An address and who has it.
-#[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[cfg_attr(not(target_arch = "bpf"), derive(Debug))]
-#[repr(C)]
-pub struct Owned {
-    /// The address.
-    pub addr: Addr,
-    /// Who has it.
-    pub identity: Identity,
+    pub own: [Home; 2],
 }
 
 /// A pair of classes and what one may initiate to the other.
@@ -63,21 +53,6 @@ pub struct Granted {
     pub pair: u64,
     /// What is allowed.
     pub grant: Grant,
-}
-
-impl From<(Addr, Identity)> for Owned {
-    fn from((addr, identity): (Addr, Identity)) -> Self {
-        Self { addr, identity }
-    }
-}
-
-/// Two addresses.
-#[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[cfg_attr(not(target_arch = "bpf"), derive(Debug))]
-#[repr(C)]
-pub struct OwnedLine {
-    /// The entries.
-    pub entries: [Owned; ENTRIES],
 }
 
 impl From<(PairKey, Grant)> for Granted {
@@ -97,31 +72,36 @@ pub struct GrantedLine {
 }
 
 const _: () = {
-    assert!(size_of::<OwnedLine>() == 64);
     assert!(size_of::<GrantedLine>() == 64);
-    assert!(size_of::<Shape>() == 96);
+    assert!(size_of::<Shape>() == 112);
 };
-
-impl Owned {
-    /// No entry.
-    pub const NONE: Self = Self {
-        addr: Addr { words: [0; 4] },
-        identity: Identity {
-            as_source: 0,
-            as_destination: 0,
-            side: 0,
-            share: 0,
-        },
-    };
-}
 
 impl Shape {
     /// Of a slot that is not filled.
     pub const NONE: Self = Self {
-        identities: Plan::NONE,
+        book: Book::NONE,
         pairs: Plan::NONE,
-        own: [Owned::NONE; 2],
+        own: [Home::NONE; 2],
     };
+}
+
+impl Granted {
+    /// No entry.
+    pub const NONE: Self = Self {
+        pair: 0,
+        grant: Grant {
+            set: 0,
+            protocol: 0,
+            more: 0,
+            ranges: [[0; 2]; 4],
+        },
+    };
+
+    /// The same entry without its pair, which nobody can find.
+    #[must_use]
+    pub const fn nameless(self) -> Self {
+        Self { pair: 0, ..self }
+    }
 }
 
 impl Plan {
@@ -131,22 +111,6 @@ impl Plan {
         lines: 0,
         zero: 0,
     };
-}
-
-impl OwnedLine {
-    /// Who has the address, if it is in this line.
-    #[inline(always)]
-    #[must_use]
-    pub fn find(&self, addr: &Addr) -> Option<Identity> {
-        let [one, two] = &self.entries;
-        if one.addr == *addr {
-            Some(one.identity)
-        } else if two.addr == *addr {
-            Some(two.identity)
-        } else {
-            None
-        }
-    }
 }
 
 impl GrantedLine {

@@ -36,8 +36,10 @@ use crate::abi::{
     Active, Addr, Direction, ESTABLISHED_FLOWS, Flow, FlowKey, Fragment, FragmentKey, Grant,
     Identity, OPENING_FLOWS, PageKey, PairKey, Ports, PortsKey, Quota, Share,
 };
+use crate::addresses::Owned;
 use crate::packet::{Bytes, Packet, Part, What, deciding_bytes, parse};
 use crate::reason::{Accepted, OUTCOMES, Reason};
+use core::borrow::Borrow;
 
 pub use policy::allows_flow;
 
@@ -234,6 +236,8 @@ impl Answer {
 pub trait Tables: Sized {
     /// A handle on a flow's entry, good until the next call that changes its table.
     type Entry: Copy;
+    /// The line of an address.
+    type Line: Borrow<Owned>;
 
     /// Which condition of the evaluator is inverted; 0 for none. Only tests set it.
     const MUTANT: u32 = 0;
@@ -244,12 +248,14 @@ pub trait Tables: Sized {
     fn active(&self) -> Active;
     /// Whether every policy table has this slot.
     fn complete(&self, slot: u32) -> bool;
+    /// What is known of exactly this address.
+    fn line(&self, slot: u32, addr: &Addr) -> Option<Self::Line>;
+    /// This node's identity, if this is its address that lines speak of ([`Owned::near`]).
+    fn home(&self, slot: u32, addr: &Addr) -> Option<Identity>;
     /// Who has exactly this address.
-    fn identity(&self, slot: u32, addr: &Addr) -> Option<Identity>;
-    /// The same of an address that should be this node's.
     #[inline(always)]
-    fn own_identity(&self, slot: u32, addr: &Addr) -> Option<Identity> {
-        self.identity(slot, addr)
+    fn identity(&self, slot: u32, addr: &Addr) -> Option<Identity> {
+        Some(self.line(slot, addr)?.borrow().identity())
     }
     /// Who has the longest prefix that contains this address.
     fn route(&self, slot: u32, addr: &Addr) -> Option<Identity>;
@@ -326,6 +332,12 @@ pub trait Tables: Sized {
         }
     }
 
+    /// [`may_begin`]. In the kernel a function that is verified on its own.
+    #[inline(always)]
+    fn may_begin(&self, packet: &Packet, direction: Direction) -> Answer {
+        may_begin(self, packet, direction)
+    }
+
     /// [`begin`]. In the kernel a function that is verified on its own.
     #[inline(always)]
     fn begin(
@@ -387,6 +399,7 @@ branches! {
     TablesMissing MartianV4 MulticastV4 LinkLocalV4 MulticastV6 LinkLocalV6 AddressFine
     OwnerOfRoute OwnerNobody
     IngressFromNobody IngressFromSelf EgressFromOther IngressElsewhere EgressElsewhere SidesFine
+    LineSilent LineEverything LineNothing LinePorts LineOtherProtocol
     ClassZero PairNone PairEverything ProtocolOwnEntry ProtocolAnyEntry ProtocolNone
     PortsOfGrant NoMorePorts
     PortsAll PortsInline PortsPaged PortsKindUnknown PortIn PortOut PageMissing
@@ -456,23 +469,40 @@ pub fn of_new<T: Tables>(
     direction: Direction,
     now_ns: u64,
 ) -> Verdict {
-    let Some(at) = now(tables, direction, now_ns) else {
-        return Verdict::deny(Reason::NoPolicy);
+    let answer = tables.may_begin(packet, direction);
+    if !answer.verdict.passes() {
+        return answer.verdict;
+    }
+    let picked_up = answer.verdict == Verdict::accept(Accepted::PickedUp);
+    tables.begin(packet, direction, now_ns, answer.share, picked_up)
+}
+
+/// Whether a packet may begin a flow: as a new one, or picked up.
+#[inline(always)]
+pub fn may_begin<T: Tables>(tables: &T, packet: &Packet, direction: Direction) -> Answer {
+    let deny = |reason| Answer {
+        verdict: Verdict::deny(reason),
+        share: 0,
+    };
+    // Nothing of what it says depends on the time.
+    let Some(at) = now(tables, direction, 0) else {
+        return deny(Reason::NoPolicy);
     };
     let segment = packet.tuple.what == What::Segment;
     if segment && holds::<T>(2, !flow::flags_valid(packet.tcp_flags)) {
         tables.probe(Branch::FlagsInvalid);
-        return Verdict::deny(Reason::TcpFlags);
+        return deny(Reason::TcpFlags);
     }
     let picked_up = match flow::opens(tables, packet) {
         Ok(picked_up) => picked_up,
-        Err(reason) => return Verdict::deny(reason),
+        Err(reason) => return deny(reason),
     };
     let answer = policy::allows_packet(tables, packet, direction, at.active.slot);
-    if answer.verdict.passes() {
-        tables.begin(packet, direction, now_ns, answer.share, picked_up)
+    if picked_up && answer.verdict.passes() {
+        let verdict = Verdict::accept(Accepted::PickedUp);
+        Answer { verdict, ..answer }
     } else {
-        answer.verdict
+        answer
     }
 }
 

@@ -20,6 +20,7 @@
 //! Sizes are checked here, before anything changes: [`TooLarge`] names the table, its limit and
 //! the rules that cost most ([`cost`]), and the old tables stay.
 
+pub mod addresses;
 mod change;
 mod classes;
 mod cost;

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use ebpf::abi::{Identity, Page, PageKey, Ports, PortsKey};
+use engine::acl::addresses::slabs_for;
 use engine::acl::lines::lines_for;
 use engine::acl::{Acl, Change, MAX_PAGES, PrefixKey, Table, TooLarge};
 use proto::id::NodeId;
@@ -255,6 +256,12 @@ fn hash<K, V>(entries: usize) -> Weight {
     }
 }
 
+/// Small arrays of lines, which take 32 KiB with their head.
+fn slabs(entries: usize) -> Weight {
+    let bytes = slabs_for(entries) * 32 * 1024;
+    Weight { entries, bytes }
+}
+
 /// An array of lines, with room for what joins.
 fn lines(entries: usize) -> Weight {
     let bytes = lines_for(entries) * 64;
@@ -275,7 +282,7 @@ fn trie<K, V>(entries: usize) -> Weight {
 fn row(name: &str, acl: &Acl) -> String {
     let tables = acl.tables();
     let weights = [
-        lines(tables.identities.len()),
+        slabs(tables.identities.len()),
         trie::<PrefixKey, Identity>(tables.prefixes.len()),
         lines(tables.pairs.len()),
         hash::<PortsKey, Ports>(tables.ports.len()),
@@ -293,10 +300,10 @@ fn row(name: &str, acl: &Acl) -> String {
         })
         .collect();
     let total: usize = weights.iter().map(|weight| weight.bytes).sum();
-    // Two addresses and the pair; where the pair's own ports do not say it all, the port set, and
+    // The line of the peer's address; where that does not say it all, the pair and the port set, and
     // its page where ports are scattered.
     let look_ups =
-        3 + usize::from(!tables.ports.is_empty()) + usize::from(!tables.pages.is_empty());
+        1 + 2 * usize::from(!tables.ports.is_empty()) + usize::from(!tables.pages.is_empty());
     format!(
         "| {name} | {} | {} | {look_ups} |\n",
         cells.join(" | "),

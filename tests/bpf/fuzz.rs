@@ -17,11 +17,11 @@ use super::generate::{Random, me, peer};
 use super::oracle;
 use super::semantics::{filter, rule};
 use super::twin::Twin;
-use agent::kernel::bpf::{Acl, Options, RawMap};
+use agent::kernel::bpf::{Acl, FlowTable, Options, RawMap};
 use ebpf::abi::Direction::{self, Egress, Ingress};
 use ebpf::abi::{Quota, maps};
 use ebpf::packet::{Packet, parse};
-use ebpf::verdict::Verdict;
+use ebpf::verdict::{Store, Verdict};
 use engine::acl::Acl as Lowered;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -308,7 +308,7 @@ fn can_run(bytes: &[u8]) -> bool {
 struct Both {
     acl: Acl,
     twin: Twin<0>,
-    flows: [RawMap; 3],
+    flows: FlowTable,
     fragments: RawMap,
     quota: RawMap,
     counted: BTreeMap<(Direction, Verdict), u64>,
@@ -339,9 +339,9 @@ impl Both {
         let pinned = |name: &str| RawMap::from_pin(&folder.join(name)).unwrap();
         let counted = bed::counters(&acl);
         Self {
-            acl,
             twin,
-            flows: [maps::OPENING, maps::SURPLUS, maps::ESTABLISHED].map(pinned),
+            flows: acl.table().unwrap(),
+            acl,
             fragments: pinned(maps::FRAGMENTS),
             quota: pinned(maps::QUOTA),
             counted,
@@ -363,10 +363,10 @@ impl Both {
             }
         }
         for ((_, key), _) in std::mem::take(&mut *self.twin.flows.borrow_mut()) {
-            let there = self
-                .flows
+            let stores = [Store::Opening, Store::Surplus, Store::Established];
+            let there = stores
                 .iter()
-                .filter(|map| map.remove(&key).unwrap())
+                .filter(|store| self.flows.remove(**store, &key))
                 .count();
             if there != 1 {
                 found = Some(format!("the host's flow {key:?} is in {there} tables"));

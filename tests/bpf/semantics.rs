@@ -7,6 +7,7 @@ use super::generate::{me, peer};
 use agent::kernel::bpf::{Acl, Options, RawMap};
 use ebpf::abi::Direction::{self, Egress, Ingress};
 use ebpf::abi::maps;
+use ebpf::addresses::SLABS;
 use ebpf::lines::Shape;
 use ebpf::reason::{Accepted, Reason};
 use ebpf::verdict::Verdict;
@@ -604,27 +605,38 @@ fn a_missing_table_is_a_drop_with_its_own_reason() {
     check(&acl, &[(Ingress, syn.clone(), deny(Reason::TableMissing))]);
     shapes.put(&slot, &shape, 0).unwrap();
     check(&acl, &[(Ingress, syn, OPEN)]);
-    // Each of them alone. Who is behind a prefix is told by that table only, and so are ports beside
-    // those that go with a pair.
+    // Each of them alone. The slabs are that of pilots and that of lines; without its pilot an address
+    // is looked for where it is not.
     let needed = [
         (
             maps::IDENTITIES,
+            slot * SLABS,
+            "-0",
             tcp("100.64.0.2", 100, "100.64.0.1", 80, SYN),
             Reason::SourceUnknown,
         ),
         (
-            maps::PAIRS,
+            maps::IDENTITIES,
+            slot * SLABS + 1,
+            "-1",
             tcp("100.64.0.2", 101, "100.64.0.1", 80, SYN),
+            Reason::SourceUnknown,
+        ),
+        (
+            maps::PAIRS,
+            slot,
+            "",
+            tcp("10.1.2.3", 102, "192.168.7.1", 80, SYN),
             Reason::Policy,
         ),
     ];
-    for (name, syn, why) in needed {
+    for (name, index, number, syn, why) in needed {
         let outer = RawMap::from_pin(&bed.folder.join(&layout).join(name)).unwrap();
-        let inner = format!("{name}-{slot}");
+        let inner = format!("{name}-{slot}{number}");
         let inner = RawMap::from_pin(&bed.folder.join(&layout).join(inner)).unwrap();
-        outer.remove(&slot).unwrap();
+        outer.remove(&index).unwrap();
         check(&acl, &[(Ingress, syn.clone(), deny(why))]);
-        outer.put(&slot, &inner.number(), 0).unwrap();
+        outer.put(&index, &inner.number(), 0).unwrap();
         check(&acl, &[(Ingress, syn, OPEN)]);
     }
 }

@@ -5,6 +5,7 @@ use ebpf::abi::{
     Active, Addr, Direction, ECHO_FROM_LOCAL, Flow, FlowKey, Fragment, FragmentKey, Grant,
     Identity, PageKey, PairKey, Ports, PortsKey, Quota, Share,
 };
+use ebpf::addresses::Owned;
 use ebpf::packet::Packet;
 use ebpf::tracks;
 use ebpf::verdict::{Branch, Limits, Store, Tables, Verdict, judge, key_of, take_quota};
@@ -102,6 +103,7 @@ impl<const M: u32> Twin<M> {
 
 impl<const M: u32> Tables for Twin<M> {
     type Entry = (Store, FlowKey);
+    type Line = Owned;
 
     const MUTANT: u32 = M;
 
@@ -120,8 +122,17 @@ impl<const M: u32> Tables for Twin<M> {
         self.fault.get() != Fault::NoTable
     }
 
-    fn identity(&self, _slot: u32, addr: &Addr) -> Option<Identity> {
-        self.tables.borrow().identities.get(addr).copied()
+    fn line(&self, _slot: u32, addr: &Addr) -> Option<Owned> {
+        let tables = self.tables.borrow();
+        let identity = tables.identities.get(addr)?;
+        let homes = acl::addresses::homes(&tables);
+        Some(acl::addresses::line(&tables, &homes, *addr, *identity))
+    }
+
+    fn home(&self, _slot: u32, addr: &Addr) -> Option<Identity> {
+        let homes = acl::addresses::homes(&self.tables.borrow());
+        let home = homes.into_iter().find(|home| home.addr == *addr)?;
+        Some(home.identity)
     }
 
     fn route(&self, _slot: u32, addr: &Addr) -> Option<Identity> {

@@ -6,6 +6,7 @@
 //! /sys/fs/bpf/weir/weir0/ingress, egress        the links (tcx), or the programs (clsact)
 //!                       /layout-XXXXXXXX/MAP    the maps of one layout
 //!                       /layout-XXXXXXXX/MAP-0  the inner map in slot 0 of a policy table
+//!                       /layout-XXXXXXXX/IDENTITIES-0-0  its first slab of addresses
 //! ```
 //!
 //! Pins outlive the agent: whether it stops, crashes or is upgraded, the programs go on deciding
@@ -27,9 +28,11 @@
 )]
 
 mod acl;
+mod addresses;
 mod attach;
 mod error;
 mod events;
+mod flows;
 pub mod guard;
 mod place;
 mod policy;
@@ -41,12 +44,13 @@ mod view;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 pub use self::acl::{Acl, First};
 pub use attach::{How, Options};
 pub use error::AclError;
+pub use flows::FlowTable;
 
 /// The committed object, aligned as the loader wants it.
 static OBJECT: &[u8] =
@@ -108,23 +112,36 @@ mod command {
     pub(super) const OBJ_GET: i64 = 7;
     pub(super) const PROG_TEST_RUN: i64 = 10;
     pub(super) const OBJ_GET_INFO_BY_FD: i64 = 15;
-    pub(super) const MAP_LOOKUP_BATCH: i64 = 24;
     pub(super) const MAP_UPDATE_BATCH: i64 = 26;
     pub(super) const LINK_DETACH: i64 = 34;
 }
 
 /// Map types that we create ourselves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
 pub(crate) enum MapKind {
     /// `BPF_MAP_TYPE_HASH`.
-    Hash = 1,
+    Hash,
     /// `BPF_MAP_TYPE_ARRAY`, of lines.
-    Lines = 2,
+    Lines,
+    /// The same, of one slab.
+    Slab,
     /// `BPF_MAP_TYPE_LPM_TRIE`.
-    LpmTrie = 11,
+    LpmTrie,
     /// `BPF_MAP_TYPE_ARRAY_OF_MAPS`.
-    ArrayOfMaps = 12,
+    ArrayOfMaps,
+}
+
+impl MapKind {
+    /// The kernel's number and the flags that we ask for.
+    const fn as_made(self) -> (u32, u32) {
+        match self {
+            Self::Hash => (1, 0),
+            Self::Lines => (2, LINES),
+            Self::Slab => (2, 0),
+            Self::LpmTrie => (11, NO_PREALLOC),
+            Self::ArrayOfMaps => (12, 0),
+        }
+    }
 }
 
 /// `BPF_F_NO_PREALLOC`, which tries ask for.
@@ -132,8 +149,6 @@ const NO_PREALLOC: u32 = 1;
 /// `BPF_F_MMAPABLE`, so that values begin where a page does, and `BPF_F_INNER_MAP`, so that arrays
 /// of different sizes may stand in one place.
 const LINES: u32 = 1 << 10 | 1 << 12;
-/// More than any bucket holds.
-const KEYS_AT_ONCE: usize = 4_096;
 /// `BPF_ANY`: make or replace.
 pub const ANY: u64 = 0;
 /// `BPF_NOEXIST`: only make.
@@ -378,16 +393,13 @@ impl RawMap {
         inner: Option<&Self>,
     ) -> Result<Self, AclError> {
         let size = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
+        let (map_type, map_flags) = kind.as_made();
         let mut attr = CreateAttr {
-            map_type: kind as u32,
+            map_type,
             key_size: size(key_size),
             value_size: size(value_size),
             max_entries: size(max_entries),
-            map_flags: match kind {
-                MapKind::Hash | MapKind::ArrayOfMaps => 0,
-                MapKind::LpmTrie => NO_PREALLOC,
-                MapKind::Lines => LINES,
-            },
+            map_flags,
             inner_map_fd: inner.map_or(0, Self::number),
             ..CreateAttr::default()
         };
@@ -627,48 +639,6 @@ impl RawMap {
         Ok(typed.collect())
     }
 
-    /// The keys of a hash map, bucket by bucket: none is missing that is there all the time.
-    pub(crate) fn keys<K>(&self) -> Result<Vec<K>, AclError>
-    where
-        K: FromBytes + IntoBytes + Immutable + Copy,
-    {
-        let error = |source| failed("list", &self.name, source);
-        if size_of::<K>() != self.info.key_size as usize {
-            return Err(error(io::ErrorKind::InvalidInput.into()));
-        }
-        let mut keys = Vec::new();
-        let mut some = vec![K::new_zeroed(); KEYS_AT_ONCE];
-        let mut values = vec![0_u8; KEYS_AT_ONCE * self.value_size().next_multiple_of(8)];
-        let mut cursor: Option<u32> = None;
-        loop {
-            let mut next = 0_u32;
-            let mut attr = BatchAttr {
-                in_batch: cursor
-                    .as_ref()
-                    .map_or(0, |cursor| std::ptr::from_ref(cursor) as u64),
-                out_batch: (&raw mut next) as u64,
-                keys: some.as_mut_ptr() as u64,
-                values: values.as_mut_ptr() as u64,
-                count: KEYS_AT_ONCE as u32,
-                map_fd: fd_number(&self.fd),
-                ..BatchAttr::default()
-            };
-            // SAFETY: `count` keys (of the map's size, checked above) and values fit the buffers,
-            // and a cursor is one u32 in hash maps; all live through the call.
-            let result = unsafe { bpf(command::MAP_LOOKUP_BATCH, &mut attr) };
-            let found = (attr.count as usize).min(KEYS_AT_ONCE);
-            match result {
-                Ok(_) => keys.extend_from_slice(&some[..found]),
-                Err(source) if source.raw_os_error() == Some(libc::ENOENT) => {
-                    keys.extend_from_slice(&some[..found]);
-                    return Ok(keys);
-                }
-                Err(source) => return Err(error(source)),
-            }
-            cursor = Some(next);
-        }
-    }
-
     /// The same with values as bytes, for maps of another layout.
     pub(crate) fn raw_entries<K>(&self, limit: usize) -> Result<Vec<(K, Vec<u8>)>, AclError>
     where
@@ -745,11 +715,11 @@ unsafe impl Sync for Mapped {}
 impl Mapped {
     /// Maps them all.
     fn map(map: &RawMap) -> Result<Self, AclError> {
-        map.check_value("map", size_of::<u64>())?;
         // SAFETY: asks for a number.
         let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
         let page = usize::try_from(page).unwrap_or(4096);
-        let count = map.capacity();
+        let size = map.value_size().next_multiple_of(size_of::<u64>());
+        let count = map.capacity() * size / size_of::<u64>();
         let bytes = (count * size_of::<u64>()).next_multiple_of(page);
         // SAFETY: a fresh shared mapping of whole pages of the map; it is unmapped on drop.
         let address = unsafe {
@@ -778,6 +748,12 @@ impl Mapped {
         // SAFETY: mapped for as long as this value lives, aligned to a page, so many words, and only
         // ever accessed atomically from here.
         unsafe { std::slice::from_raw_parts(self.words.as_ptr(), self.count) }
+    }
+
+    /// The same memory in halves of words. Whoever uses both uses each for other parts of it.
+    fn halves(&self) -> &[AtomicU32] {
+        // SAFETY: as for `words`.
+        unsafe { std::slice::from_raw_parts(self.words.as_ptr().cast(), 2 * self.count) }
     }
 }
 

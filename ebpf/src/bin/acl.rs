@@ -26,6 +26,8 @@
 
 #[path = "acl/answer.rs"]
 mod answer;
+#[path = "acl/flows.rs"]
+mod flows;
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::bindings::{
@@ -38,20 +40,21 @@ use aya_ebpf::helpers::{bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_skb_load_byt
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
 use core::intrinsics::{AtomicOrdering, atomic_or};
-use core::ptr::NonNull;
 use ebpf::abi::{
-    Active, Addr, Allowance, Counter, Direction, Dropped, ESTABLISHED_FLOWS, EVENT_BYTES,
-    FRAGMENTED_DATAGRAMS, Flow, FlowKey, Fragment, FragmentKey, Grant, Identity, OPENING_FLOWS,
-    Page, PageKey, PairKey, Ports, PortsKey, Quota, SHARES, SLOTS, SURPLUS_FLOWS, Share, Told,
+    Active, Addr, Allowance, Counter, Direction, Dropped, EVENT_BYTES,
+    FRAGMENTED_DATAGRAMS, Flow, FlowKey, Fragment, FragmentKey, Grant, Identity,
+    Page, PageKey, PairKey, Ports, PortsKey, Quota, SHARES, SLOTS, Share, Told,
 };
+use ebpf::addresses::{Book, LINE_BYTES, Owned, Place, SLAB_BYTES, SLABS, Slab};
 use ebpf::event;
-use ebpf::lines::{self, GrantedLine, OwnedLine, Shape};
+use ebpf::lines::{self, GrantedLine, Shape};
 use ebpf::packet::{Bytes, Packet, What, general, parse};
 use ebpf::reason::{OUTCOMES, Reason};
 use ebpf::tracks;
 use ebpf::verdict::{self, Answer, InVain, Store, Tables, Verdict, decide, take_quota};
 
 const SLOTS_LEN: usize = SLOTS as usize;
+const SLABS_LEN: usize = (SLOTS * SLABS) as usize;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 /// Lines begin where the processor's do, and slots have different numbers of them.
 const LINES: usize = MMAPABLE | BPF_F_INNER_MAP as usize;
@@ -63,11 +66,11 @@ type Slotted<M> = ArrayOfMaps<M, SLOTS_LEN>;
 
 #[btf_map]
 static ACTIVE: Array<u64, 1, MMAPABLE> = Array::new();
-/// Where entries are in the tables of lines, by slot.
+/// How tables are looked into, by slot.
 #[btf_map]
 static SHAPES: Array<Shape, SLOTS_LEN> = Array::new();
 #[btf_map]
-static IDENTITIES: Slotted<Array<OwnedLine, TEMPLATE, LINES>> = ArrayOfMaps::new();
+static IDENTITIES: ArrayOfMaps<Array<Slab, 1>, SLABS_LEN> = ArrayOfMaps::new();
 #[btf_map]
 static PREFIXES: Slotted<LpmTrie<Addr, Identity, TEMPLATE, NO_PREALLOC>> = ArrayOfMaps::new();
 #[btf_map]
@@ -76,12 +79,6 @@ static PAIRS: Slotted<Array<GrantedLine, TEMPLATE, LINES>> = ArrayOfMaps::new();
 static PORTS: Slotted<HashMap<PortsKey, Ports, TEMPLATE>> = ArrayOfMaps::new();
 #[btf_map]
 static PAGES: Slotted<HashMap<PageKey, Page, TEMPLATE>> = ArrayOfMaps::new();
-#[btf_map]
-static OPENING: LruHashMap<FlowKey, Flow, { OPENING_FLOWS as usize }> = LruHashMap::new();
-#[btf_map]
-static ESTABLISHED: LruHashMap<FlowKey, Flow, { ESTABLISHED_FLOWS as usize }> = LruHashMap::new();
-#[btf_map]
-static SURPLUS: LruHashMap<FlowKey, Flow, { SURPLUS_FLOWS as usize }> = LruHashMap::new();
 /// Which flows cannot be there: see [`ebpf::tracks`].
 #[btf_map]
 static TRACKS: Array<u64, { tracks::ALL_WORDS as usize }, MMAPABLE> = Array::new();
@@ -161,8 +158,26 @@ fn leave_tracks(place: u32) {
     }
 }
 
+/// A place of the table of addresses, with so many bytes after it.
+#[inline(always)]
+fn in_slab<const BYTES: usize>(slot: u32, place: Place) -> Option<*const u8> {
+    let number = slot * SLABS + (place.slab & (SLABS - 1));
+    let slab = IDENTITIES.get(number)?.get_ptr(0)?;
+    let at = place.at as usize;
+    // SAFETY: the slab has so many bytes there.
+    (at <= SLAB_BYTES - BYTES).then(|| unsafe { slab.cast::<u8>().add(at) })
+}
+
+#[inline(always)]
+fn line_at(slot: u32, place: Place) -> Option<&'static Owned> {
+    let line = in_slab::<LINE_BYTES>(slot, place)?;
+    // SAFETY: a line of a slab; entries of an active slot are added and never changed or removed.
+    Some(unsafe { &*line.cast::<Owned>() })
+}
+
 impl Tables for Maps {
-    type Entry = NonNull<Flow>;
+    type Entry = flows::Found;
+    type Line = &'static Owned;
 
     #[inline(always)]
     fn active(&self) -> Active {
@@ -181,29 +196,28 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn identity(&self, slot: u32, addr: &Addr) -> Option<Identity> {
-        let plan = SHAPES.get(slot)?.identities;
-        let table = IDENTITIES.get(slot)?;
-        let [one, two] = lines::places(lines::hash_of_addr(addr, plan.seed), plan.lines);
-        match table.get(one)?.find(addr) {
-            Some(identity) => Some(identity),
-            None => table.get(two)?.find(addr),
+    fn line(&self, slot: u32, addr: &Addr) -> Option<&'static Owned> {
+        let book = &SHAPES.get(slot)?.book;
+        let hash = book.hash(addr);
+        let pilot = in_slab::<1>(slot, Book::pilot(book.bucket(hash)))?;
+        // SAFETY: a byte of a slab.
+        let line = line_at(slot, book.line(hash, unsafe { *pilot }))?;
+        if line.addr == *addr {
+            return Some(line);
         }
+        let line = line_at(slot, book.newcomer(hash))?;
+        (line.addr == *addr).then_some(line)
     }
 
     #[inline(always)]
-    fn own_identity(&self, slot: u32, addr: &Addr) -> Option<Identity> {
+    fn home(&self, slot: u32, addr: &Addr) -> Option<Identity> {
         let shape = SHAPES.get(slot)?;
         let own = if addr.is_v4() {
             &shape.own[1]
         } else {
             &shape.own[0]
         };
-        if own.addr == *addr {
-            Some(own.identity)
-        } else {
-            self.identity(slot, addr)
-        }
+        (own.addr == *addr).then_some(own.identity)
     }
 
     #[inline(always)]
@@ -256,48 +270,29 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn find(&self, store: Store, key: &FlowKey) -> Option<Self::Entry> {
-        let flow = match store {
-            Store::Opening => OPENING.get_ptr_mut(key),
-            Store::Established => ESTABLISHED.get_ptr_mut(key),
-            Store::Surplus => SURPLUS.get_ptr_mut(key),
-        };
-        flow.and_then(NonNull::new)
+        flows::find(store, key)
     }
 
     #[inline(always)]
     fn load(&self, entry: Self::Entry) -> Flow {
-        // SAFETY: a value of a preallocated map: always readable. It may meanwhile belong to
-        // another flow, if this one was evicted between two instructions; then one packet that
-        // policy allowed a moment ago passes on the other's account.
-        unsafe { entry.read() }
+        entry.load()
     }
 
     #[inline(always)]
     fn save(&self, entry: Self::Entry, flow: Flow) {
-        // SAFETY: as for `load`; whole words are written, so a reader sees old or new fields.
-        unsafe { entry.write(flow) }
+        entry.save(flow);
     }
 
     #[inline(always)]
     fn insert(&self, store: Store, key: &FlowKey, flow: &Flow) -> bool {
         // Before it is there: whoever finds no track can find no flow.
         leave_tracks(tracks::of_key(key));
-        match store {
-            Store::Opening => OPENING.insert(key, flow, 0),
-            Store::Established => ESTABLISHED.insert(key, flow, 0),
-            Store::Surplus => SURPLUS.insert(key, flow, 0),
-        }
-        .is_ok()
+        flows::insert(store, key, flow)
     }
 
     #[inline(always)]
     fn remove(&self, store: Store, key: &FlowKey) {
-        // Failure means that it is gone already.
-        let _ = match store {
-            Store::Opening => OPENING.remove(key),
-            Store::Established => ESTABLISHED.remove(key),
-            Store::Surplus => SURPLUS.remove(key),
-        };
+        flows::remove(store, key);
     }
 
     #[inline(always)]
@@ -354,7 +349,7 @@ impl Tables for Maps {
             | What::OtherIcmp
                 if in_vain == InVain::Everywhere =>
             {
-                Verdict::from_code(acl_of_new(way, now_ns))
+                verdict::of_new(self, packet, direction, now_ns)
             }
             What::Segment
             | What::Datagram
@@ -364,6 +359,11 @@ impl Tables for Maps {
             | What::Reply
             | What::OtherIcmp => Verdict::from_code(acl_of_flow(way, now_ns, in_vain as u32)),
         }
+    }
+
+    #[inline(always)]
+    fn may_begin(&self, _packet: &Packet, direction: Direction) -> Answer {
+        Answer::from_code(acl_may_begin(direction as u32))
     }
 
     #[inline(always)]
@@ -404,10 +404,10 @@ pub extern "C" fn acl_allows(key: *const FlowKey, initiator: u32, slot: u32) -> 
         let verdict = Verdict::deny(Reason::TableMissing);
         return Answer { verdict, share: 0 }.code();
     }
-    // SAFETY: callers pass a whole key; the verifier checks that it is readable. Volatile, so that
-    // it is copied: Linux 6.1 takes nothing of a caller's memory for the key of a map.
-    let key = unsafe { key.read_volatile() };
-    verdict::allows_flow(&Maps, &key, initiator, slot).code()
+    // SAFETY: callers pass a whole key; the verifier checks that it is readable. No map is asked
+    // with a pointer into it, which Linux 6.1 would not take.
+    let key = unsafe { &*key };
+    verdict::allows_flow(&Maps, key, initiator, slot).code()
 }
 
 /// The packet at hand.
@@ -443,13 +443,16 @@ pub extern "C" fn acl_of_flow(direction: u32, now_ns: u64, in_vain: u32) -> u32 
     .code()
 }
 
-/// [`verdict::of_new`], as a global function for the same reason.
+/// [`verdict::may_begin`], as a global function for the same reason.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn acl_of_new(direction: u32, now_ns: u64) -> u32 {
+pub extern "C" fn acl_may_begin(direction: u32) -> u64 {
     match packet_at_hand() {
-        Some(packet) => verdict::of_new(&Maps, packet, direction_of(direction), now_ns),
-        None => Verdict::deny(Reason::TableMissing),
+        Some(packet) => verdict::may_begin(&Maps, packet, direction_of(direction)),
+        None => Answer {
+            verdict: Verdict::deny(Reason::TableMissing),
+            share: 0,
+        },
     }
     .code()
 }

@@ -216,8 +216,9 @@ pub(super) fn live<T: Tables>(
     Some((store, entry, flow))
 }
 
-/// Takes a flow out of its table, and gives back what it took of its peer's share.
-#[inline(always)]
+/// Takes a flow out of its table, and gives back what it took of its peer's share. Not inlined,
+/// because stack is scarce where it is called.
+#[inline(never)]
 fn forget<T: Tables>(tables: &T, store: Store, key: &FlowKey, share: u16) {
     tables.remove(store, key);
     if store == Store::Established {
@@ -226,7 +227,7 @@ fn forget<T: Tables>(tables: &T, store: Store, key: &FlowKey, share: u16) {
 }
 
 /// Counts one lasting flow more, or one less: of its peer, and of all together.
-#[inline(always)]
+#[inline(never)]
 fn count<T: Tables, const MORE: bool>(tables: &T, number: u16) {
     count_one::<T, MORE>(tables, TOGETHER);
     if number != TOGETHER {
@@ -528,7 +529,7 @@ pub(super) fn begin<T: Tables>(
 }
 
 /// Where a new flow goes, which counts against its peer's share.
-#[inline(always)]
+#[inline(never)]
 fn place<T: Tables>(tables: &T, number: u16, now_ns: u64) -> Store {
     let Some(mut share) = tables.share(number) else {
         return Store::Surplus;

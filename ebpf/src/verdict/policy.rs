@@ -2,23 +2,26 @@
 //!
 //! At most eight look-ups, whatever the number of rules, ports and peers: two exact ones for the
 //! addresses (each with one longest-prefix match behind it), one for the pair of classes, two for
-//! a protocol that the pair's grant has not, and one for a page of ports. Mostly three.
+//! a protocol that the pair's grant has not, and one for a page of ports. Mostly one: this node's
+//! own address is at hand, and the other's line has the grants between the two.
 
 use super::{Answer, At, Branch, Tables, Verdict, holds};
 use crate::abi::{
     ANY_PROTOCOL, Addr, Direction, EVERYTHING, FlowKey, Identity, PAGE_PORTS, PageKey, PairKey,
     PortsKey, SetId, ports_kind, side,
 };
+use crate::addresses::{Near, Owned, near};
 use crate::packet::Packet;
 use crate::reason::{Accepted, Reason};
+use core::borrow::Borrow as _;
 
 /// May this initiate that?
 struct Question<'a> {
     src: &'a Addr,
     dst: &'a Addr,
     /// Destination port; ignored by protocols without.
-    port: u32,
-    protocol: u32,
+    port: &'a u16,
+    protocol: &'a u8,
     /// Of the first packet.
     direction: Direction,
     /// Slot of the policy tables.
@@ -28,12 +31,12 @@ struct Question<'a> {
 /// Policy's answer to the first packet of a flow, in the direction of its initiator.
 #[inline(always)]
 pub fn allows_flow<T: Tables>(tables: &T, key: &FlowKey, initiator: u32, slot: u32) -> Answer {
-    let protocol = u32::from(key.protocol);
+    let protocol = &key.protocol;
     let question = if holds::<T>(8, initiator == Direction::Ingress as u32) {
         Question {
             src: &key.remote,
             dst: &key.local,
-            port: u32::from(key.local_port),
+            port: &key.local_port,
             protocol,
             direction: Direction::Ingress,
             slot,
@@ -42,7 +45,7 @@ pub fn allows_flow<T: Tables>(tables: &T, key: &FlowKey, initiator: u32, slot: u
         Question {
             src: &key.local,
             dst: &key.remote,
-            port: u32::from(key.remote_port),
+            port: &key.remote_port,
             protocol,
             direction: Direction::Egress,
             slot,
@@ -65,8 +68,8 @@ pub(super) fn allows_packet<T: Tables>(
         &Question {
             src: &tuple.src,
             dst: &tuple.dst,
-            port: u32::from(tuple.dst_port),
-            protocol: u32::from(tuple.protocol),
+            port: &tuple.dst_port,
+            protocol: &tuple.protocol,
             direction,
             slot,
         },
@@ -103,48 +106,128 @@ fn refusal<T: Tables>(tables: &T, question: &Question) -> Result<u32, Reason> {
     }
     routable(tables, src)?;
     routable(tables, dst)?;
-    let source = owner(tables, slot, src, direction == Direction::Egress);
-    check_source(tables, direction, source.side)?;
-    let destination = owner(tables, slot, dst, direction == Direction::Ingress);
-    check_destination(tables, direction, destination.side)?;
-    if source.as_source == 0 || destination.as_destination == 0 {
-        tables.probe(Branch::ClassZero);
-        return Err(Reason::Policy);
-    }
-    let share = match direction {
-        Direction::Ingress => source.share,
-        Direction::Egress => destination.share,
+    let (ours, theirs) = match direction {
+        Direction::Ingress => (dst, src),
+        Direction::Egress => (src, dst),
     };
+    let home = tables.home(slot, ours);
+    let us = match home {
+        Some(identity) => identity,
+        None => owner(tables, slot, ours),
+    };
+    let line = tables.line(slot, theirs);
+    let peer = match &line {
+        Some(line) => line.borrow().identity(),
+        None => routed(tables, slot, theirs),
+    };
+    check_sides(tables, direction, us.side, peer.side)?;
+    if let Some(line) = &line
+        && holds::<T>(30, home.is_some())
+        && let Some(allowed) = by_line(tables, line.borrow(), question)
+    {
+        return if allowed {
+            Ok(peer.share)
+        } else {
+            Err(Reason::Policy)
+        };
+    }
+    let (source, destination) = match direction {
+        Direction::Ingress => (peer.as_source, us.as_destination),
+        Direction::Egress => (us.as_source, peer.as_destination),
+    };
+    if by_pair(tables, question, source, destination) {
+        Ok(peer.share)
+    } else {
+        Err(Reason::Policy)
+    }
+}
+
+/// Anti-spoof on both ends, the source first.
+#[inline(always)]
+fn check_sides<T: Tables>(
+    tables: &T,
+    direction: Direction,
+    ours: u32,
+    theirs: u32,
+) -> Result<(), Reason> {
+    let (source, destination) = match direction {
+        Direction::Ingress => (theirs, ours),
+        Direction::Egress => (ours, theirs),
+    };
+    check_source(tables, direction, source)?;
+    check_destination(tables, direction, destination)
+}
+
+/// What the line of a peer's address says; `None` if the table of pairs has to be asked.
+#[inline(always)]
+fn by_line<T: Tables>(tables: &T, line: &Owned, question: &Question) -> Option<bool> {
+    let Near {
+        kind,
+        protocol,
+        ranges,
+    } = line.near(question.direction);
+    let same_protocol = protocol == *question.protocol;
+    match kind {
+        near::RANGES | near::RANGES_AND_MORE if same_protocol => {
+            tables.probe(Branch::LinePorts);
+            Some(in_ranges::<T, _>(&ranges, *question.port))
+        }
+        near::RANGES => {
+            tables.probe(Branch::LineOtherProtocol);
+            Some(false)
+        }
+        near::NOTHING => {
+            tables.probe(Branch::LineNothing);
+            Some(false)
+        }
+        near::EVERYTHING => {
+            tables.probe(Branch::LineEverything);
+            Some(true)
+        }
+        _ => {
+            tables.probe(Branch::LineSilent);
+            None
+        }
+    }
+}
+
+/// What the table of pairs says.
+#[inline(always)]
+fn by_pair<T: Tables>(tables: &T, question: &Question, source: u32, destination: u32) -> bool {
+    let slot = question.slot;
+    if source == 0 || destination == 0 {
+        tables.probe(Branch::ClassZero);
+        return false;
+    }
     let pair = PairKey {
-        source: source.as_source,
-        destination: destination.as_destination,
-        direction: direction as u32,
+        source,
+        destination,
+        direction: question.direction as u32,
     };
     let Some(grant) = tables.pair(slot, &pair) else {
         tables.probe(Branch::PairNone);
-        return Err(Reason::Policy);
+        return false;
     };
     if holds::<T>(16, grant.set == EVERYTHING) {
         tables.probe(Branch::PairEverything);
-        return Ok(share);
+        return true;
     }
-    let port = question.port as u16;
-    let allowed = if u32::from(grant.protocol) == question.protocol {
+    let port = *question.port;
+    let allowed = if grant.protocol == u16::from(*question.protocol) {
         tables.probe(Branch::PortsOfGrant);
         in_ranges::<T, _>(&grant.ranges, port)
     } else if grant.more == 0 {
         tables.probe(Branch::NoMorePorts);
         false
     } else {
-        in_set(tables, slot, grant.set, question.protocol, port)
+        in_set(tables, slot, grant.set, u32::from(*question.protocol), port)
     };
-    if allowed {
-        tables.probe(Branch::PortIn);
-        Ok(share)
+    tables.probe(if allowed {
+        Branch::PortIn
     } else {
-        tables.probe(Branch::PortOut);
-        Err(Reason::Policy)
-    }
+        Branch::PortOut
+    });
+    allowed
 }
 
 /// Refuses addresses that never belong to a peer, whatever the tables say.
@@ -171,17 +254,18 @@ fn routable<T: Tables>(tables: &T, addr: &Addr) -> Result<(), Reason> {
     Err(reason)
 }
 
-/// Who has an address: nobody, too, is an answer. `ours`: we should.
+/// Who has an address: nobody, too, is an answer.
 #[inline(always)]
-fn owner<T: Tables>(tables: &T, slot: u32, addr: &Addr, ours: bool) -> Identity {
-    let exact = if ours {
-        tables.own_identity(slot, addr)
-    } else {
-        tables.identity(slot, addr)
-    };
-    if let Some(identity) = exact {
-        return identity;
+fn owner<T: Tables>(tables: &T, slot: u32, addr: &Addr) -> Identity {
+    match tables.identity(slot, addr) {
+        Some(identity) => identity,
+        None => routed(tables, slot, addr),
     }
+}
+
+/// Who has the longest prefix around an address that nobody has.
+#[inline(always)]
+fn routed<T: Tables>(tables: &T, slot: u32, addr: &Addr) -> Identity {
     match tables.route(slot, addr) {
         Some(identity) => {
             tables.probe(Branch::OwnerOfRoute);
@@ -189,15 +273,17 @@ fn owner<T: Tables>(tables: &T, slot: u32, addr: &Addr, ours: bool) -> Identity 
         }
         None => {
             tables.probe(Branch::OwnerNobody);
-            Identity {
-                as_source: 0,
-                as_destination: 0,
-                side: side::NOBODY,
-                share: 0,
-            }
+            NOBODY
         }
     }
 }
+
+const NOBODY: Identity = Identity {
+    as_source: 0,
+    as_destination: 0,
+    side: side::NOBODY,
+    share: 0,
+};
 
 /// Anti-spoof: a packet from the network comes from a peer, one to the network from this side.
 #[inline(always)]
@@ -242,7 +328,7 @@ fn check_destination<T: Tables>(tables: &T, direction: Direction, side: u32) -> 
 /// Anti-spoof alone, for packets that policy does not judge.
 #[inline(never)]
 pub(super) fn sender<T: Tables>(tables: &T, src: &Addr, at: &At) -> Result<(), Reason> {
-    let side = owner(tables, at.active.slot, src, false).side;
+    let side = owner(tables, at.active.slot, src).side;
     check_source(tables, at.direction, side)
 }
 

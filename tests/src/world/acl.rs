@@ -9,6 +9,7 @@ use ebpf::abi::{
     Active, Addr, Direction, Flow, FlowKey, Fragment, FragmentKey, Grant, Identity, PageKey,
     PairKey, Ports, PortsKey, Quota, Share,
 };
+use ebpf::addresses::{Near, Owned};
 use ebpf::packet::Packet;
 use ebpf::verdict::{Store, judge, take_quota};
 use engine::plan::{Policy, Step};
@@ -58,6 +59,7 @@ impl Acl {
 
 impl ebpf::verdict::Tables for Acl {
     type Entry = (Store, FlowKey);
+    type Line = Owned;
 
     fn active(&self) -> Active {
         Active {
@@ -70,8 +72,13 @@ impl ebpf::verdict::Tables for Acl {
         self.policy.is_some()
     }
 
-    fn identity(&self, _slot: u32, addr: &Addr) -> Option<Identity> {
-        self.policy.as_ref()?.tables.identities.get(addr).copied()
+    fn line(&self, _slot: u32, addr: &Addr) -> Option<Owned> {
+        let identity = *self.policy.as_ref()?.tables.identities.get(addr)?;
+        Some(Owned::new(*addr, identity, [Near::ASK; 2]))
+    }
+
+    fn home(&self, _slot: u32, _addr: &Addr) -> Option<Identity> {
+        None
     }
 
     fn route(&self, _slot: u32, addr: &Addr) -> Option<Identity> {

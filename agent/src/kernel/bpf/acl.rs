@@ -1,6 +1,8 @@
 //! [`Acl`]: programs on one device, with their maps, as the rest of the agent uses them.
 
+use super::addresses::Addresses;
 use super::events::Events;
+use super::flows::{FlowTable, Flows};
 use super::policy::{self, Settling, Slot};
 use super::tracks::Tracks;
 use super::{AclError, How, Mapped, Options, PASSED, RawMap, Run, attach, now_ns, test_run, view};
@@ -46,9 +48,7 @@ pub struct Acl {
     pub(super) word: ActiveWord,
     pub(super) shapes: RawMap,
     pub(super) tracks: Tracks,
-    pub(super) established: RawMap,
-    pub(super) opening: RawMap,
-    pub(super) surplus: RawMap,
+    pub(super) flows: Flows,
     pub(super) shares: RawMap,
     /// When flows were last counted anew.
     pub(super) recounted_ns: Option<u64>,
@@ -59,7 +59,8 @@ pub struct Acl {
     pub(super) lost: RawMap,
     /// Opened when somebody first wants to see drops.
     pub(super) events: Option<Events>,
-    pub(super) outer: [RawMap; 5],
+    pub(super) addresses: Addresses,
+    pub(super) outer: [RawMap; 4],
     pub(super) slots: [Option<Slot>; 2],
     /// Until when packets may be in the idle slot.
     pub(super) settling: Option<Settling>,
@@ -231,17 +232,15 @@ impl Acl {
     /// # Errors
     /// [`AclError::Map`].
     pub fn flows(&self, limit: usize) -> Result<Vec<(Store, FlowKey, Flow)>, AclError> {
-        let mut flows = Vec::new();
-        for (store, map) in [
-            (Store::Established, &self.established),
-            (Store::Opening, &self.opening),
-            (Store::Surplus, &self.surplus),
-        ] {
-            for (key, flow) in map.entries(limit.saturating_sub(flows.len()))? {
-                flows.push((store, key, flow));
-            }
-        }
-        Ok(flows)
+        Ok(self.table()?.iter().take(limit).collect())
+    }
+
+    /// The table of flows itself, for tests.
+    ///
+    /// # Errors
+    /// [`AclError::Map`].
+    pub fn table(&self) -> Result<FlowTable, AclError> {
+        self.flows.table()
     }
 
     /// All that the maps hold, as text for a failure's folder.
@@ -263,6 +262,10 @@ impl Acl {
         for (number, slot) in self.slots.iter().enumerate() {
             if let Some(slot) = slot {
                 let _ = writeln!(text, "slot {number}");
+                let number = u32::try_from(number).unwrap_or(0);
+                for line in self.addresses.lines(number, &slot.book(), DUMPED_ENTRIES) {
+                    let _ = writeln!(text, "address {line:?}");
+                }
                 slot.dump(&mut text, DUMPED_ENTRIES)?;
             }
         }

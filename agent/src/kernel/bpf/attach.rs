@@ -11,9 +11,11 @@
 //! before the programs change and once more after it, for those that began in between.
 
 use super::acl::ActiveWord;
+use super::addresses::Addresses;
+use super::flows::{Flows, FlowTable};
 use super::policy::Slot;
 use super::tracks::Tracks;
-use super::{Acl, AclError, Mapped, NEW, OBJECT, RawMap, link_ifindex};
+use super::{Acl, AclError, Mapped, OBJECT, RawMap, link_ifindex};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::tc::{
     NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact,
@@ -21,11 +23,10 @@ use aya::programs::tc::{
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader};
-use ebpf::abi::{self, Direction, Flow, FlowKey, maps, programs};
+use ebpf::abi::{self, Direction, maps, programs};
 use std::fs;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
-use zerocopy::{FromZeros as _, IntoBytes as _};
 
 /// Place of our filter among those of a clsact qdisc: before all others, under a number that
 /// nobody takes by chance.
@@ -198,6 +199,7 @@ fn other_layouts(folder: &Path, ours: &Path) -> Result<Vec<PathBuf>, AclError> {
 
 fn load(layout: &Path) -> Result<Ebpf, AclError> {
     super::policy::make_outer(layout)?;
+    super::addresses::make_outer(layout)?;
     let mut loader = EbpfLoader::new();
     for name in maps::SLOTTED.into_iter().chain(maps::PLAIN) {
         loader.map_pin_path(name, layout.join(name));
@@ -231,6 +233,8 @@ fn assemble(
     let active = word.load().slot;
     let adopt = |number| Slot::from_pins(layout, number, &shapes);
     let slots = [0, 1].map(|number| (number == active).then(|| adopt(number)).flatten());
+    let books = slots.each_ref().map(|slot| slot.as_ref().map(Slot::book));
+    let addresses = Addresses::open(map(maps::IDENTITIES)?, layout, books)?;
     Ok(Acl {
         index,
         how,
@@ -239,9 +243,7 @@ fn assemble(
         word,
         shapes,
         tracks: Tracks::new(Mapped::map(&map(maps::TRACKS)?)?),
-        established: map(maps::ESTABLISHED)?,
-        opening: map(maps::OPENING)?,
-        surplus: map(maps::SURPLUS)?,
+        flows: Flows::open(map(maps::FLOWS)?, &map(maps::SEEDS)?)?,
         shares: map(maps::SHARES)?,
         recounted_ns: None,
         fragments: map(maps::FRAGMENTS)?,
@@ -250,8 +252,8 @@ fn assemble(
         answers: map(maps::ANSWERS)?,
         lost: map(maps::LOST)?,
         events: None,
+        addresses,
         outer: [
-            map(maps::IDENTITIES)?,
             map(maps::PREFIXES)?,
             map(maps::PAIRS)?,
             map(maps::PORTS)?,
@@ -394,41 +396,23 @@ pub(super) fn remove_filter(interface: &str, kind: TcAttachType, priority: u16) 
 /// Copies flows that the new maps do not have. A flow that cannot be read is picked up later by its
 /// next ACK, or decided as a first packet; so nothing here fails the upgrade.
 fn copy_flows(acl: &Acl, former: &[PathBuf]) {
+    let Ok(to) = acl.flows.table() else {
+        return;
+    };
     for layout in former {
-        for (name, to) in [
-            (maps::ESTABLISHED, &acl.established),
-            (maps::OPENING, &acl.opening),
-            (maps::SURPLUS, &acl.surplus),
-        ] {
-            let Ok(from) = RawMap::from_pin(&layout.join(name)) else {
-                continue;
-            };
-            // Every flow is decided again under the first policy of the new maps: their epochs
-            // have nothing to do with the old ones.
-            for (key, mut flow) in from.flows_of_any_layout() {
-                flow.epoch = 0;
-                acl.tracks.leave(&key);
-                let _ = to.put(&key, &flow, NEW);
-            }
-        }
-    }
-}
-
-impl RawMap {
-    /// Flows of a layout with our keys, as far as their values go: fields are only ever appended.
-    fn flows_of_any_layout(&self) -> Vec<(FlowKey, Flow)> {
-        let most = self.capacity();
-        let entries: Vec<(FlowKey, Vec<u8>)> = self.raw_entries(most).unwrap_or_default();
-        let flow = |bytes: &[u8]| {
-            let mut flow = Flow::new_zeroed();
-            let known = bytes.len().min(size_of::<Flow>());
-            flow.as_mut_bytes()[..known].copy_from_slice(&bytes[..known]);
-            flow
+        let Ok(map) = RawMap::from_pin(&layout.join(maps::FLOWS)) else {
+            continue;
         };
-        entries
-            .into_iter()
-            .map(|(key, bytes)| (key, flow(&bytes)))
-            .collect()
+        let Ok(from) = FlowTable::of_any_layout(&map) else {
+            continue;
+        };
+        // Every flow is decided again under the first policy of the new maps: their epochs have
+        // nothing to do with the old ones.
+        for (store, key, mut flow) in from.iter() {
+            flow.epoch = 0;
+            acl.tracks.leave(&key);
+            to.add(store, &key, &flow);
+        }
     }
 }
 

@@ -8,18 +8,17 @@
 //!
 //! *In place.* A change that only adds goes into the active slot, what is named before what names it.
 //! Entries there are never changed or removed: a packet may be reading them. What goes into a line is
-//! written first without its key, which nobody finds, and then with it.
+//! written first without its key, which nobody finds, and then with it. What a line says of the node
+//! itself it says of the address that the node had first when the slot was filled ([`Shape`]).
 
 use super::{ANY, Acl, AclError, MapKind, NEW, RawMap, failed};
 use ebpf::abi::{
-    Active, Addr, Grant, Identity, Page, PageKey, PairKey, Ports, PortsKey, SLOTS, maps, side,
+    Active, Addr, Grant, Identity, Page, PageKey, PairKey, Ports, PortsKey, SLOTS, maps,
 };
-use ebpf::lines::{
-    Granted, GrantedLine, Owned, OwnedLine, Plan, Shape, hash_of_addr, hash_of_pair, pair_word,
-    places,
-};
-use engine::acl::lines::{Entry, Laid, granted, lay, lines_for, owned};
-use engine::acl::{Change, Patch, PrefixKey, Tables};
+use ebpf::addresses::{Book, Home};
+use ebpf::lines::{Granted, GrantedLine, Plan, Shape, hash_of_pair, pair_word, places};
+use engine::acl::lines::{Laid, granted, lay, lines_for};
+use engine::acl::{Change, Patch, PrefixKey, Tables, addresses};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -56,9 +55,8 @@ const MOST_REMOVED: usize = 4_096;
 /// A table of lines that has more of them than this times what is needed is replaced.
 const MOST_TOO_LARGE: usize = 4;
 
-/// The inner maps of one slot.
+/// One slot: how it is looked into, and its inner maps beside the slabs of addresses.
 pub(super) struct Slot {
-    identities: RawMap,
     prefixes: RawMap,
     pairs: RawMap,
     ports: RawMap,
@@ -66,58 +64,40 @@ pub(super) struct Slot {
     shape: Shape,
 }
 
-/// Lines that are laid out, for either table.
+/// Tables that are laid out.
 struct Lines {
-    identities: Laid<Owned>,
-    pairs: Laid<Granted>,
+    addresses: addresses::Laid,
+    pairs: Laid,
 }
 
 impl Lines {
-    /// As many as `former` has room for, if that is enough and not far too much.
-    fn of(tables: &Tables, former: Option<&Slot>) -> Result<Self, AclError> {
-        let count = |entries: usize, map: fn(&Slot) -> &RawMap| {
-            let least = lines_for(entries);
-            let room = former.map_or(0, |slot| map(slot).capacity());
-            if (least..=least * MOST_TOO_LARGE).contains(&room) {
-                room
-            } else {
-                least
-            }
+    /// Lays them out: of pairs as many lines as `former` has room for, if that is enough and not far
+    /// too much.
+    fn of(tables: &Tables, former: Option<&Slot>, shift: u32) -> Result<Self, AclError> {
+        let least = lines_for(tables.pairs.len());
+        let room = former.map_or(0, |slot| slot.pairs.capacity());
+        let count = if (least..=least * MOST_TOO_LARGE).contains(&room) {
+            room
+        } else {
+            least
         };
         std::thread::scope(|scope| {
-            let lines = count(tables.pairs.len(), |slot| &slot.pairs);
-            let pairs = scope.spawn(move || laid(maps::PAIRS, &tables.pairs, lines));
-            let lines = count(tables.identities.len(), |slot| &slot.identities);
+            let pairs = scope.spawn(move || lay(&tables.pairs, count));
+            let addresses = addresses::lay(tables, shift);
             Ok(Self {
-                identities: laid(maps::IDENTITIES, &tables.identities, lines)?,
-                pairs: joined(pairs)?,
+                pairs: joined(pairs).ok_or_else(|| full("lay out", maps::PAIRS))?,
+                addresses: addresses.ok_or_else(|| full("lay out", maps::IDENTITIES))?,
             })
         })
     }
 }
 
-/// The first address of this node in a family.
-fn own(tables: &Tables, v4: bool) -> Owned {
-    let own =
-        |(addr, identity): &(&Addr, &Identity)| identity.side == side::OWN && addr.is_v4() == v4;
-    let first = tables.identities.iter().find(own);
-    first.map_or(Owned::NONE, |(addr, identity)| {
-        Owned::from((*addr, *identity))
-    })
-}
-
-fn laid<K: Copy, V: Copy, E: Entry + From<(K, V)>>(
-    name: &str,
-    table: &BTreeMap<K, V>,
-    lines: usize,
-) -> Result<Laid<E>, AclError> {
-    let too_large = || failed("lay out", name, std::io::ErrorKind::StorageFull.into());
-    lay(table, lines).ok_or_else(too_large)
+fn full(what: &'static str, name: &str) -> AclError {
+    failed(what, name, std::io::ErrorKind::StorageFull.into())
 }
 
 impl Slot {
-    /// Fills the maps of `former`, which nobody reads, or new ones, side by side: the large ones
-    /// take the time.
+    /// Fills the maps of `former`, which nobody reads, or new ones.
     fn filled(former: Option<Self>, tables: &Tables, lines: &Lines) -> Result<Self, AclError> {
         let Tables {
             prefixes,
@@ -127,58 +107,40 @@ impl Slot {
         } = tables;
         let former = former.map(|slot| {
             let Self {
-                identities,
                 prefixes,
                 pairs,
                 ports,
                 pages,
                 ..
             } = slot;
-            [identities, prefixes, pairs, ports, pages].map(Some)
+            [prefixes, pairs, ports, pages].map(Some)
         });
-        let [
-            old_identities,
-            old_prefixes,
-            old_pairs,
-            old_ports,
-            old_pages,
-        ] = former.unwrap_or_default();
+        let [old_prefixes, old_pairs, old_ports, old_pages] = former.unwrap_or_default();
         let hash = MapKind::Hash;
-        std::thread::scope(|scope| {
-            let pairs = scope.spawn(move || written(maps::PAIRS, old_pairs, &lines.pairs));
-            let trie = |(key, value): (&PrefixKey, &Identity)| (TrieKey::from(*key), *value);
-            let prefixes = prefixes.iter().map(trie).unzip();
-            Ok(Self {
-                identities: written(maps::IDENTITIES, old_identities, &lines.identities)?,
-                prefixes: filled(maps::PREFIXES, old_prefixes, MapKind::LpmTrie, prefixes)?,
-                ports: filled(maps::PORTS, old_ports, hash, pairs_of(ports))?,
-                pages: filled(maps::PAGES, old_pages, hash, pairs_of(pages))?,
-                pairs: joined(pairs)?,
-                shape: Shape {
-                    identities: lines.identities.plan,
-                    pairs: lines.pairs.plan,
-                    own: [false, true].map(|v4| own(tables, v4)),
-                },
-            })
+        let trie = |(key, value): (&PrefixKey, &Identity)| (TrieKey::from(*key), *value);
+        let prefixes = prefixes.iter().map(trie).unzip();
+        Ok(Self {
+            prefixes: filled(maps::PREFIXES, old_prefixes, MapKind::LpmTrie, prefixes)?,
+            ports: filled(maps::PORTS, old_ports, hash, pairs_of(ports))?,
+            pages: filled(maps::PAGES, old_pages, hash, pairs_of(pages))?,
+            pairs: written(maps::PAIRS, old_pairs, &lines.pairs)?,
+            shape: Shape {
+                book: lines.addresses.book,
+                pairs: lines.pairs.plan,
+                own: addresses::homes(tables),
+            },
         })
     }
 
     /// In the order of [`maps::SLOTTED`].
-    fn maps(&self) -> [&RawMap; 5] {
-        [
-            &self.identities,
-            &self.prefixes,
-            &self.pairs,
-            &self.ports,
-            &self.pages,
-        ]
+    fn maps(&self) -> [&RawMap; 4] {
+        [&self.prefixes, &self.pairs, &self.ports, &self.pages]
     }
 
     /// The maps of slot `number` that a former agent pinned; `None` if one is missing.
     pub(super) fn from_pins(folder: &Path, number: u32, shapes: &RawMap) -> Option<Self> {
         let open = |name: &str| RawMap::from_pin(&pin_path(folder, name, number)).ok();
         Some(Self {
-            identities: open(maps::IDENTITIES)?,
             prefixes: open(maps::PREFIXES)?,
             pairs: open(maps::PAIRS)?,
             ports: open(maps::PORTS)?,
@@ -187,15 +149,14 @@ impl Slot {
         })
     }
 
-    /// Who has exactly this address.
-    pub(super) fn identity(&self, addr: &Addr) -> Option<Identity> {
-        let Plan { seed, lines, .. } = self.shape.identities;
-        places(hash_of_addr(addr, seed), lines)
-            .into_iter()
-            .find_map(|place| {
-                let line: OwnedLine = self.identities.get(&place).ok().flatten()?;
-                line.find(addr)
-            })
+    /// How the table of addresses is looked into.
+    pub(super) fn book(&self) -> Book {
+        self.shape.book
+    }
+
+    /// The addresses of this node that lines speak of.
+    pub(super) fn homes(&self) -> &[Home; 2] {
+        &self.shape.own
     }
 
     /// Who has the longest prefix around this address.
@@ -226,11 +187,6 @@ impl Slot {
 
     /// Writes what the maps hold to `text`, at most `limit` entries of each.
     pub(super) fn dump(&self, text: &mut String, limit: usize) -> Result<(), AclError> {
-        for (_, line) in self.identities.entries::<u32, OwnedLine>(limit)? {
-            for (addr, identity) in line.entries.iter().filter_map(owned) {
-                let _ = writeln!(text, "identity {addr:?} {identity:?}");
-            }
-        }
         for (key, value) in self.prefixes.entries::<TrieKey, Identity>(limit)? {
             let _ = writeln!(text, "prefix {:?}/{} {value:?}", key.addr, key.bits);
         }
@@ -292,15 +248,12 @@ where
 }
 
 /// A map of just these lines.
-fn written<E: Entry>(name: &str, former: Option<RawMap>, laid: &Laid<E>) -> Result<RawMap, AclError>
-where
-    E::Line: IntoBytes + Immutable,
-{
+fn written(name: &str, former: Option<RawMap>, laid: &Laid) -> Result<RawMap, AclError> {
     let count = laid.lines.len();
     let map = match former.filter(|map| map.capacity() == count) {
         Some(map) => map,
         None => {
-            let (key, value) = (size_of::<u32>(), size_of::<E::Line>());
+            let (key, value) = (size_of::<u32>(), size_of::<GrantedLine>());
             RawMap::create(MapKind::Lines, name, key, value, count, None)?
         }
     };
@@ -313,7 +266,6 @@ where
 /// the inner maps by BTF, and Linux 6.1 then takes none that has no BTF of its own.
 pub(super) fn make_outer(layout: &Path) -> Result<(), AclError> {
     let shapes = [
-        (MapKind::Lines, size_of::<u32>(), size_of::<OwnedLine>()),
         (
             MapKind::LpmTrie,
             size_of::<TrieKey>(),
@@ -345,7 +297,7 @@ pub(super) fn set(acl: &mut Acl, tables: &Tables, change: Option<&Change>) -> Re
     let narrows = match change {
         Some(Change::None) if acl.active().epoch != 0 => return Ok(()),
         Some(Change::InPlace(patch)) => {
-            match apply(acl, patch) {
+            match apply(acl, tables, patch) {
                 Ok(true) => return Ok(()),
                 Ok(false) => {}
                 // A map may be full: the swap makes room.
@@ -370,13 +322,19 @@ fn swap(acl: &mut Acl, tables: &Tables, narrows: bool) -> Result<(), AclError> {
         epoch: raised(active.epoch, narrows),
     };
     let idle = next.slot as usize;
-    let lines = Lines::of(tables, acl.slots[idle].as_ref())?;
+    let shift = acl.addresses.shift();
+    let lines = Lines::of(tables, acl.slots[idle].as_ref(), shift)?;
     settled(acl)?;
     // Whatever goes wrong from here on, nobody finds anything there.
     acl.shapes.put(&next.slot, &Shape::NONE, ANY)?;
     let former = acl.slots[idle].take();
     let there = former.as_ref().map(|slot| slot.maps().map(RawMap::id));
-    let slot = Slot::filled(former, tables, &lines)?;
+    let slot = std::thread::scope(|scope| {
+        let (filled, lines) = (&mut acl.addresses, &lines);
+        let addresses = scope.spawn(move || filled.write(next.slot, &lines.addresses));
+        let slot = Slot::filled(former, tables, lines);
+        joined(addresses).and(slot)
+    })?;
     put_into(acl, &slot, next.slot, there)?;
     acl.shapes.put(&next.slot, &slot.shape, ANY)?;
     acl.word.store(next);
@@ -396,7 +354,7 @@ fn raised(epoch: u32, narrows: bool) -> u32 {
 
 /// Puts the inner maps that are not there yet into the outer ones, and pins them. Each write waits
 /// for a grace period, so they go at once. `there`: the ids of those that are there.
-fn put_into(acl: &Acl, slot: &Slot, number: u32, there: Option<[u32; 5]>) -> Result<(), AclError> {
+fn put_into(acl: &Acl, slot: &Slot, number: u32, there: Option<[u32; 4]>) -> Result<(), AclError> {
     let there = there.unwrap_or_default();
     let places = maps::SLOTTED.iter().zip(&acl.outer).zip(slot.maps());
     let new: Vec<_> = places
@@ -429,7 +387,7 @@ impl Settling {
         let slot = acl.slots[active.slot as usize].as_ref();
         let slot = slot.filter(|_| active.epoch != 0)?;
         let [outer, ..] = &acl.outer;
-        let (outer, inner) = (outer.duplicate().ok()?, slot.identities.duplicate().ok()?);
+        let (outer, inner) = (outer.duplicate().ok()?, slot.prefixes.duplicate().ok()?);
         let wait = move || grace(&outer, active.slot, &inner);
         let thread = std::thread::Builder::new().name("settling".to_owned());
         thread.spawn(wait).ok().map(Self)
@@ -448,8 +406,8 @@ pub(super) fn settled(acl: &mut Acl) -> Result<(), AclError> {
 pub(super) fn grace_now(acl: &Acl) -> Result<(), AclError> {
     let active = acl.active();
     match (&acl.outer, &acl.slots[active.slot as usize]) {
-        ([identities, ..], Some(slot)) if active.epoch != 0 => {
-            grace(identities, active.slot, &slot.identities)
+        ([prefixes, ..], Some(slot)) if active.epoch != 0 => {
+            grace(prefixes, active.slot, &slot.prefixes)
         }
         _ => Ok(()),
     }
@@ -461,8 +419,8 @@ fn grace(outer: &RawMap, number: u32, inner: &RawMap) -> Result<(), AclError> {
     outer.put(&number, &inner.number(), ANY).map(|_| ())
 }
 
-/// Adds entries to the active slot; `false` if nobody holds that slot.
-fn apply(acl: &Acl, patch: &Patch) -> Result<bool, AclError> {
+/// Adds entries to the active slot, so that it holds `tables`; `false` if nobody holds that slot.
+fn apply(acl: &Acl, tables: &Tables, patch: &Patch) -> Result<bool, AclError> {
     let active = acl.active();
     let slot = acl.slots[active.slot as usize].as_ref();
     let Some(slot) = slot.filter(|_| active.epoch != 0) else {
@@ -476,12 +434,9 @@ fn apply(acl: &Acl, patch: &Patch) -> Result<bool, AclError> {
     for (key, identity) in &patch.prefixes {
         slot.prefixes.put(&TrieKey::from(*key), identity, NEW)?;
     }
-    for entry in &patch.identities {
-        add(
-            &slot.identities,
-            &slot.shape.identities,
-            Owned::from(*entry),
-        )?;
+    for (addr, identity) in &patch.identities {
+        let line = addresses::line(tables, &slot.shape.own, *addr, *identity);
+        acl.addresses.add(active.slot, &slot.shape.book, &line)?;
     }
     Ok(true)
 }
@@ -496,26 +451,22 @@ fn put_each<K: IntoBytes + Immutable, V: IntoBytes + Immutable>(
 }
 
 /// Adds an entry to one of its lines. Both may be full: then it is the next swap that makes room.
-fn add<E: Entry>(map: &RawMap, plan: &Plan, entry: E) -> Result<(), AclError>
-where
-    E::Line: FromBytes + IntoBytes + Immutable,
-{
-    for place in places(entry.hash(plan.seed), plan.lines) {
-        let Some(mut line) = map.get::<u32, E::Line>(&place)? else {
+fn add(map: &RawMap, plan: &Plan, entry: Granted) -> Result<(), AclError> {
+    for place in places(hash_of_pair(entry.pair, plan.seed), plan.lines) {
+        let Some(mut line) = map.get::<u32, GrantedLine>(&place)? else {
             continue;
         };
-        let free = E::entries(&line).iter().position(|entry| *entry == E::NONE);
+        let free = line
+            .entries
+            .iter()
+            .position(|entry| *entry == Granted::NONE);
         if let Some(free) = free {
             for entry in [entry.nameless(), entry] {
-                E::entries_mut(&mut line)[free] = entry;
+                line.entries[free] = entry;
                 map.put(&place, &line, ANY)?;
             }
             return Ok(());
         }
     }
-    Err(failed(
-        "add to",
-        map.name(),
-        std::io::ErrorKind::StorageFull.into(),
-    ))
+    Err(full("add to", map.name()))
 }

@@ -5,7 +5,7 @@
 //! denies nothing: its peer's next flows are only less protected. While no agent lives, that is all.
 
 use super::{ANY, Acl, AclError, now_ns};
-use ebpf::abi::{Flow, FlowKey, SHARES, Share};
+use ebpf::abi::{SHARES, Share};
 use ebpf::verdict::{Limits, Store, is_live};
 use std::collections::BTreeMap;
 
@@ -52,9 +52,13 @@ impl Acl {
 
     fn count_lasting(&self, now: u64) -> Result<BTreeMap<u32, u32>, AclError> {
         let mut counts = BTreeMap::new();
-        for (key, flow) in self.established.entries::<FlowKey, Flow>(usize::MAX)? {
-            if !is_live(&key, Store::Established, &flow, now) {
-                self.established.remove(&key)?;
+        let table = self.flows.table()?;
+        for (store, key, flow) in table.iter() {
+            if !is_live(&key, store, &flow, now) {
+                table.remove(store, &key);
+                continue;
+            }
+            if store != Store::Established {
                 continue;
             }
             *counts.entry(TOGETHER).or_default() += 1;

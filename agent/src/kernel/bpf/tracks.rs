@@ -72,10 +72,8 @@ impl Acl {
         }
         // Whoever left a track before, and it was cleared, has then written the flow.
         policy::grace_now(self)?;
-        for map in [&self.established, &self.opening, &self.surplus] {
-            for key in map.keys::<FlowKey>()? {
-                self.tracks.leave_in(idle, &key);
-            }
+        for (_, key, _) in self.flows.table()?.iter() {
+            self.tracks.leave_in(idle, &key);
         }
         if let Some(half) = self.tracks.word(HALF) {
             half.store(u64::from(idle), Ordering::Release);

@@ -4,11 +4,13 @@
 //! read counts as absent, which is a drop.
 
 use super::Acl;
+use super::flows::FlowTable;
 use super::policy::Slot;
 use ebpf::abi::{
     Active, Addr, Direction, Flow, FlowKey, Fragment, FragmentKey, Grant, Identity, PageKey,
     PairKey, Ports, PortsKey, Share,
 };
+use ebpf::addresses::Owned;
 use ebpf::packet::Packet;
 use ebpf::verdict::{Store, Tables};
 
@@ -16,6 +18,7 @@ use ebpf::verdict::{Store, Tables};
 pub(super) struct View<'a> {
     acl: &'a Acl,
     active: Active,
+    flows: Option<FlowTable>,
 }
 
 impl<'a> View<'a> {
@@ -24,6 +27,7 @@ impl<'a> View<'a> {
         Self {
             acl,
             active: acl.active(),
+            flows: acl.flows.table().ok(),
         }
     }
 
@@ -34,6 +38,7 @@ impl<'a> View<'a> {
 
 impl Tables for View<'_> {
     type Entry = Flow;
+    type Line = Owned;
 
     fn active(&self) -> Active {
         self.active
@@ -43,8 +48,15 @@ impl Tables for View<'_> {
         self.slot(slot).is_some()
     }
 
-    fn identity(&self, slot: u32, addr: &Addr) -> Option<Identity> {
-        self.slot(slot)?.identity(addr)
+    fn line(&self, slot: u32, addr: &Addr) -> Option<Owned> {
+        let book = self.slot(slot)?.book();
+        self.acl.addresses.find(slot, &book, addr)
+    }
+
+    fn home(&self, slot: u32, addr: &Addr) -> Option<Identity> {
+        let homes = self.slot(slot)?.homes();
+        let home = homes.iter().find(|home| home.addr == *addr)?;
+        Some(home.identity)
     }
 
     fn route(&self, slot: u32, addr: &Addr) -> Option<Identity> {
@@ -69,12 +81,7 @@ impl Tables for View<'_> {
     }
 
     fn find(&self, store: Store, key: &FlowKey) -> Option<Flow> {
-        let map = match store {
-            Store::Opening => &self.acl.opening,
-            Store::Established => &self.acl.established,
-            Store::Surplus => &self.acl.surplus,
-        };
-        map.get(key).ok().flatten()
+        self.flows.as_ref()?.find(store, key)
     }
 
     fn load(&self, entry: Flow) -> Flow {
