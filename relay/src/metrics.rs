@@ -88,7 +88,23 @@ impl Metrics {
     #[must_use]
     pub fn page(&self, clients: usize) -> String {
         let mut page = String::new();
-        let gauges = [
+        for (name, help, value) in self.gauges(clients) {
+            sample(&mut page, name, "gauge", help, value);
+        }
+        for (name, help, value) in self.counters() {
+            sample(&mut page, name, "counter", help, get(value));
+        }
+        let name = "weir_relay_packets_dropped_total";
+        let _ = writeln!(page, "# HELP {name} Packets not delivered, by reason.");
+        let _ = writeln!(page, "# TYPE {name} counter");
+        for (counter, (_, reason)) in self.drops.iter().zip(DROPS) {
+            let _ = writeln!(page, "{name}{{reason=\"{reason}\"}} {}", get(counter));
+        }
+        page
+    }
+
+    fn gauges(&self, clients: usize) -> [(&str, &str, u64); 5] {
+        [
             ("clients", "Node keys that are connected", clients as u64),
             ("connections", "Open connections", get(&self.connections)),
             (
@@ -106,11 +122,11 @@ impl Metrics {
                 "End of the certificate that an authority gave by ACME, in Unix time; 0 without one",
                 get(&self.certificate_until),
             ),
-        ];
-        for (name, help, value) in gauges {
-            sample(&mut page, name, "gauge", help, value);
-        }
-        let counters = [
+        ]
+    }
+
+    fn counters(&self) -> [(&str, &str, &AtomicU64); 13] {
+        [
             ("accepted_total", "Connections accepted", &self.accepted),
             ("logins_total", "Logins that succeeded", &self.logins),
             (
@@ -156,17 +172,7 @@ impl Metrics {
                 "Datagrams that were no STUN request",
                 &self.stun_ignored,
             ),
-        ];
-        for (name, help, value) in counters {
-            sample(&mut page, name, "counter", help, get(value));
-        }
-        let name = "weir_relay_packets_dropped_total";
-        let _ = writeln!(page, "# HELP {name} Packets not delivered, by reason.");
-        let _ = writeln!(page, "# TYPE {name} counter");
-        for (counter, (_, reason)) in self.drops.iter().zip(DROPS) {
-            let _ = writeln!(page, "{name}{{reason=\"{reason}\"}} {}", get(counter));
-        }
-        page
+        ]
     }
 }
 

@@ -42,9 +42,9 @@ const IDLE_BUFFER: usize = 1_536;
 /// Read at once from a client that sends much. A packet that waits somewhere keeps its whole buffer
 /// alive, so this bounds what a slow reader's queue can hold on to.
 const BUSY_BUFFER: usize = 16 << 10;
-/// Who sends so much at once lets others run before more is read. To do so after each packet would
-/// wake another thread for each.
-const MANY_BYTES: usize = 4 << 10;
+/// Who sends more than two packets at once lets others run before more is read. To do so after each
+/// packet would wake another thread for each.
+const MANY_BYTES: usize = 2 * IDLE_BUFFER;
 /// A write that makes no end in this time ends the session.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest wait for the last frame to be written.
