@@ -25,6 +25,8 @@ use tokio::net::UnixStream;
 
 /// Largest policy file: what the parser takes, and what keeps a wrong file name from filling memory.
 const MAX_POLICY_BYTES: u64 = 16 << 20;
+/// Where help lists what every command takes: after the command's own.
+const EVERYWHERE: &str = "Options of every command";
 
 /// weir's coordinator: tells the nodes of a network about each other. It holds public keys,
 /// policy and addresses; traffic never passes through it.
@@ -35,15 +37,21 @@ pub struct Cli {
     #[arg(
         long,
         global = true,
+        help_heading = EVERYWHERE,
         value_name = "DIR",
         default_value = "/var/lib/weir-coordinator"
     )]
     pub state_dir: PathBuf,
     /// Print one JSON document
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = EVERYWHERE)]
     pub json: bool,
     /// The network meant; may be left out when there is one
-    #[arg(long, global = true, value_name = "NAME")]
+    #[arg(
+        long,
+        global = true,
+        help_heading = EVERYWHERE,
+        value_name = "NAME"
+    )]
     pub network: Option<String>,
     /// What to do.
     #[command(subcommand)]

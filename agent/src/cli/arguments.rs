@@ -26,17 +26,20 @@ pub struct Arguments {
     pub verb: Verb,
 }
 
+/// Where help lists what every command takes: after the command's own.
+const EVERYWHERE: &str = "Options of every command";
+
 /// What every verb takes, before or after its name.
 #[derive(Args)]
 pub struct Shared {
     /// Folder with the node's keys and last netmap [default: /var/lib/weir]
-    #[arg(long, global = true, value_name = "DIR")]
+    #[arg(long, global = true, help_heading = EVERYWHERE, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
     /// The agent's socket [default: /run/weir/weir.sock, or DIR/weir.sock of another --state-dir]
-    #[arg(long, global = true, value_name = "PATH")]
+    #[arg(long, global = true, help_heading = EVERYWHERE, value_name = "PATH")]
     pub socket: Option<PathBuf>,
     /// Print one JSON document
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = EVERYWHERE)]
     pub json: bool,
 }
 

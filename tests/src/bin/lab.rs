@@ -25,7 +25,7 @@ const OPEN_POLICY: &str = r#"{
 )]
 struct Cli {
     /// Which topology; `list` shows all
-    #[arg(default_value = "trio")]
+    #[arg(default_value = "trio", value_parser = known)]
     topology: String,
     /// Only the namespaces: no coordinator, no agents
     #[arg(long)]
@@ -45,6 +45,13 @@ fn main() -> ExitCode {
     }
 }
 
+/// A topology's name, or `list`.
+fn known(name: &str) -> Result<String, String> {
+    let is_known = name == "list" || Topology::named().iter().any(|(other, _, _)| *other == name);
+    let refused = "no topology is called so; `cargo xtask lab list` shows all";
+    is_known.then(|| name.to_owned()).ok_or(refused.to_owned())
+}
+
 fn run(cli: &Cli) -> anyhow::Result<u8> {
     if cli.topology == "list" {
         for (name, about, _) in Topology::named() {
@@ -55,12 +62,7 @@ fn run(cli: &Cli) -> anyhow::Result<u8> {
     let found = Topology::named()
         .into_iter()
         .find(|(name, _, _)| *name == cli.topology);
-    let (_, _, topology) = found.with_context(|| {
-        format!(
-            "no topology is called `{}`; `lab list` shows all",
-            cli.topology
-        )
-    })?;
+    let (_, _, topology) = found.context("a topology that is known")?;
     let lab = Lab::without_captures("lab", &topology)?;
     let mesh = match cli.bare {
         true => None,
