@@ -230,11 +230,12 @@ async fn a_relay_that_ends_is_told_at_once_and_found_again_when_it_is_back() {
 /// What stands between a node and a relay, reads along, and lets only WebSockets through.
 async fn middlebox(relay: SocketAddr, refusal: &'static [u8]) -> SocketAddr {
     use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
-    let door = tokio::net::TcpListener::bind(any()).await.unwrap();
-    let addr = door.local_addr().unwrap();
+    let door = tokio::net::TcpListener::bind(any()).await;
+    let door = door.expect("a free port");
+    let addr = door.local_addr().expect("an address");
     tokio::spawn(async move {
         loop {
-            let (mut near, _) = door.accept().await.unwrap();
+            let (mut near, _) = door.accept().await.expect("a connection");
             tokio::spawn(async move {
                 let mut head = Vec::new();
                 while !head.ends_with(b"\r\n\r\n") {

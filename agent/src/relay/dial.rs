@@ -210,10 +210,6 @@ impl Dialer {
         permit: Option<Permit>,
         transport: Transport,
     ) -> Result<Connected, DialError> {
-        let broken = |source| DialError::Broken {
-            host: host.addr.clone(),
-            source,
-        };
         let mut buffer = BytesMut::new();
         // Where the relay's key is known, nothing is waited for.
         let mut fast = false;
@@ -225,8 +221,7 @@ impl Dialer {
                 if let Some(key) = key {
                     self.client_info(host, key, permit, &mut opening)?;
                 }
-                wire.write_all(&opening).await.map_err(broken)?;
-                wire.flush().await.map_err(broken)?;
+                say(host, &mut wire, &opening).await?;
                 if !fast {
                     upgraded(host, &mut wire, &mut buffer).await?;
                 }
@@ -244,8 +239,7 @@ impl Dialer {
         if !fast {
             let mut info = Vec::new();
             self.client_info(host, shown, permit, &mut info)?;
-            wire.write_all(&info).await.map_err(broken)?;
-            wire.flush().await.map_err(broken)?;
+            say(host, &mut wire, &info).await?;
         }
         let answer = next(host, &mut frames, &mut wire).await?;
         match answer
@@ -298,6 +292,17 @@ impl Dialer {
         Frame::ClientInfo { key, sealed }.encode(out);
         Ok(())
     }
+}
+
+async fn say(host: &RelayHost, wire: &mut Box<dyn Wire>, bytes: &[u8]) -> Result<(), DialError> {
+    let said = async {
+        wire.write_all(bytes).await?;
+        wire.flush().await
+    };
+    said.await.map_err(|source| DialError::Broken {
+        host: host.addr.clone(),
+        source,
+    })
 }
 
 async fn next(
