@@ -72,7 +72,7 @@ enum AcmeError {
     OtherNames(String),
     #[error("what the authority gave is not valid now: is this machine's clock right?")]
     Clock,
-    #[error("the account cannot be kept")]
+    #[error("{ACCOUNT_FILE} holds no account: remove it from the state folder to get a new one")]
     Account(#[from] serde_json::Error),
     #[error("the certificate cannot be made, kept or shown")]
     Tls(#[from] TlsError),
