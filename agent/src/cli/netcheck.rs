@@ -135,15 +135,26 @@ mod tests {
                 rtt_ms: None,
             }],
             home: Some("near".to_owned()),
-            regions: vec![Region {
-                id: proto::id::RegionId(7),
-                name: "near".to_owned(),
-                home: true,
-                connection: "down".to_owned(),
-                why: Some("it fell silent".to_owned()),
-                transport: None,
-                latency_us: Some(1_240),
-            }],
+            regions: vec![
+                Region {
+                    id: proto::id::RegionId(7),
+                    name: "near".to_owned(),
+                    home: true,
+                    connection: "down".to_owned(),
+                    why: Some("it fell silent".to_owned()),
+                    transport: None,
+                    latency_us: Some(1_240),
+                },
+                Region {
+                    id: proto::id::RegionId(8),
+                    name: "far".to_owned(),
+                    home: false,
+                    connection: "up".to_owned(),
+                    why: None,
+                    transport: Some("websocket".to_owned()),
+                    latency_us: None,
+                },
+            ],
             port_mapping: Some(PortMapping {
                 addr: "192.0.2.9:51820".parse().unwrap(),
                 protocol: "UPnP".to_owned(),
@@ -159,6 +170,7 @@ mod tests {
             "No packets from web: this",
             "1.24 ms",
             "down: it fell silent",
+            "up, by WebSocket",
             "at relay near",
             "opened 192.0.2.9:51820 for it, asked by UPnP",
         ] {
