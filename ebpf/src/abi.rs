@@ -132,20 +132,8 @@ pub mod maps {
     pub const SLOTTED: [&str; 4] = [PREFIXES, PAIRS, PORTS, PAGES];
     /// Every other map.
     pub const PLAIN: [&str; 14] = [
-        ACTIVE,
-        SHAPES,
-        IDENTITIES,
-        TRACKS,
-        FLOWS,
-        SEEDS,
-        SHARES,
-        FRAGMENTS,
-        QUOTA,
-        COUNTERS,
-        EVENTS,
-        LOST,
-        MARK,
-        ANSWERS,
+        ACTIVE, SHAPES, IDENTITIES, TRACKS, FLOWS, SEEDS, SHARES, FRAGMENTS, QUOTA, COUNTERS,
+        EVENTS, LOST, MARK, ANSWERS,
     ];
 }
 

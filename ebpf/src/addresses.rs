@@ -77,8 +77,8 @@ pub struct Book {
 pub struct Place {
     /// Which slab.
     pub slab: u32,
-    /// Where in it, in bytes: with [`LINE_BYTES`] from there on it does not reach the end.
-    pub at: u32,
+    /// Where in it, in bytes. 64 bits: of 32, Linux 6.1 loses the bounds.
+    pub at: u64,
 }
 
 /// How a [`Near`] is to be read.
@@ -170,14 +170,14 @@ impl Slab {
 
     /// The line at a place, if there is such a place.
     #[must_use]
-    pub fn line(&self, at: u32) -> Option<Owned> {
+    pub fn line(&self, at: u64) -> Option<Owned> {
         let (from, to) = (at as usize, at as usize + LINE_BYTES);
         let bytes = self.words.as_bytes().get(from..to)?;
         Owned::read_from_bytes(bytes).ok()
     }
 
     /// Writes a line; whether there is such a place.
-    pub fn put_line(&mut self, at: u32, line: &Owned) -> bool {
+    pub fn put_line(&mut self, at: u64, line: &Owned) -> bool {
         let (from, to) = (at as usize, at as usize + LINE_BYTES);
         match self.words.as_mut_bytes().get_mut(from..to) {
             Some(bytes) => {
@@ -190,12 +190,12 @@ impl Slab {
 
     /// The pilot at a place, if there is such a place.
     #[must_use]
-    pub fn pilot(&self, at: u32) -> Option<u8> {
+    pub fn pilot(&self, at: u64) -> Option<u8> {
         self.words.as_bytes().get(at as usize).copied()
     }
 
     /// Writes a pilot; whether there is such a place.
-    pub fn put_pilot(&mut self, at: u32, pilot: u8) -> bool {
+    pub fn put_pilot(&mut self, at: u64, pilot: u8) -> bool {
         let byte = self.words.as_mut_bytes().get_mut(at as usize);
         byte.map(|byte| *byte = pilot).is_some()
     }
@@ -347,7 +347,7 @@ impl Book {
     pub const fn pilot(bucket: u32) -> Place {
         Place {
             slab: bucket / SLAB_PILOTS,
-            at: bucket % SLAB_PILOTS,
+            at: (bucket % SLAB_PILOTS) as u64,
         }
     }
 
@@ -372,10 +372,10 @@ impl Book {
         let mixed = (hash ^ pilot.wrapping_mul(PILOT_FACTOR)).wrapping_mul(LAST_FACTOR);
         let slab = first + (((mixed >> 48) as u32 * slabs) >> 16);
         let line = ((mixed >> 32 & 0xffff) * self.lines as u64) >> 16;
-        let shift = self.shift & (LINE_BYTES as u32 - 8);
+        let shift = self.shift as u64 & (LINE_BYTES as u64 - 8);
         Place {
             slab,
-            at: line as u32 * LINE_BYTES as u32 + shift,
+            at: line * LINE_BYTES as u64 + shift,
         }
     }
 }

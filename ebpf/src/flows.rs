@@ -158,7 +158,7 @@ pub const fn home(store: Store, hash: u64) -> Home {
         set: from + (((hash >> 32) * sets as u64) >> 32) as u32,
         first,
         end,
-        place: first + (low * (end - first) >> 16),
+        place: first + ((low * (end - first)) >> 16),
         mark: hash as u32 | TAKEN,
     }
 }

@@ -6,7 +6,7 @@ use ebpf::flows::{
 };
 use ebpf::verdict::Store;
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use zerocopy::IntoBytes as _;
 
 const STORES: [Store; 3] = [Store::Opening, Store::Established, Store::Surplus];
@@ -23,11 +23,10 @@ fn seeds(number: u64) -> Seeds {
 
 /// Flows of a busy node: few services, many peers, ports one after the other.
 fn key(number: u32) -> FlowKey {
-    let addr = |text: &str| Addr::from(text.parse::<IpAddr>().unwrap());
-    let peer = number % 1_000;
+    let v4 = |bits: u32| Addr::from(IpAddr::from(Ipv4Addr::from_bits(bits)));
     FlowKey {
-        local: addr("100.64.0.1"),
-        remote: addr(&format!("100.65.{}.{}", peer / 250, peer % 250)),
+        local: v4(0x6440_0001),
+        remote: v4(0x6441_0000 + number % 1_000),
         local_port: 443,
         remote_port: (20_000 + number / 1_000) as u16,
         protocol: 6,

@@ -344,3 +344,53 @@ fn tracks_of_flows_that_are_gone_are_forgotten_and_no_flow_is() {
     }
     assert_eq!(acl.flows(usize::MAX).unwrap().len(), keep);
 }
+
+/// Rounds in which two threads begin the same flows.
+const ROUNDS: u32 = 8;
+
+#[test]
+fn two_processors_that_begin_the_same_flows_at_once_make_one_of_each() {
+    let Some(bed) = Bed::make("two_processors_that_begin_the_same_flows") else {
+        return;
+    };
+    let acl = open_to_all(&bed);
+    let lasting: Vec<Talk> = (0..500)
+        .map(|number| flood(50_000 + number, u16::try_from(number % 40).unwrap()))
+        .collect();
+    for talk in &lasting {
+        run(&acl, *talk, 3);
+    }
+    for round in 0..ROUNDS {
+        // The same question from both, then an answer from one while the other asks again.
+        let same = |number: u32| flood(round * 1_000 + number, 5);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    for number in 0..500 {
+                        run(&acl, same(number), 1);
+                    }
+                    for number in 0..500 {
+                        run(&acl, same(number), 3);
+                    }
+                });
+            }
+            scope.spawn(|| {
+                let known = |talk: &&Talk| {
+                    let packet = talk.packet(talk.begins.flip(), ACK);
+                    acl.run(talk.begins.flip(), &packet, 1).unwrap().passes
+                };
+                assert_eq!(lasting.iter().filter(known).count(), lasting.len());
+            });
+        });
+    }
+    let mut places: BTreeMap<(Store, FlowKey), u32> = BTreeMap::new();
+    for (store, key, _) in acl.flows(usize::MAX).unwrap() {
+        *places.entry((store, key)).or_default() += 1;
+    }
+    let twice = places.iter().filter(|(_, count)| **count > 1);
+    assert_eq!(twice.count(), 0, "flows that are in two places of a store");
+    let lasting = places
+        .keys()
+        .filter(|(store, _)| *store == Store::Established);
+    assert_eq!(lasting.count(), 500 + 500 * ROUNDS as usize);
+}

@@ -41,9 +41,9 @@ use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
 use core::intrinsics::{AtomicOrdering, atomic_or};
 use ebpf::abi::{
-    Active, Addr, Allowance, Counter, Direction, Dropped, EVENT_BYTES,
-    FRAGMENTED_DATAGRAMS, Flow, FlowKey, Fragment, FragmentKey, Grant, Identity,
-    Page, PageKey, PairKey, Ports, PortsKey, Quota, SHARES, SLOTS, Share, Told,
+    Active, Addr, Allowance, Counter, Direction, Dropped, EVENT_BYTES, FRAGMENTED_DATAGRAMS, Flow,
+    FlowKey, Fragment, FragmentKey, Grant, Identity, Page, PageKey, PairKey, Ports, PortsKey,
+    Quota, SHARES, SLOTS, Share, Told,
 };
 use ebpf::addresses::{Book, LINE_BYTES, Owned, Place, SLAB_BYTES, SLABS, Slab};
 use ebpf::event;
@@ -312,7 +312,8 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
-        // SAFETY: as for `load`.
+        // SAFETY: a value of a preallocated map: always readable. It may meanwhile be another
+        // datagram's; then one fragment passes on the account of one that policy allowed.
         unsafe { FRAGMENTS.get(key).copied() }
     }
 

@@ -147,7 +147,7 @@ impl Addresses {
             (book.pilot_slabs..book.slabs()).filter_map(|number| self.read(slot, number).ok());
         let lines = slabs.flat_map(|slab| {
             (0..)
-                .map_while(|number| slab.line(book.shift + number * LINE_BYTES as u32))
+                .map_while(|number| slab.line(u64::from(book.shift) + number * LINE_BYTES as u64))
                 .filter(|line| *line != Owned::NONE)
                 .collect::<Vec<_>>()
         });

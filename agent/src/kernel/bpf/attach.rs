@@ -12,7 +12,7 @@
 
 use super::acl::ActiveWord;
 use super::addresses::Addresses;
-use super::flows::{Flows, FlowTable};
+use super::flows::{FlowTable, Flows};
 use super::policy::Slot;
 use super::tracks::Tracks;
 use super::{Acl, AclError, Mapped, OBJECT, RawMap, link_ifindex};
