@@ -32,7 +32,7 @@
 //! A path idle for [`ACTIVE`] is left as it is, and nothing is sent.
 //!
 //! **Nothing flaps.** After a return to the relay the next direct path is taken [`HOLD`] later at
-//! the earliest. Where the kernel roams, we follow; a choice of ours that the peer overrules by
+//! the earliest, unless the host's own links change. Where the kernel roams, we follow; a choice of ours that the peer overrules by
 //! sending from elsewhere is not repeated for five minutes.
 //!
 //! Where neither probes nor relays reach, the kernel's counters are all there is ([`blind`]).

@@ -97,13 +97,18 @@ impl World {
             }
             self.lose(index, region, "the address is gone".into());
         }
-        let links = self.links_of(index);
-        self.tell(index, Input::Links(links));
+        self.shake(index);
     }
 
     /// Pulls a node's cable, or plugs it in.
     pub fn set_link(&mut self, index: usize, up: bool) {
         self.nodes[index].linked = up;
+        self.shake(index);
+    }
+
+    /// Tells a node of its links. A path that it takes on new ones is no flap.
+    fn shake(&mut self, index: usize) {
+        self.nodes[index].promoted.clear();
         let links = self.links_of(index);
         self.tell(index, Input::Links(links));
     }
