@@ -476,8 +476,9 @@ impl Paths {
     }
 
     fn run(&mut self, now: Instant, key: NodeKey, errand: Errand, relays: &Relays) {
+        // Whoever is behind a hard NAT itself is nowhere that a peer could let in.
         if let Errand::Guess(to) = errand
-            && !self.guessed.take(now, to.ip())
+            && (self.seen.is_some() || !self.guessed.take(now, to.ip()))
         {
             return;
         }

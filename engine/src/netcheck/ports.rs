@@ -180,7 +180,7 @@ mod tests {
             let leap = seen.windows(2).map(|two| two[1] - two[0]).fold(0, |gcd, it| {
                 u16::try_from(divisor(gcd.into(), it.into())).unwrap()
             });
-            prop_assume!((peer - seen[seen.len() - 1]) % leap == 0);
+            prop_assume!((peer - seen[seen.len() - 1]).is_multiple_of(leap));
             prop_assert!(all(&seen).contains(&peer), "{seen:?} {peer}");
         }
     }

@@ -121,6 +121,8 @@ pub struct Nat {
 /// Where ports begin, and how many there are.
 const FIRST: u16 = 20_000;
 const COUNT: u16 = 40_000;
+/// How long a free port is looked for.
+const MOST_DRAWS: usize = 1_000;
 
 impl Nat {
     /// A router that has translated nothing yet.
@@ -145,13 +147,13 @@ impl Nat {
     /// Other hosts behind it speak to so many others, who were not spoken to before.
     pub fn busy(&mut self, flows: u16) {
         for _ in 0..flows {
-            self.last = self.draw();
+            self.draw();
         }
     }
 
-    /// The port of a new mapping.
-    fn draw(&mut self) -> u16 {
-        loop {
+    /// The port of a new mapping, unless none is free.
+    fn draw(&mut self) -> Option<u16> {
+        (0..MOST_DRAWS).find_map(|_| {
             self.drawn += 1;
             let chance = mix(self.drawn ^ u64::from(self.last) << 32);
             let chance = |count: u16| FIRST + (chance % u64::from(count)) as u16;
@@ -160,10 +162,8 @@ impl Nat {
                 Ports::Block(size) => chance(size),
                 Ports::Steps(step) => FIRST + (self.last - FIRST + step) % COUNT,
             };
-            if !self.mappings.contains_key(&self.last) {
-                return self.last;
-            }
-        }
+            (!self.mappings.contains_key(&self.last)).then_some(self.last)
+        })
     }
 
     /// The outer source of a packet from inside, or `None` if it is dropped.
@@ -180,7 +180,7 @@ impl Nat {
         let port = match self.ports.get(&key) {
             Some(port) => *port,
             None => {
-                let port = self.draw();
+                let port = self.draw()?;
                 self.ports.insert(key, port);
                 let mapping = Mapping {
                     inner: from,
