@@ -120,7 +120,7 @@ async fn a_port_is_opened_kept_and_given_back() {
         called("<u:DeletePortMappingResponse xmlns:u=\"x\"/>"),
     ])
     .await;
-    let search = announcer(HERE, format!("http://{at}/root/desc.xml")).await;
+    let search = announcer(HERE, format!("http://{at}/igd/desc.xml")).await;
     let service = find(router(HERE), search).await.unwrap();
     let (mapping, outside) = Mapping::of(service, router(HERE), port(), LEASE)
         .await
@@ -129,12 +129,12 @@ async fn a_port_is_opened_kept_and_given_back() {
     mapping.close().await.unwrap();
     let asked = asked.lock().unwrap().clone();
     assert!(
-        asked[0].starts_with("GET /root/desc.xml HTTP/1.1\r\n"),
+        asked[0].starts_with("GET /igd/desc.xml HTTP/1.1\r\n"),
         "{}",
         asked[0]
     );
     assert!(
-        asked[1].starts_with("POST /root/ctl/IPConn HTTP/1.1\r\n"),
+        asked[1].starts_with("POST /igd/ctl/IPConn HTTP/1.1\r\n"),
         "{}",
         asked[1]
     );
