@@ -106,7 +106,7 @@ impl Run {
     }
 
     fn all(&mut self) -> anyhow::Result<()> {
-        self.phase("set up", |_| setup::ensure(&setup::of_tests()))?;
+        self.phase("set up", |_| setup::for_tests())?;
         self.phase("build", |run| {
             (run.programs, run.binaries) = build::everything()?;
             Ok(())
