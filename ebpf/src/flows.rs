@@ -17,9 +17,12 @@
 //! *Who writes a place* first claims it: the mark becomes [`BUSY`] in one atomic step, and whoever
 //! fails in that leaves the place alone. The claimant makes [`Place::version`] even, writes key and
 //! flow, makes it odd, and then gives the mark, all with full barriers between. *Who reads* believes
-//! a place of an odd version that is the same before and after. A flow that changes without being
-//! moved is written in whole words, of which each is right for itself. Where two begin the same flow
-//! at once, it may get two places: each looks for the other's afterwards, and the latter place goes.
+//! a place of an odd version that is the same before and after. (BPF has no ordered loads. On arm64
+//! the two may therefore be one, and a reader may meet a place in the instant in which it is written;
+//! what it then takes for its flow was this flow's in all words but those that two flows have alike.)
+//! A flow that changes without being moved is written in whole words, of which each is right for
+//! itself. Where two begin the same flow at once, it may get two places: each looks for the other's
+//! afterwards, and the latter place goes.
 
 use crate::abi::{ESTABLISHED_FLOWS, Flow, FlowKey, OPENING_FLOWS};
 use crate::verdict::Store;
