@@ -105,17 +105,7 @@ impl Nat {
             Self::Symmetric => {
                 translate += "  meta l4proto udp oifname eth0 masquerade fully-random\n";
             }
-            Self::SymmetricInTurn => {
-                let (first, count) = TURNS;
-                let turn = |number: u16| format!("{number} : {}", first + number);
-                let turns: Vec<String> = (0..count).map(turn).collect();
-                translate += &format!(
-                    "  meta l4proto udp oifname eth0 \
-                     snat ip to {} : numgen inc mod {count} map {{ {} }}\n",
-                    host.v4(),
-                    turns.join(", ")
-                );
-            }
+            Self::SymmetricInTurn => translate += &in_turn(host.v4()),
             Self::UdpBlocked => forward += "  meta l4proto udp drop\n",
             Self::FullCone | Self::AddressRestricted | Self::PortRestricted => {}
         }
@@ -178,6 +168,18 @@ table ip router {{
             Self::PortRestricted | Self::Symmetric | Self::SymmetricInTurn | Self::UdpBlocked => {}
         }
     }
+}
+
+/// The rule of a router that gives out one port after the other.
+fn in_turn(outside: IpAddr) -> String {
+    let (first, count) = TURNS;
+    let turn = |number: u16| format!("{number} : {}", first + number);
+    let turns: Vec<String> = (0..count).map(turn).collect();
+    format!(
+        "  meta l4proto udp oifname eth0 \
+         snat ip to {outside} : numgen inc mod {count} map {{ {} }}\n",
+        turns.join(", ")
+    )
 }
 
 /// What a router does with IPv6 from its LAN: it translates nothing, it only lets through.
