@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::Path;
 
 use tests::lab::Lab;
-use tests::mesh::Mesh;
+use tests::mesh::{Mesh, Node, SPREAD_BOUND};
 use tests::probe::PASS_BOUND;
 use tests::topology::Topology;
 use tests::wait_until;
@@ -28,6 +28,18 @@ fn a_marker_that_crosses_the_tunnel_is_never_seen_on_the_wire() -> anyhow::Resul
     let mesh = Mesh::start(&lab, POLICY, TRIO)?;
     mesh.settled(&[("a", 2), ("b", 2)])?;
     let (a, b) = (mesh.node("a"), mesh.node("b"));
+    // The first packets of a session may be in two pieces, until routes say what its path takes.
+    let measured = |node: &Node, other: &str| {
+        let said = node.weir(&format!("path {other} --json"));
+        let peer = said.and_then(|said| said.json()).unwrap_or_default()["peer"].clone();
+        let six = peer["endpoint"]
+            .as_str()
+            .is_some_and(|it| it.starts_with('['));
+        six && peer["path_mtu"].is_u64()
+    };
+    wait_until("the path is IPv6 and measured", SPREAD_BOUND, || {
+        measured(&a, "b") && measured(&b, "a")
+    })?;
     let listen = |interface: &str| -> anyhow::Result<_> {
         let file = a.host.folder.join(format!("{interface}-whole.pcap"));
         let line = format!(
