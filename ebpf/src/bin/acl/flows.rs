@@ -291,21 +291,26 @@ pub extern "C" fn acl_keep(store: u32, key: *const FlowKey, one: u64, two: u64) 
         Found::new(home.set, place, version).save(flow);
         return 1;
     }
+    let mut ours = NONE;
     for _ in 0..ATTEMPTS {
         let Some((place, mark)) = choose(set, &home) else {
             return 0;
         };
         if claim(set, place, mark) {
-            write(set, place, &key, flow);
-            give(set, place, home.mark);
-            // Whoever began the same flow at the same time finds ours, or we find theirs.
-            if let Some((other, _)) = search(set, &home, &key, place) {
-                free(set, place.max(other), home.mark, &key);
-            }
-            return 1;
+            ours = place;
+            break;
         }
     }
-    0
+    if ours == NONE {
+        return 0;
+    }
+    write(set, ours, &key, flow);
+    give(set, ours, home.mark);
+    // Whoever began the same flow at the same time finds ours, or we find theirs.
+    if let Some((other, _)) = search(set, &home, &key, ours) {
+        free(set, ours.max(other), home.mark, &key);
+    }
+    1
 }
 
 /// Fills a claimed place.
