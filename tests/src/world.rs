@@ -22,6 +22,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use engine::netcheck::ports::GUESSES;
 use engine::trace::{Line, Recorder, Start, VERSION};
 use engine::{Config, Engine, Input, LinkAddr, Links, Output, RelayTable, Via};
 use proto::disco;
@@ -63,8 +64,9 @@ const ETHERNET: u32 = 1_500;
 const MAX_HOPS: usize = 8;
 /// Most outputs of one input: more is a loop.
 const MAX_OUTPUTS: usize = 10_000;
-/// Most discovery messages of one node in any second, for each of its peers.
-const STORM: usize = 60;
+/// Most discovery messages of one node in any second, for each node that there is: bursts, answers
+/// to those of others, and guesses.
+const STORM: usize = 60 + GUESSES;
 
 /// What a datagram carries. There is no other kind: a packet of an application has no place here.
 #[derive(Clone, Debug)]
