@@ -92,7 +92,17 @@ pub fn routed(mesh: &Mesh) -> anyhow::Result<()> {
             wait_until(&format!("{router} routes {route}"), SPREAD_BOUND, ready)?;
         }
     }
-    Ok(())
+    // Each end lets in what is for its own LAN only once it knows of that itself.
+    let known = |router: &str| -> anyhow::Result<_> {
+        let status = mesh.node(router).weir("status --json")?.json()?;
+        let own = status["node"]["approved_routes"].as_array().map(Vec::len);
+        let done = status["phase"] == "up" && own == Some(2);
+        Ok(done.then(|| status["generation"].clone()))
+    };
+    wait_until("both routers know the same", SPREAD_BOUND, || {
+        let [one, other] = ["paris", "oslo"].map(|router| known(router).ok().flatten());
+        one.is_some() && one == other
+    })
 }
 
 /// Some address in a prefix of these tests.
