@@ -15,7 +15,7 @@ use tests::world::{Quality, World};
 use super::{KINDS, MS, SECOND};
 
 /// Seeds of a usual run, and with `--full`.
-const SEEDS: u64 = 40;
+const SEEDS: u64 = 120;
 const SEEDS_FULL: u64 = 3_000;
 /// Networks that run at a time.
 const WORKERS: usize = 2;
