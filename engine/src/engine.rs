@@ -5,13 +5,17 @@
 //! and what the kernel holds of ours. Whenever one of them changed, [`Engine::poll`] computes
 //! desired state and its difference to the observed one. At most one plan is in the hand's hands at
 //! a time; when it reports success, the steps are applied to the picture of the kernel, and nothing
-//! is read back. When it reports a failure, the kernel is read, and after a pause the next plan is
-//! made from what is true.
+//! is read back. When it reports a failure, the kernel is read, and the next plan is made from what is
+//! true, without the step that failed, which rests (`held`).
 //!
 //! The kernel is read once a tick ([`TICK`], longer with many peers): WireGuard announces nothing,
 //! so this is how roaming, dead endpoints and foreign hands are seen.
 
+mod held;
+mod kernel;
 mod view;
+
+pub use held::{FIRST_PAUSE, LONGEST_PAUSE};
 
 use crate::acl::{self, Change};
 use crate::mtu;
@@ -19,13 +23,12 @@ use crate::netcheck::{self, Netcheck, Wish};
 use crate::outside::Outside;
 use crate::path::{Path, Surroundings, Way};
 use crate::paths::Paths;
-use crate::plan::{
-    Desired, Host, MAX_GREETED, Observed, Policy, Routing, Step, Wanted, WantedPeer, diff,
-};
+use crate::plan::{Desired, Host, Observed, Policy, Routing, Step, Wanted, WantedPeer};
 use crate::relays::Relays;
-use crate::status::{Failure, Problem};
+use crate::status::Problem;
 use crate::trust::{Distrust, VerifiedNetmap, allowed_ips, verify};
 use crate::{Config, Input, LinkAddr, Links, Output, RelayEvent, Router, Via};
+use held::Held;
 use proto::control::Report;
 use proto::filter::Filter;
 use proto::id::RegionId;
@@ -48,10 +51,6 @@ pub const CLOSE_TICK: Duration = Duration::from_secs(1);
 const FIRST_LOOK: Duration = Duration::from_millis(500);
 /// and how often: the first look may come just before that session.
 const FIRST_LOOKS: u32 = 3;
-/// The pause after the first failure of a plan or a read; doubled with each further one.
-pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
-/// The longest such pause.
-pub const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// Peers' persistent keepalive, in seconds, while this node is behind a NAT: routers may forget a
 /// mapping after 30 s of silence.
@@ -93,7 +92,8 @@ pub struct Engine {
     observe_at: Option<Instant>,
     /// How many of the next looks follow [`FIRST_LOOK`] after one another.
     looks: u32,
-    /// Not before this, after failures.
+    held: Held,
+    /// Not before this, after failures that no step can be named for.
     retry_at: Option<Instant>,
     failures: u32,
     outbox: VecDeque<Output>,
@@ -134,6 +134,7 @@ impl Engine {
             dirty: false,
             observe_at: None,
             looks: 0,
+            held: Held::default(),
             retry_at: None,
             failures: 0,
             outbox: VecDeque::new(),
@@ -247,24 +248,6 @@ impl Engine {
         Some(Output::Transmit { via, to, message })
     }
 
-    /// What the kernel is to be asked or told now.
-    fn poll_kernel(&mut self, now: Instant) -> Option<Output> {
-        let resting = self.retry_at.is_some_and(|at| now < at);
-        let busy = self.in_flight.is_some() || self.observing;
-        if self.up.is_none() || resting || busy {
-            return None;
-        }
-        if self.observed.is_none() || self.observe_at.is_some_and(|at| now >= at) {
-            self.observing = true;
-            return Some(Output::Observe);
-        }
-        let steps = self.plan(now)?;
-        self.in_flight = Some(steps.clone());
-        // A table of relays that this plan counts on goes first.
-        self.outbox.push_back(Output::Apply(steps));
-        self.outbox.pop_front()
-    }
-
     /// Whether a plan has changed what paths or relays want now, or a path what servers are asked.
     fn is_due(&self, now: Instant) -> bool {
         self.network_at().is_some_and(|at| at <= now) || self.paths.is_moved()
@@ -287,7 +270,8 @@ impl Engine {
             _ => self.observe_at,
         };
         let kernel = kernel.filter(|at| *at > now).unwrap_or(now + TICK);
-        let all = [self.network_at(), self.relays_at].into_iter().flatten();
+        let all = [self.network_at(), self.relays_at, self.held.deadline()];
+        let all = all.into_iter().flatten();
         all.filter(|at| *at > now).fold(kernel, Instant::min)
     }
 
@@ -340,20 +324,6 @@ impl Engine {
     pub fn own_addrs(&self) -> BTreeSet<IpAddr> {
         let links = self.links.iter().flat_map(|links| &links.addrs);
         links.map(|own| own.addr).collect()
-    }
-
-    /// The kernel is to be looked at now, whatever failed before.
-    fn hurry(&mut self) {
-        self.retry_at = None;
-        self.failures = 0;
-        self.dirty = true;
-    }
-
-    fn pause(&mut self, now: Instant) {
-        let doublings = self.failures.min(8);
-        let pause = (FIRST_PAUSE * (1 << doublings)).min(LONGEST_PAUSE);
-        self.failures = self.failures.saturating_add(1);
-        self.retry_at = Some(now + pause);
     }
 
     fn handle_update(&mut self, update: Update) {
@@ -573,104 +543,6 @@ impl Engine {
             self.reported = Some(about.clone());
             self.outbox.push_back(Output::Report(about));
         }
-    }
-
-    fn handle_observed(&mut self, now: Instant, observed: Observed) {
-        if self.in_flight.is_some() {
-            return;
-        }
-        self.observing = false;
-        if matches!(self.failed, Some(Problem::Unreadable(_))) {
-            self.failed = None;
-        }
-        let peers = observed.present().map(|present| &present.peers);
-        if let Some(peers) = peers {
-            self.paths.observe(now, peers);
-        }
-        let count = peers.map_or(0, BTreeMap::len);
-        self.looks = self.looks.saturating_sub(1);
-        let tick = match self.looks {
-            1.. => FIRST_LOOK,
-            0 if self.paths.are_watched(now) => CLOSE_TICK,
-            0 => TICK,
-        };
-        self.observe_at = Some(now + longer(tick, count));
-        self.observed = Some(observed);
-        self.dirty = true;
-    }
-
-    fn handle_applied(&mut self, now: Instant) {
-        let Some(steps) = self.in_flight.take() else {
-            return;
-        };
-        if let Some(observed) = &mut self.observed {
-            for step in &steps {
-                observed.apply(step);
-            }
-        }
-        if steps.iter().any(|it| matches!(it, Step::SetPeers(_))) {
-            let peers = self.observed.as_ref().and_then(Observed::present);
-            if let Some(present) = peers {
-                self.paths.made(now, &present.peers);
-            }
-        }
-        if steps
-            .iter()
-            .any(|it| matches!(it, Step::Greet(_) | Step::SetPeers(_)))
-        {
-            self.look_soon(now);
-        }
-        self.failed = None;
-        self.failures = 0;
-        self.dirty = true;
-    }
-
-    /// What a plan began, and what a peer's first packets by relay begin, is a session in a moment.
-    fn look_soon(&mut self, now: Instant) {
-        let present = self.observed.as_ref().and_then(Observed::present);
-        let soon = now + longer(FIRST_LOOK, present.map_or(0, |present| present.peers.len()));
-        self.observe_at = self.observe_at.map(|at| at.min(soon));
-        self.looks = FIRST_LOOKS;
-    }
-
-    fn handle_failed(&mut self, now: Instant, failure: Failure) {
-        let steps = self.in_flight.take().unwrap_or_default();
-        let step = steps
-            .get(failure.done)
-            .map_or_else(|| "carry out a plan".to_owned(), ToString::to_string);
-        tracing::warn!(step, detail = failure.detail, "step failed");
-        self.failed = Some(Problem::Step {
-            step,
-            kind: failure.kind,
-            detail: failure.detail,
-        });
-        self.observed = None;
-        self.pause(now);
-    }
-
-    /// The steps to take, if there are any.
-    fn plan(&mut self, now: Instant) -> Option<Vec<Step>> {
-        if !std::mem::take(&mut self.dirty) {
-            return None;
-        }
-        self.put_in_force(now);
-        self.refresh_routing();
-        let desired = self.desired()?;
-        let mut steps = diff(&desired, self.observed.as_ref()?);
-        if steps.contains(&Step::SetUp(true)) {
-            self.paths.owe_greetings();
-        }
-        steps.extend(desired.as_ref().and_then(|wanted| self.greet(wanted)));
-        (!steps.is_empty()).then_some(steps)
-    }
-
-    /// Greets whom there was no way to when the device came up, and whom a new path leads to.
-    fn greet(&mut self, wanted: &Wanted) -> Option<Step> {
-        let mut due = self.paths.take_greetings();
-        due.truncate(MAX_GREETED);
-        let keepalive = |key| Some((key, wanted.peers.get(&key)?.keepalive));
-        let due: Vec<(NodeKey, u16)> = due.into_iter().filter_map(keepalive).collect();
-        (!due.is_empty()).then_some(Step::Greet(due))
     }
 
     fn refresh_routing(&mut self) {

@@ -398,6 +398,11 @@ impl Path {
         }
     }
 
+    /// The peer was to be greeted, and was not.
+    pub fn owe_greeting_now(&mut self) {
+        self.greeting = Greeting::Now;
+    }
+
     /// Whether the peer is to be greeted now. Said once.
     pub fn take_greeting(&mut self) -> bool {
         let due = self.greeting == Greeting::Now;

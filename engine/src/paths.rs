@@ -278,6 +278,15 @@ impl Paths {
         }
     }
 
+    /// A plan ended before these were greeted.
+    pub(crate) fn owe_again(&mut self, keys: impl Iterator<Item = NodeKey>) {
+        for key in keys {
+            if let Some(entry) = self.all.get_mut(&key) {
+                entry.path.owe_greeting_now();
+            }
+        }
+    }
+
     /// Peers that are to be greeted now. Each is said once.
     pub(crate) fn take_greetings(&mut self) -> Vec<NodeKey> {
         let mut due = Vec::new();

@@ -94,6 +94,7 @@ impl Engine {
             .into_iter()
             .chain(network)
             .chain(self.failed.clone())
+            .chain(self.held.problems().cloned())
             .chain(self.distrust.clone().map(Problem::Netmap))
             .chain(self.acl_error.clone().map(Problem::Acl))
             .chain(routes)

@@ -3,195 +3,24 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 #![allow(clippy::disallowed_methods, reason = "a test brings time and files")]
 
+mod driver;
+mod failures;
+
+use driver::{Driver, HOME, engine, full, links, netmap, peer, prefix};
 use engine::path::PATIENCE_TRYING;
-use engine::plan::{Acl, Device, LiveRoute, Observed, Stats, Step};
+use engine::plan::{Acl, Device, Observed, Step};
 use engine::status::{Failure, FailureKind, Problem};
-use engine::{Config, Engine, Input, LONGEST_PAUSE, LinkAddr, Links, Output, RelayEvent, TICK};
+use engine::{Input, LONGEST_PAUSE, LinkAddr, Output, RelayEvent, TICK};
 use proptest::prelude::*;
 use proto::disco::{Message, TxId};
-use proto::filter::{Filter, Rule, Selector, Service};
+use proto::filter::{Rule, Selector, Service};
 use proto::id::{Generation, NetworkId, NodeId, RegionId};
 use proto::key::{DiscoKey, NodeKey};
 use proto::net::{PortRange, Prefix};
-use proto::netmap::{Delta, Me, Netmap, Network, Owner, Peer, Region, RelayHost, Update};
+use proto::netmap::{Delta, Netmap, Region, RelayHost, Update};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
-
-const ME: NodeKey = NodeKey([99; 32]);
-
-fn prefix(text: &str) -> Prefix {
-    text.parse().unwrap()
-}
-
-fn peer(id: u8) -> Peer {
-    Peer {
-        id: NodeId(id.into()),
-        name: format!("n{id}"),
-        key: NodeKey([id; 32]),
-        addrs: vec![[100, 64, 0, id].into()],
-        routes: BTreeSet::new(),
-        endpoints: vec![
-            SocketAddr::from(([192, 0, 2, id], 51820)),
-            SocketAddr::from(([198, 51, 100, id], 51820)),
-        ],
-        owner: Owner::User("ana@example.com".to_owned()),
-        labels: BTreeSet::new(),
-        online: true,
-        disco: None,
-        home: None,
-    }
-}
-
-fn netmap(generation: u64, peers: &[u8]) -> Netmap {
-    Netmap {
-        generation: Generation(generation),
-        network: Network {
-            id: NetworkId(1),
-            name: "home".to_owned(),
-            v4: prefix("100.64.0.0/10"),
-            v6: prefix("fd00::/48"),
-            stun: Vec::new(),
-            relays: BTreeMap::new(),
-        },
-        me: Me {
-            id: NodeId(99),
-            name: "me".to_owned(),
-            key: ME,
-            addrs: vec![[100, 64, 0, 99].into(), "fd00::99".parse().unwrap()],
-            routes: BTreeSet::new(),
-            owner: Owner::User("ana@example.com".to_owned()),
-            labels: BTreeSet::new(),
-        },
-        peers: peers
-            .iter()
-            .map(|id| (NodeId((*id).into()), peer(*id)))
-            .collect(),
-        filter: Filter::default(),
-        peers_empty_on_purpose: peers.is_empty(),
-    }
-}
-
-fn full(generation: u64, peers: &[u8]) -> Input {
-    Input::Netmap(Update::Full(Box::new(netmap(generation, peers))))
-}
-
-fn links(routes: &[(&str, &str)]) -> Links {
-    Links {
-        addrs: [LinkAddr {
-            interface: "eth0".to_owned(),
-            addr: [192, 0, 2, 99].into(),
-            prefix_len: 24,
-        }]
-        .into(),
-        routes: routes
-            .iter()
-            .map(|(to, interface)| LiveRoute {
-                prefix: prefix(to),
-                interface: (*interface).to_owned(),
-            })
-            .collect(),
-        gateway: None,
-        mtu: 1500,
-    }
-}
-
-const HOME: &[(&str, &str)] = &[("0.0.0.0/0", "eth0"), ("192.0.2.0/24", "eth0")];
-
-fn engine() -> Engine {
-    let config = Config {
-        interface: "weir0".to_owned(),
-        listen_port: 51820,
-        shim_port: 51821,
-    };
-    Engine::new(config, ME, DiscoKey([98; 32]), [97; 32])
-}
-
-/// A kernel that does as it is told, and what was told besides.
-struct Driver {
-    engine: Engine,
-    kernel: Observed,
-    now: Instant,
-    plans: Vec<Vec<Step>>,
-    told: Vec<Output>,
-    observed: usize,
-    /// Fails every plan at this step.
-    failing: Option<FailureKind>,
-}
-
-impl Driver {
-    fn new() -> Self {
-        let mut driver = Self {
-            engine: engine(),
-            kernel: Observed::default(),
-            now: Instant::now(),
-            plans: Vec::new(),
-            told: Vec::new(),
-            observed: 0,
-            failing: None,
-        };
-        driver.input(Input::Links(links(HOME)));
-        driver.input(Input::Up(true));
-        driver
-    }
-
-    fn input(&mut self, input: Input) {
-        self.engine.handle(self.now, input);
-        self.settle();
-    }
-
-    /// What the kernel says of a peer from now on.
-    fn stats(&mut self, peer: NodeKey) -> &mut Stats {
-        let Device::Present(device) = &mut self.kernel.device else {
-            panic!("there is no device");
-        };
-        &mut device.peers.get_mut(&peer).expect("a peer").stats
-    }
-
-    fn settle(&mut self) -> Instant {
-        for _ in 0..100 {
-            match self.engine.poll(self.now) {
-                Output::Timeout(at) => return at,
-                Output::Observe => {
-                    self.observed += 1;
-                    let seen = Input::Observed(self.kernel.clone());
-                    self.engine.handle(self.now, seen);
-                }
-                Output::Apply(steps) => {
-                    let answer = match self.failing {
-                        Some(kind) => Input::Failed(Failure {
-                            done: 0,
-                            kind,
-                            detail: "no".to_owned(),
-                        }),
-                        None => {
-                            steps.iter().for_each(|step| self.kernel.apply(step));
-                            Input::Applied
-                        }
-                    };
-                    self.plans.push(steps);
-                    self.engine.handle(self.now, answer);
-                }
-                other => self.told.push(other),
-            }
-        }
-        panic!("the engine does not come to rest");
-    }
-
-    fn pass(&mut self, time: Duration) {
-        let end = self.now + time;
-        loop {
-            let at = self.settle();
-            if at >= end {
-                break;
-            }
-            assert!(at > self.now, "a deadline in the past");
-            self.now = at;
-            self.engine.handle(self.now, Input::Timeout);
-        }
-        self.now = end;
-    }
-}
 
 #[test]
 fn nothing_is_touched_before_the_operator_and_a_netmap_have_spoken() {
@@ -365,23 +194,6 @@ fn a_refused_netmap_leaves_the_last_good_one_and_says_why() {
     let mended = bad.delta_to(&netmap(7, &[2, 3, 4]));
     driver.input(Input::Netmap(Update::Delta(Box::new(mended))));
     assert_eq!(driver.kernel.present().unwrap().peers.len(), 3);
-    assert!(driver.engine.status().problems.is_empty());
-}
-
-#[test]
-fn a_failure_is_told_and_tried_again_ever_more_rarely() {
-    let mut driver = Driver::new();
-    driver.failing = Some(FailureKind::Programs);
-    driver.input(full(1, &[2]));
-    let status = driver.engine.status();
-    assert_eq!(status.problems[0].code(), "acl_not_attached");
-    driver.pass(Duration::from_secs(300));
-    let tries = driver.plans.len();
-    let most = 300 / LONGEST_PAUSE.as_secs() as usize + 6;
-    assert!((8..=most).contains(&tries), "{tries}");
-    driver.failing = None;
-    driver.pass(LONGEST_PAUSE * 2);
-    assert!(driver.kernel.present().unwrap().up);
     assert!(driver.engine.status().problems.is_empty());
 }
 
