@@ -5,6 +5,8 @@
 //! A failing seed is one line: `SEED=17 cargo xtask test --tier sim a_network_of_chance`.
 
 use std::collections::BTreeMap;
+use std::panic;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -346,11 +348,15 @@ fn a_network_of_chance_holds_its_promises() {
     let full = std::env::var_os("WEIR_FULL").is_some();
     let seeds = if full { SEEDS_FULL } else { SEEDS };
     let next = AtomicU64::new(0);
+    let failed = Mutex::new(Vec::new());
     let work = || {
         while let seed = next.fetch_add(1, Ordering::Relaxed)
             && seed < seeds
         {
-            network_of_chance(seed);
+            if panic::catch_unwind(|| network_of_chance(seed)).is_err() {
+                eprintln!("SEED={seed} failed");
+                failed.lock().unwrap().push(seed);
+            }
         }
     };
     thread::scope(|scope| {
@@ -358,6 +364,8 @@ fn a_network_of_chance_holds_its_promises() {
             scope.spawn(work);
         }
     });
+    let failed = failed.into_inner().unwrap();
+    assert!(failed.is_empty(), "seeds that fail: {failed:?}");
 }
 
 #[test]
