@@ -5,6 +5,7 @@ mod claims;
 
 use super::*;
 use proptest::prelude::*;
+use proto::disco::{Took, TxId};
 
 const LAN: &str = "10.1.0.2:51820";
 const WAN: &str = "203.0.113.2:40001";
