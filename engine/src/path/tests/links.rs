@@ -62,3 +62,36 @@ fn new_links_end_every_pause() {
     rig.pass(Duration::from_millis(50));
     assert_eq!(rig.path.way(), Way::Direct(at(WAN)));
 }
+
+#[test]
+fn who_is_suddenly_seen_elsewhere_says_so_in_a_packet() {
+    let mut rig = Rig::new(&[WAN], false).works(WAN, 20);
+    rig.sending = true;
+    rig.pass(seconds(10));
+    while rig.path.take_greeting() {}
+    rig.pass(seconds(10));
+    assert!(!rig.path.take_greeting(), "nothing changed");
+    rig.appears = at("198.51.100.1:20001");
+    rig.pass(seconds(3));
+    assert!(rig.path.take_greeting());
+    rig.pass(seconds(10));
+    assert!(!rig.path.take_greeting(), "once");
+}
+
+#[test]
+fn who_is_seen_elsewhere_before_the_session_is_known_says_so_when_it_is() {
+    let mut rig = Rig::new(&[WAN], false).works(WAN, 20);
+    rig.path.seek(rig.now, true);
+    rig.pass(Duration::from_millis(50));
+    assert_eq!(rig.path.way(), Way::Direct(at(WAN)));
+    while rig.path.take_greeting() {}
+    rig.appears = at("198.51.100.1:20001");
+    rig.path.heart.check(rig.now);
+    rig.pass(Duration::from_millis(50));
+    assert!(!rig.path.is_live() && !rig.path.take_greeting());
+    rig.sending = true;
+    rig.pass(seconds(5));
+    assert!(rig.path.is_live() && rig.path.take_greeting());
+    rig.pass(seconds(10));
+    assert!(!rig.path.take_greeting(), "once");
+}
