@@ -9,31 +9,32 @@
 //!
 //! The kernel sends to one endpoint at a time and moves it by itself to wherever an authenticated
 //! packet came from ("roaming", WireGuard paper 2.1). So there are two truths, kept apart: what we
-//! **want** ([`Path::wanted`]) and what is **observed**. A peer that can be reached by relay starts
-//! there, at its own address on `lo`; a direct path replaces that when it is proven, and the session
-//! goes on.
+//! **want** ([`Path::wanted`]) and what is **observed** ([`counters`]). A peer that can be reached
+//! by relay starts there, at its own address on `lo`; a direct path replaces that when it is
+//! proven, and the session goes on.
 //!
 //! **Probes promote.** *Candidates* are what the netmap and the peer's calls name and where its
 //! pings come from ([`candidate`]). All of them are pinged from WireGuard's own port in a *burst*
 //! ([`probe`]), when there is traffic or news; a burst calls the peer by relay, so that both sides
-//! send at once and both routers let answers in. An answer proves both directions ([`disco`]). The first
-//! one is taken, a better one ([`score`]: nearness, family, time) replaces it.
+//! send at once and both routers let answers in. An answer proves both directions ([`disco`]). The
+//! first one is taken, a better one ([`score`]: nearness, family, time) replaces it.
 //!
 //! **Only distress demotes.** While there is traffic a direct path is pinged every
-//! [`probe::HEARTBEAT`]; without answers it is given up within [`probe::DISTRESS`] pings. And it must
-//! carry packets. With its pongs the peer says how much of the session its kernel took ([`claims`]):
-//! if we send and that does not grow, something on the way swallows WireGuard, and the path is given
-//! up as well. Then we do not answer the peer's pings for a while, so that it comes to the same end. Of
-//! a peer that does not say it, silence has to do: if we had heard from it and hear nothing for
-//! [`PROOF`] though probes are answered; and if the relay brings no answers either, it had just nothing
-//! to say, and the path is forgiven.
+//! [`probe::HEARTBEAT`]; without answers it is given up within [`probe::DISTRESS`] pings. And it
+//! must carry packets. With its pongs the peer says how much of the session its kernel took
+//! ([`claims`]): if we send and that does not grow, something on the way swallows WireGuard, and
+//! the path is given up as well. Then we do not answer the peer's pings for a while, so that it
+//! comes to the same end. Of a peer that does not say it, silence has to do: if we had heard from
+//! it and hear nothing for [`PROOF`] though probes are answered; and if the relay brings no
+//! answers either, it had just nothing to say, and the path is forgiven.
+//!
 //! The other way round, packets that come from there are a better proof than any probe: whose agent
 //! is dead, or just starts anew, still has a kernel that answers, and keeps its path.
 //! A path idle for [`ACTIVE`] is left as it is, and nothing is sent.
 //!
 //! **Nothing flaps.** After a return to the relay the next direct path is taken [`HOLD`] later at
-//! the earliest, unless the host's own links change. Where the kernel roams, we follow; a choice of ours that the peer overrules by
-//! sending from elsewhere is not repeated for five minutes.
+//! the earliest, unless the host's own links change. Where the kernel roams, we follow; a choice of
+//! ours that the peer overrules by sending from elsewhere is not repeated for five minutes.
 //!
 //! Where neither probes nor relays reach, the kernel's counters are all there is ([`blind`]).
 
@@ -539,8 +540,8 @@ impl Path {
         self.start_burst(now);
     }
 
-    /// The host's links changed. What fell silent may speak again, and the peer's kernel may send to
-    /// where we are no more: it learns better from a packet of ours, as soon as there is a way.
+    /// The host's links changed. What fell silent may speak again, and the peer's kernel may send
+    /// to where we are no more: it learns better from a packet of ours, as soon as there is a way.
     pub fn shaken(&mut self, now: Instant) {
         self.shaken = true;
         self.hold = None;

@@ -1,5 +1,5 @@
-//! What the peer says by discovery, and what we make of it: its calls, its pings, and its answers to
-//! ours.
+//! What the peer says by discovery, and what we make of it: its calls, its pings, and its answers
+//! to ours.
 //!
 //! A call names candidates, a ping shows one, an answer proves one. What each does depends on the
 //! [`Way`] in use: whoever is direct asks the path in use first, everyone else looks for one.
