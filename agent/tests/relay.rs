@@ -143,20 +143,26 @@ async fn pair(region: &Region) -> [Node; 2] {
     nodes
 }
 
+/// So many packets that `from` sends come to `to`, in order.
+async fn passes(from: &Node, to: &mut Node, packets: u8) {
+    let sent: Vec<Packet> = (0..packets)
+        .map(|number| (to.key, Bytes::from(vec![number; 1_400])))
+        .collect();
+    from.outboxes.push(HERE, &sent);
+    for (_, packet) in sent {
+        let got = timeout(PATIENCE, to.data.recv()).await;
+        let got = got.expect("a packet").expect("an open channel");
+        assert_eq!(got, (from.key, packet));
+    }
+}
+
 #[tokio::test]
 async fn data_and_discovery_pass_with_tls_and_without() {
     for (certificate, plain) in [(Certificate::Own, false), (Certificate::Off, true)] {
         let (server, _dir) = start(certificate, any());
         let [mut a, mut b] = pair(&region(&server, plain)).await;
         assert_eq!(a.relays.transport(HERE), Some(Transport::Derp));
-        let sent: Vec<Packet> = (0..20_u8)
-            .map(|number| (b.key, Bytes::from(vec![number; 1_400])))
-            .collect();
-        a.outboxes.push(HERE, &sent);
-        for (_, packet) in &sent {
-            let got = timeout(PATIENCE, b.data.recv()).await.unwrap().unwrap();
-            assert_eq!(got, (a.key, packet.clone()));
-        }
+        passes(&a, &mut b, 20).await;
         let from = a.key;
         assert_eq!(b.event().await, RelayEvent::Data { from });
         let mut disco = DISCO_MAGIC.to_vec();
@@ -221,10 +227,7 @@ async fn a_relay_that_ends_is_told_at_once_and_found_again_when_it_is_back() {
     for node in [&mut a, &mut b] {
         while node.event().await != RelayEvent::Up {}
     }
-    a.outboxes
-        .push(HERE, &[(b.key, Bytes::from_static(b"after"))]);
-    let got = timeout(PATIENCE, b.data.recv()).await.unwrap().unwrap();
-    assert_eq!(got, (a.key, Bytes::from_static(b"after")));
+    passes(&a, &mut b, 1).await;
 }
 
 /// What stands between a node and a relay, reads along, and lets only WebSockets through.
@@ -264,14 +267,7 @@ async fn what_lets_only_websockets_through_is_passed_in_one() {
         region.hosts[0].addr = middlebox(server.addr, refusal).await.to_string();
         let [a, mut b] = pair(&region).await;
         assert_eq!(a.relays.transport(HERE), Some(Transport::WebSocket));
-        let sent: Vec<Packet> = (0..50_u8)
-            .map(|number| (b.key, Bytes::from(vec![number; 1_400])))
-            .collect();
-        a.outboxes.push(HERE, &sent);
-        for (_, packet) in &sent {
-            let got = timeout(PATIENCE, b.data.recv()).await.unwrap().unwrap();
-            assert_eq!(got, (a.key, packet.clone()));
-        }
+        passes(&a, &mut b, 50).await;
         // Why a relay refuses a node is heard through it, too.
         let mut late = Node::new(3);
         late.relays.set_permit(None);
