@@ -55,7 +55,7 @@ use blind::Blind;
 use claims::{Claim, Told};
 use counters::{Doubt, Silence, Trial};
 use guess::Guesses;
-use probe::{Burst, DOUBT, Heart, PROMPTED_PAUSE};
+use probe::{Budget, Burst, DOUBT, Heart, PROMPTED_PAUSE};
 use score::Score;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -167,6 +167,7 @@ pub struct Path {
     ripe: bool,
     /// To be pinged at once.
     urgent: BTreeSet<SocketAddr>,
+    newcomers: Budget,
     guesses: Guesses,
 }
 
@@ -241,6 +242,7 @@ impl Path {
             settles: None,
             ripe: false,
             urgent: BTreeSet::new(),
+            newcomers: Budget::default(),
             guesses: Guesses::default(),
         };
         path.name(candidates, Source::Netmap);

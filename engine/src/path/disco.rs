@@ -12,6 +12,9 @@ use std::time::Instant;
 
 /// Most candidates of each source but the netmap, which has its own limit.
 const MAX_NAMED: usize = 16;
+/// Endpoints not heard of before that a peer may show in a second. More than one or two is a router
+/// that maps each packet anew, and none of those lasts.
+pub(super) const NEWCOMERS: u32 = 16;
 
 impl Path {
     /// The peer calls: it is about to ping us, and can be pinged here.
@@ -34,6 +37,10 @@ impl Path {
     pub fn pinged_by(&mut self, now: Instant, tier: Tier, from: SocketAddr) -> bool {
         let known = self.candidates.get_mut(&from);
         let is_new = known.is_none();
+        // Where every ping makes a router map anew, each would otherwise call for the next.
+        if is_new && !self.newcomers.take(now, NEWCOMERS) {
+            return true;
+        }
         // Its router lets us in now, whenever we asked last.
         let is_open = known.is_none_or(|it| it.sources.insert(Source::Seen));
         if is_new {

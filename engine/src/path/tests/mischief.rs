@@ -96,3 +96,26 @@ proptest! {
         }
     }
 }
+
+/// Both routers map each packet anew and let in whom they sent to: each ping of one side would call
+/// for one of the other, to an endpoint that nobody ever heard of.
+#[test]
+fn a_peer_that_comes_from_ever_new_ports_makes_no_storm() {
+    let mut rig = Rig::new(&[WAN], true);
+    rig.pass(seconds(20));
+    let before = rig.sent.len();
+    for port in 20_000..22_000 {
+        rig.pass(Duration::from_millis(1));
+        let from = SocketAddr::new(at(WAN).ip(), port);
+        assert!(rig.path.pinged_by(rig.now, Tier::Public, from), "answered");
+    }
+    let pings = rig.sent[before..].iter();
+    let pings = pings.filter(|(_, errand)| matches!(errand, Errand::Ping(_)));
+    // In two seconds: each newcomer at once, and the best of them in the rounds of a burst.
+    let most = 3 * disco::NEWCOMERS as usize + 12 * probe::BURST_CANDIDATES;
+    assert!(
+        (16..=most).contains(&pings.clone().count()),
+        "{}",
+        pings.count()
+    );
+}
