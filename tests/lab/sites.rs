@@ -2,8 +2,10 @@
 
 use std::net::{SocketAddr, TcpStream};
 
+use anyhow::ensure;
+use serde_json::Value;
 use tests::lab::Lab;
-use tests::mesh::{Join, Mesh, SPREAD_BOUND};
+use tests::mesh::{Join, Mesh, Node, SPREAD_BOUND};
 use tests::probe::{PASS_BOUND, Question, Talk};
 use tests::snapshot::Snapshot;
 use tests::topology::Topology;
@@ -79,7 +81,7 @@ pub fn topology() -> Topology {
         .route("default", "fd02::1")
 }
 
-/// Waits until the routers have each other's routes.
+/// Waits until the routers have each other's routes, and each knows of its own.
 pub fn routed(mesh: &Mesh) -> anyhow::Result<()> {
     for (router, routes) in [
         ("paris", ["10.2.0.0/24", "fd02::/64"]),
@@ -92,7 +94,9 @@ pub fn routed(mesh: &Mesh) -> anyhow::Result<()> {
             wait_until(&format!("{router} routes {route}"), SPREAD_BOUND, ready)?;
         }
     }
-    // Each end lets in what is for its own LAN only once it knows of that itself.
+    // The way there does not say that anything passes: a router lets in what is for its own LAN only
+    // once it has heard itself that the LAN's routes are approved, and what comes before is dropped.
+    // It is up whether or not the machine forwards IPv6.
     let known = |router: &str| -> anyhow::Result<_> {
         let status = mesh.node(router).weir("status --json")?.json()?;
         let own = status["node"]["approved_routes"].as_array().map(Vec::len);
@@ -203,6 +207,8 @@ fn a_router_changes_only_its_own_and_leaves_the_host_as_it_was() -> anyhow::Resu
         );
     }
 
+    up_in_spite_of_ipv6(&mesh.node("paris"))?;
+
     mesh.node("paris").weir("down")?;
     let after = Snapshot::of(&host)?;
     let changes: Vec<_> = before
@@ -212,6 +218,37 @@ fn a_router_changes_only_its_own_and_leaves_the_host_as_it_was() -> anyhow::Resu
         .collect();
     assert_eq!(changes, Vec::<String>::new());
     lab.passed();
+    Ok(())
+}
+
+/// Nobody turned IPv6 forwarding on: the router is up all the same, and names each side that does
+/// not forward, once.
+fn up_in_spite_of_ipv6(router: &Node) -> anyhow::Result<()> {
+    let own_switch = "test -e /proc/sys/net/ipv6/conf/eth1/force_forwarding";
+    let sides: &[&str] = match router.host.output(own_switch)?.code {
+        0 => &[],
+        _ => &["eth1", "the tunnel"],
+    };
+    let problems = |status: &Value| status["problems"].as_array().cloned().unwrap_or_default();
+    let status = router.until("every side is named", |status| {
+        problems(status).len() >= sides.len()
+    })?;
+    ensure!(status["phase"] == "up", "{status:#}");
+    ensure!(status["interface"]["up"] == true, "{status:#}");
+    ensure!(status["acl"]["attached"] == true, "{status:#}");
+    let name = |problem: &Value| {
+        let [code, message] =
+            ["code", "message"].map(|field| problem[field].as_str().unwrap_or_default());
+        let what = message.split(": ").next().unwrap_or_default();
+        format!("{code}: {what}")
+    };
+    let mut named: Vec<String> = problems(&status).iter().map(name).collect();
+    named.sort();
+    let wanted = sides
+        .iter()
+        .map(|side| format!("forwarding_v6: could not forward IPv6 from {side}"));
+    let wanted: Vec<String> = wanted.collect();
+    ensure!(named == wanted, "{named:?}");
     Ok(())
 }
 
