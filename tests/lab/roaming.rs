@@ -4,11 +4,12 @@
 //! "roaming" and "NAT"), here with the agents at work, and with the traffic from the side that must
 //! find out.
 
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use tests::lab::Lab;
-use tests::mesh::{Coordinator, Join, Mesh};
+use tests::mesh::{Coordinator, Join, Mesh, Node};
 use tests::nat::{MAPPED_PORT, Nat};
 use tests::stream::Numbered;
 use tests::topology::Topology;
@@ -17,8 +18,34 @@ const POLICY: &str = r#"{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:
 /// Longest outage: three seconds, and this in an emulator.
 const FOLLOWED: Duration = Duration::from_millis(4_500);
 
-fn mesh(lab: &Lab, hosts: [&'static str; 2]) -> anyhow::Result<Mesh> {
-    let mut mesh = Mesh::new(Coordinator::start(&lab.host("hub"))?);
+/// What the nodes' packets travel over.
+#[derive(Clone, Copy, Debug)]
+enum Underlay {
+    V4,
+    V6,
+}
+
+impl Underlay {
+    /// The host's address of this kind that ends in `number`, as `ip` wants it.
+    fn addr(self, number: u8) -> String {
+        match self {
+            Self::V4 => format!("192.0.2.{number}/24"),
+            Self::V6 => format!("2001:db8::{number}/64"),
+        }
+    }
+
+    /// Where the coordinator listens.
+    fn hub(self, lab: &Lab) -> IpAddr {
+        match self {
+            Self::V4 => lab.host("hub").v4(),
+            Self::V6 => lab.host("hub").v6(),
+        }
+    }
+}
+
+/// A network of a coordinator at `hub` and two nodes.
+fn mesh(lab: &Lab, hub: IpAddr, hosts: [&'static str; 2]) -> anyhow::Result<Mesh> {
+    let mut mesh = Mesh::new(Coordinator::start_at(&lab.host("hub"), hub)?);
     mesh.coordinator.admin("network create home")?;
     let user = "user create ana@example.com --network home";
     mesh.coordinator.admin(user)?;
@@ -32,27 +59,63 @@ fn mesh(lab: &Lab, hosts: [&'static str; 2]) -> anyhow::Result<Mesh> {
     Ok(mesh)
 }
 
-/// a talks to b, and b is suddenly elsewhere; then a is.
-#[test]
-fn a_node_whose_address_changes_is_followed_in_seconds() -> anyhow::Result<()> {
-    let lab = Lab::new("roaming", &Topology::star(&["a", "b"]))?;
-    let mesh = mesh(&lab, ["a", "b"])?;
+/// Where the kernel of `node` sends its one peer's packets.
+fn endpoint(node: &Node) -> anyhow::Result<SocketAddr> {
+    let shown = node.host.run("wg show weir0 endpoints")?.stdout;
+    let endpoint = shown.split_whitespace().nth(1);
+    Ok(endpoint.context("a peer")?.parse()?)
+}
+
+/// a talks to b, and b is suddenly elsewhere; then a is. Whoever moves loses all that it had, and
+/// gets one address of the kind that is asked for.
+///
+/// ```text
+///  hub   a   b
+///   │    │   │
+///  ─┴────┴───┴── internet
+/// ```
+fn both_move(name: &str, underlay: Underlay) -> anyhow::Result<()> {
+    let lab = Lab::new(name, &Topology::star(&["a", "b"]))?;
+    let mesh = mesh(&lab, underlay.hub(&lab), ["a", "b"])?;
     let [a, b] = ["a", "b"].map(|name| mesh.node(name));
-    for (node, old, new) in [(&b, 12, 77), (&a, 11, 78)] {
+    for node in [&a, &b] {
+        // The kernel asks whether somebody has a new IPv6 address before it uses it, as everywhere.
+        let asks = "sysctl -q -w net.ipv6.conf.eth0.accept_dad=1";
+        node.host.run(asks)?;
+    }
+    for (node, other, old, new, what) in [
+        (&b, &a, 12, 77, "the peer has another address"),
+        (&a, &b, 11, 78, "we have another address"),
+    ] {
         let numbered = Numbered::start(&a.host, &b.host, b.v4()?, 80)?;
-        numbered.flows(200)?;
-        node.host.ip(&format!(
-            "addr del 192.0.2.{old}/24 dev eth0\naddr del 2001:db8::{old}/64 dev eth0\n\
-             addr add 192.0.2.{new}/24 dev eth0\n"
-        ))?;
-        numbered.flows(400)?;
+        numbered.flows(100)?;
+        let before = endpoint(other)?;
+        let lost = [Underlay::V4, Underlay::V6].map(|it| it.addr(old));
+        let lost = lost.map(|addr| format!("addr del {addr} dev eth0\n"));
+        let got = underlay.addr(new);
+        node.host
+            .ip(&format!("{}addr add {got} dev eth0\n", lost.concat()))?;
+        numbered.flows(300)?;
         let losses = numbered.end()?;
-        let gone = losses.outage();
-        println!("{} is elsewhere: an outage of {gone:?}", node.host.name);
-        ensure!(gone <= FOLLOWED, "{}: {losses:?}", node.host.name);
+        let (after, gone) = (endpoint(other)?, losses.outage());
+        println!("{what} ({before}, then {after}): an outage of {gone:?}");
+        ensure!(gone <= FOLLOWED, "{what}: {losses:?}");
+        let there = got.split('/').next() == Some(&after.ip().to_string());
+        ensure!(there, "{what}: {got} is not {after}");
     }
     lab.passed();
     Ok(())
+}
+
+#[test]
+fn a_node_whose_address_changes_is_followed_in_seconds() -> anyhow::Result<()> {
+    both_move("roaming", Underlay::V4)
+}
+
+/// The coordinator, too, is reached over IPv6 alone.
+#[test]
+fn a_node_whose_ipv6_address_changes_is_followed_in_seconds() -> anyhow::Result<()> {
+    both_move("roaming6", Underlay::V6)
 }
 
 /// b talks to a, whose router suddenly maps it to another port and lets nothing in by the old one.
@@ -68,7 +131,7 @@ fn a_router_that_maps_anew_is_noticed_in_seconds() -> anyhow::Result<()> {
     let lab = Lab::new("rebinding", &topology)?;
     let router = lab.host("router");
     Nat::PortRestricted.install(&router, lab.host("a").v4())?;
-    let mesh = mesh(&lab, ["a", "b"])?;
+    let mesh = mesh(&lab, lab.host("hub").v4(), ["a", "b"])?;
     let [a, b] = ["a", "b"].map(|name| mesh.node(name));
     let numbered = Numbered::start(&b.host, &a.host, a.v4()?, 80)?;
     // At once: the agents have hardly seen that there is a session.

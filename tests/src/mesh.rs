@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use serde_json::Value;
@@ -32,12 +32,20 @@ pub struct Coordinator {
 }
 
 impl Coordinator {
-    /// Starts it on the host's first address and waits until it listens.
+    /// Starts it on the host's first IPv4 address and waits until it listens.
     ///
     /// # Errors
     /// If it does not come up.
     pub fn start(host: &Arc<Host>) -> anyhow::Result<Self> {
-        let listen = SocketAddr::new(host.v4(), PORT);
+        Self::start_at(host, host.v4())
+    }
+
+    /// The same on this address of the host.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn start_at(host: &Arc<Host>, addr: IpAddr) -> anyhow::Result<Self> {
+        let listen = SocketAddr::new(addr, PORT);
         let process = Self::serve(host, listen)?;
         Ok(Self {
             host: Arc::clone(host),
@@ -194,11 +202,8 @@ impl Node {
     }
 
     fn agent(host: &Arc<Host>, options: &str) -> anyhow::Result<Arc<Process>> {
+        let process = Self::begin(host, options)?;
         let folder = host.folder.display();
-        let line = format!(
-            "weir agent --state-dir {folder}/state/agent --socket {folder}/run/weir.sock {options}"
-        );
-        let process = host.start_whole("agent", &line)?;
         let status = format!("weir --socket {folder}/run/weir.sock status --json");
         let answers = || !process.runs() || host.output(&status).is_ok_and(|out| out.code == 0);
         wait_until("the agent answers", START_BOUND, answers)?;
@@ -209,6 +214,14 @@ impl Node {
             process.said()
         );
         Ok(process)
+    }
+
+    fn begin(host: &Arc<Host>, options: &str) -> anyhow::Result<Arc<Process>> {
+        let folder = host.folder.display();
+        let line = format!(
+            "weir agent --state-dir {folder}/state/agent --socket {folder}/run/weir.sock {options}"
+        );
+        host.start_whole("agent", &line)
     }
 
     /// Joins with a token on stdin; `options` go to `weir up`.
@@ -391,6 +404,22 @@ impl Node {
     pub fn restart(&self) -> anyhow::Result<()> {
         let agent = Self::agent(&self.host, "")?;
         *self.agent.lock().unwrap_or_else(PoisonError::into_inner) = agent;
+        Ok(())
+    }
+
+    /// The same, and ends it again as a crash would once it has run for so long, whatever it is
+    /// doing.
+    ///
+    /// # Errors
+    /// If it cannot be started, or ended before by itself.
+    pub fn cut_short(&self, after: Duration) -> anyhow::Result<()> {
+        let (agent, start) = (Self::begin(&self.host, "")?, Instant::now());
+        // The clock is the fault here: at whatever point of the start that is.
+        while start.elapsed() < after {
+            std::thread::yield_now();
+        }
+        ensure!(agent.runs(), "the agent ended: {}", agent.said());
+        agent.kill();
         Ok(())
     }
 
