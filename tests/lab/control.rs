@@ -9,10 +9,22 @@ use tests::stream::Numbered;
 use tests::topology::Topology;
 use tests::wait_until;
 
+use crate::lifetime::{forget_session, handshake};
 use crate::{POLICY, TRIO, assert_answers, expect};
 
 /// How soon a removed node is out of its peers' kernels.
 const REMOVAL_BOUND: Duration = Duration::from_secs(5);
+
+/// Two nodes forget the session that they have, agree on a new one, as two do that never spoke, and
+/// go on speaking.
+fn open_anew(from: &Node, to: &Node) -> anyhow::Result<Numbered> {
+    let (near, far) = (from.public_key()?, to.public_key()?);
+    forget_session(from, &far)?;
+    forget_session(to, &near)?;
+    let stream = Numbered::start(&from.host, &to.host, to.v4()?, 53)?;
+    assert_ne!(handshake(from, &far)?, 0, "a new session");
+    Ok(stream)
+}
 
 /// ```text
 ///  hub   a   b   c
@@ -39,8 +51,9 @@ fn with_the_coordinator_gone_flows_go_on_and_new_sessions_open() -> anyhow::Resu
     })?;
     let why = a.status()?["coordinator"]["why"].clone();
     assert!(why.as_str().is_some_and(|why| !why.is_empty()), "{why}");
-    // b and c never spoke before.
     assert_answers(&fresh);
+    let opened = open_anew(&b, &mesh.node("c"))?;
+    opened.flows(400)?;
     // Reading still works; changing is refused with a sentence.
     for verb in ["status", "peers", "counters", "explain a b:80"] {
         a.weir(verb)?;
@@ -74,8 +87,11 @@ fn with_the_coordinator_gone_flows_go_on_and_new_sessions_open() -> anyhow::Resu
         },
     )?;
     assert_answers(&more);
-    let losses = stream.end()?;
-    assert!(losses.lost.is_empty(), "{losses:?}");
+    for (which, stream) in [("old", stream), ("new", opened)] {
+        let losses = stream.end()?;
+        println!("the coordinator is killed, the {which} session: {losses:?}");
+        assert!(losses.lost.is_empty(), "{losses:?}");
+    }
     lab.passed();
     Ok(())
 }
