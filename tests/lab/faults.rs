@@ -18,9 +18,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use tests::host::Host;
 use tests::lab::{Lab, results};
-use tests::mesh::{Coordinator, Join, Mesh, Node, SPREAD_BOUND};
+use tests::mesh::{Join, Mesh, Node, SPREAD_BOUND};
 use tests::probe::{DENY_BOUND, PASS_BOUND, Question, Talk, passes};
-use tests::relay::{Relay, relays_section};
 use tests::stream::Numbered;
 use tests::topology::Topology;
 use tests::wait_until;
@@ -61,13 +60,8 @@ impl Table {
     }
 }
 
-struct World {
-    lab: Lab,
-    mesh: Mesh,
-    relay: Relay,
-}
-
-fn world(name: &str) -> anyhow::Result<World> {
+/// The topology with a relay, and a and b joined.
+fn world(name: &str) -> anyhow::Result<(Lab, Mesh)> {
     let topology = Topology::star(&["near"]).switch("far");
     let host = |topology: Topology, name: &str, number: u8| {
         let inside = format!("192.0.2.{number}/24");
@@ -75,21 +69,14 @@ fn world(name: &str) -> anyhow::Result<World> {
         topology.host(name, &[("internet", &inside), ("far", &far)])
     };
     let lab = Lab::new(name, &host(host(topology, "a", 21), "b", 22))?;
-    let coordinator = Coordinator::start(&lab.host("hub"))?;
-    coordinator.admin("network create home")?;
-    coordinator.admin("user create ana@example.com --network home")?;
-    coordinator.set_policy(POLICY)?;
-    let relay = Relay::start(&lab.host("near"), "near", &coordinator)?;
-    coordinator.configure(&relays_section(&[&relay]))?;
-    let mut mesh = Mesh::new(coordinator);
     let join = |host| Join {
         host,
         owner: "--user ana@example.com",
         routes: "",
     };
-    mesh.join(&lab, &["a", "b"].map(join))?;
+    let mesh = Mesh::with_relays(&lab, POLICY, &["near"], &["a", "b"].map(join))?;
     mesh.settled(&[("a", 1), ("b", 1)])?;
-    Ok(World { lab, mesh, relay })
+    Ok((lab, mesh))
 }
 
 fn echo(from: &Node, to: &Node, dst: IpAddr) -> anyhow::Result<bool> {
@@ -153,7 +140,7 @@ impl<'a> Asked<'a> {
 /// traffic goes on as soon as there is a way.
 #[test]
 fn cables_that_are_pulled_cost_seconds() -> anyhow::Result<()> {
-    let World { lab, mesh, .. } = world("fault_links")?;
+    let (lab, mesh) = world("fault_links")?;
     let [a, b] = ["a", "b"].map(|name| mesh.node(name));
     let mut table = Table(String::new());
     ensure!(echo(&a, &b, b.v4()?)?, "b does not answer");
@@ -217,7 +204,7 @@ const IN_FORCE: Duration = Duration::from_secs(5);
 /// by the new one loses no packet, and the next agent puts the new one in force.
 #[test]
 fn an_agent_killed_in_the_midst_of_a_plan_leaves_nothing_half_done() -> anyhow::Result<()> {
-    let World { lab, mesh, .. } = world("fault_plan")?;
+    let (lab, mesh) = world("fault_plan")?;
     let [a, b] = ["a", "b"].map(|name| mesh.node(name));
     let mut table = Table(String::new());
     let dst = b.v4()?;
@@ -299,8 +286,9 @@ fn clocks_that_jump_stop_no_traffic() -> anyhow::Result<()> {
         tests::skip("lab::faults::clock", "the clock is the host's own");
         return Ok(());
     };
-    let World { lab, mesh, relay } = world("fault_clock")?;
+    let (lab, mesh) = world("fault_clock")?;
     let [a, b] = ["a", "b"].map(|name| mesh.node(name));
+    let relay = &mesh.relays[0];
     let mut table = Table(String::new());
     let numbered = stream(&a, &b)?;
     for off in [3 * HOUR, -3 * HOUR, 0] {

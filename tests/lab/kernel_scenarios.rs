@@ -10,10 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use tests::host::Host;
 use tests::lab::Lab;
-use tests::mesh::{Coordinator, Join, Mesh, Node, SPREAD_BOUND};
+use tests::mesh::{Join, Mesh, Node, SPREAD_BOUND};
 use tests::nat::{MAPPED_PORT, Nat};
 use tests::probe::{DENY_BOUND, PASS_BOUND, Question, Talk, passes};
-use tests::relay::{Relay, relays_section};
 use tests::stream::Numbered;
 use tests::topology::Topology;
 use tests::wait_until;
@@ -245,16 +244,9 @@ fn a_route_that_leads_a_tunnel_into_itself_makes_no_loop() -> anyhow::Result<()>
     let lab = Lab::new("routing_loop", &behind_a_gate())?;
     lab.host("gate").run("sysctl -q -w net.ipv4.ip_forward=1")?;
     Nat::PortRestricted.install(&lab.host("router"), lab.host("a").v4())?;
-    let coordinator = Coordinator::start(&lab.host("hub"))?;
-    coordinator.admin("network create home")?;
-    coordinator.admin("user create ana@example.com --network home")?;
-    coordinator.set_policy(
-        r#"{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*", "203.0.113.0/24:*"]}]}"#,
-    )?;
-    let relay = Relay::start(&lab.host("near"), "near", &coordinator)?;
-    coordinator.configure(&relays_section(&[&relay]))?;
-    let mut mesh = Mesh::new(coordinator);
-    mesh.join(&lab, &["a", "b"].map(join))?;
+    let policy =
+        r#"{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*", "203.0.113.0/24:*"]}]}"#;
+    let mesh = Mesh::with_relays(&lab, policy, &["near"], &["a", "b"].map(join))?;
     let [a, b] = ["a", "b"].map(|name| mesh.node(name));
     let key = b.public_key()?;
     let dst = b.v4()?;

@@ -21,8 +21,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use tests::host::Host;
 use tests::lab::Lab;
-use tests::mesh::{Coordinator, Join, Mesh, Node};
-use tests::relay::{Relay, relays_section};
+use tests::mesh::{Join, Mesh, Node};
 use tests::stream::{longest_pause, trickle};
 use tests::topology::Topology;
 use tests::wait_until;
@@ -177,7 +176,7 @@ fn counted(lab: &Lab, router: &str, counter: &str) -> anyhow::Result<u64> {
 }
 
 /// Nodes a and b, with a relay, on a path as the first case has it.
-fn build(first: Case) -> anyhow::Result<(Lab, Mesh, Relay)> {
+fn build(first: Case) -> anyhow::Result<(Lab, Mesh)> {
     let lab = Lab::without_captures("mtu", &topology())?;
     for router in ["r1", "r2"] {
         let forward = "sysctl -q -w net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1";
@@ -192,23 +191,16 @@ fn build(first: Case) -> anyhow::Result<(Lab, Mesh, Relay)> {
 ";
         lab.host(end).run_with("nft -f -", rules)?;
     }
-    let coordinator = Coordinator::start(&lab.host("hub"))?;
-    coordinator.admin("network create home")?;
-    coordinator.admin("user create ana@example.com --network home")?;
-    coordinator.set_policy(POLICY)?;
-    let relay = Relay::start(&lab.host("hub"), "hub", &coordinator)?;
-    coordinator.configure(&relays_section(&[&relay]))?;
     narrow(&lab, first.1, first.2)?;
     blacken(&lab, first)?;
-    let mut mesh = Mesh::new(coordinator);
     let join = |host| Join {
         host,
         owner: "--user ana@example.com",
         routes: "",
     };
-    mesh.join(&lab, &[join("a"), join("b")])?;
+    let mesh = Mesh::with_relays(&lab, POLICY, &["hub"], &["a", "b"].map(join))?;
     mesh.settled(&[("a", 1), ("b", 1)])?;
-    Ok((lab, mesh, relay))
+    Ok((lab, mesh))
 }
 
 /// What `weir path` of the other end says: the way, and the path's MTU.
@@ -283,7 +275,7 @@ fn swallow(stream: &mut TcpStream) -> anyhow::Result<()> {
 #[test]
 fn full_transfers_pass_black_holes_of_every_size() -> anyhow::Result<()> {
     let cases = cases();
-    let (lab, mesh, _relay) = build(cases[0])?;
+    let (lab, mesh) = build(cases[0])?;
     let mut table = String::from(
         "underlay  takes  ends  v4 route  v6 route (mss)  known after  transfers  fragments\n",
     );

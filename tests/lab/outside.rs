@@ -16,9 +16,8 @@ use std::time::Duration;
 use anyhow::ensure;
 use tests::host::Host;
 use tests::lab::Lab;
-use tests::mesh::{Coordinator, Join, Mesh, Node, SPREAD_BOUND};
+use tests::mesh::{Join, Mesh, Node, SPREAD_BOUND};
 use tests::probe::{PASS_BOUND, Question, Talk, passes};
-use tests::relay::{Relay, relays_section};
 use tests::stream::Numbered;
 use tests::topology::Topology;
 use tests::wait_until;
@@ -81,19 +80,12 @@ fn a_route_around_coordinator_and_relay_cuts_nobody_off() -> anyhow::Result<()> 
         lab.host("gate").run(&on)?;
         lab.host("b").run(&on)?;
     }
-    let coordinator = Coordinator::start(&lab.host("hub"))?;
-    coordinator.admin("network create home")?;
-    coordinator.admin("user create ana@example.com --network home")?;
-    coordinator.set_policy(POLICY)?;
-    let relay = Relay::start(&lab.host("near"), "near", &coordinator)?;
-    coordinator.configure(&relays_section(&[&relay]))?;
     let cut = "table inet cut { chain over { type filter hook forward priority 0;
       ip saddr { 192.0.2.11, 203.0.113.12 } ip daddr { 192.0.2.11, 203.0.113.12 } meta l4proto udp drop
       ip6 saddr { 2001:db8::11, 2001:db8:5::12 } ip6 daddr { 2001:db8::11, 2001:db8:5::12 } meta l4proto udp drop
     }; }\n";
     lab.host("gate").run_with("nft -f -", cut)?;
-    let mut mesh = Mesh::new(coordinator);
-    mesh.join(&lab, &["a", "b"].map(join))?;
+    let mut mesh = Mesh::with_relays(&lab, POLICY, &["near"], &["a", "b"].map(join))?;
     let [a, b] = ["a", "b"].map(|name| mesh.node(name));
     let stream = || Numbered::start(&a.host, &b.host, b.v4()?, 7);
     let talk = stream()?;

@@ -15,9 +15,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use serde_json::Value;
 use tests::lab::Lab;
-use tests::mesh::{Coordinator, Join, Mesh, Node, SPREAD_BOUND};
+use tests::mesh::{Join, Mesh, Node, SPREAD_BOUND};
 use tests::probe::{PASS_BOUND, Question, Talk, passes};
-use tests::relay::{Relay, relays_section};
 use tests::stream::Numbered;
 use tests::topology::Topology;
 use tests::wait_until;
@@ -49,7 +48,6 @@ enum Udp {
 struct World {
     lab: Lab,
     mesh: Mesh,
-    relays: [Relay; 2],
 }
 
 /// The topology with two relays, a coordinator that names them, and a and b joined, between which
@@ -59,23 +57,15 @@ fn world(name: &str) -> anyhow::Result<World> {
     for host in lab.hosts().values() {
         host.run("sysctl -q -w net.ipv4.conf.all.rp_filter=1")?;
     }
-    let coordinator = Coordinator::start(&lab.host("hub"))?;
-    coordinator.admin("network create home")?;
-    coordinator.admin("user create ana@example.com --network home")?;
-    coordinator.set_policy(POLICY)?;
-    let start = |name: &str| Relay::start(&lab.host(name), name, &coordinator);
-    let relays = [start("near")?, start("far")?];
-    coordinator.configure(&relays_section(&[&relays[0], &relays[1]]))?;
-    let mut mesh = Mesh::new(coordinator);
     pass(&lab, Udp::Nothing)?;
     let join = |host| Join {
         host,
         owner: "--user ana@example.com",
         routes: "",
     };
-    mesh.join(&lab, &[join("a"), join("b")])?;
+    let mesh = Mesh::with_relays(&lab, POLICY, &["near", "far"], &["a", "b"].map(join))?;
     mesh.settled(&[("a", 1), ("b", 1)])?;
-    Ok(World { lab, mesh, relays })
+    Ok(World { lab, mesh })
 }
 
 /// Lets this UDP pass between a and b, and no other.
@@ -270,7 +260,7 @@ fn relayed_traffic_survives_coordinator_agent_and_region() -> anyhow::Result<()>
     let numbered = stream(&a, &b)?;
     numbered.flows(200)?;
     let at = home(&b);
-    let relay = world.relays.iter().find(|relay| at == *relay.name);
+    let relay = world.mesh.relays.iter().find(|relay| at == *relay.name);
     relay.with_context(|| format!("no relay {at}"))?.kill();
     numbered.flows(400)?;
     let gone = numbered.end()?.outage();
@@ -306,14 +296,14 @@ fn late_relayed_packets_move_nobody_and_changes_lose_nothing() -> anyhow::Result
     let numbered = stream(&a, &b)?;
     until("both are direct", [&a, &b], |it| !is_relayed(it))?;
     let direct = [endpoint(&a)?, endpoint(&b)?];
-    for relay in &world.relays {
+    for relay in &world.mesh.relays {
         let slow = "tc qdisc add dev eth0 root netem delay 80ms 20ms reorder 25% 50%";
         relay.host.run(slow)?;
     }
     numbered.end()?;
     let carried = || -> anyhow::Result<u64> {
-        let counts = world.relays.iter().map(|it| it.counter("packets_total"));
-        counts.sum()
+        let relays = world.mesh.relays.iter();
+        relays.map(|it| it.counter("packets_total")).sum()
     };
     let keys = [b.public_key()?, a.public_key()?];
     let before = ([handshake(&a)?, handshake(&b)?], carried()?);

@@ -12,6 +12,7 @@ use serde_json::Value;
 use crate::host::Host;
 use crate::lab::Lab;
 use crate::process::{Output, Process};
+use crate::relay::{Relay, relays_section};
 use crate::wait_until;
 
 /// How long a server or an agent may take to start. Generous, for slow machines.
@@ -442,10 +443,13 @@ impl Node {
     }
 }
 
-/// A network in a lab: a coordinator on the host `hub`, and a node on each host that joined.
+/// A network in a lab: a coordinator on the host `hub`, relays, and a node on each host that has
+/// joined.
 pub struct Mesh {
     /// The coordinator.
     pub coordinator: Coordinator,
+    /// The relays that it was started with.
+    pub relays: Vec<Relay>,
     nodes: BTreeMap<String, Arc<Node>>,
 }
 
@@ -464,8 +468,11 @@ impl Mesh {
     /// A network without nodes, of a coordinator that runs.
     #[must_use]
     pub fn new(coordinator: Coordinator) -> Self {
-        let nodes = BTreeMap::new();
-        Self { coordinator, nodes }
+        Self {
+            coordinator,
+            relays: Vec::new(),
+            nodes: BTreeMap::new(),
+        }
     }
 
     /// A coordinator on `hub` with one network `home`, a policy, and nodes with their users.
@@ -473,6 +480,20 @@ impl Mesh {
     /// # Errors
     /// If anything of that fails.
     pub fn start(lab: &Lab, policy: &str, joins: &[Join<'_>]) -> anyhow::Result<Self> {
+        Self::with_relays(lab, policy, &[], joins)
+    }
+
+    /// The same with a relay on each of these hosts, in a region of its own that is called as the
+    /// host is.
+    ///
+    /// # Errors
+    /// If anything of that fails.
+    pub fn with_relays(
+        lab: &Lab,
+        policy: &str,
+        relays: &[&str],
+        joins: &[Join<'_>],
+    ) -> anyhow::Result<Self> {
         let mut mesh = Self::new(Coordinator::start(&lab.host("hub"))?);
         mesh.coordinator.admin("network create home")?;
         let users = joins
@@ -483,6 +504,12 @@ impl Mesh {
                 .admin(&format!("user create {user} --network home"))?;
         }
         mesh.coordinator.set_policy(policy)?;
+        let start = |name: &&str| Relay::start(&lab.host(name), name, &mesh.coordinator);
+        mesh.relays = relays.iter().map(start).collect::<Result<_, _>>()?;
+        if !relays.is_empty() {
+            let list: Vec<&Relay> = mesh.relays.iter().collect();
+            mesh.coordinator.configure(&relays_section(&list))?;
+        }
         mesh.join(lab, joins)?;
         Ok(mesh)
     }

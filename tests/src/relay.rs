@@ -2,6 +2,7 @@
 //!
 //! As an operator does it: the coordinator runs, the relay is given what `relay key` prints and
 //! prints its certificate's fingerprint, and the coordinator is restarted with a list of relays.
+//! [`Mesh::with_relays`](crate::mesh::Mesh::with_relays) does all of it; by hand it is this.
 //!
 //! ```no_run
 //! # fn example(lab: &tests::lab::Lab, coordinator: &tests::mesh::Coordinator) -> anyhow::Result<()> {

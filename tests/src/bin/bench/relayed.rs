@@ -19,10 +19,9 @@ use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 use tests::host::Host;
 use tests::lab::Lab;
-use tests::mesh::{Coordinator, Join, Mesh, Node};
+use tests::mesh::{Join, Mesh, Node};
 use tests::packet;
 use tests::process::Process;
-use tests::relay::{Relay, relays_section};
 use tests::topology::Topology;
 use tests::wait_until;
 
@@ -75,19 +74,13 @@ struct Round {
 pub fn run(args: &Args) -> anyhow::Result<Value> {
     ensure!(args.rounds > 0 && args.megabytes > 0 && args.exchanges > 0);
     let lab = Lab::without_captures("relayed", &Topology::star(&["a", "b", "c", "near"]))?;
-    let coordinator = Coordinator::start(&lab.host("hub"))?;
-    coordinator.admin("network create home")?;
-    coordinator.set_policy(POLICY)?;
-    let relay = Relay::start(&lab.host("near"), "near", &coordinator)?;
-    coordinator.configure(&relays_section(&[&relay]))?;
     cut(&lab.host("a"), &lab.host("b"))?;
-    let mut mesh = Mesh::new(coordinator);
     let join = |host| Join {
         host,
         owner: "--tag tag:bench",
         routes: "",
     };
-    mesh.join(&lab, &[join("a"), join("b"), join("c")])?;
+    let mesh = Mesh::with_relays(&lab, POLICY, &["near"], &["a", "b", "c"].map(join))?;
     mesh.settled(&[("a", 2), ("b", 2), ("c", 2)])?;
 
     let a = mesh.node("a");
@@ -102,7 +95,7 @@ pub fn run(args: &Args) -> anyhow::Result<Value> {
         })
     };
     let mut ways = [
-        way("by relay", "b", vec![relay.process()])?,
+        way("by relay", "b", vec![mesh.relays[0].process()])?,
         way("direct", "c", Vec::new())?,
     ];
     for way in &ways {
