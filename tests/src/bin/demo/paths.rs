@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use tests::lab::Lab;
-use tests::mesh::{Coordinator, Join, Mesh, Node};
+use tests::mesh::{Join, Mesh, Node};
 use tests::nat::{Nat, two_lans};
-use tests::relay::{Relay, relays_section};
 use tests::stream::Numbered;
 use tests::wait_until;
 
@@ -25,7 +24,6 @@ const BLOCK: &str = "table ip blocked {
 struct World {
     lab: Lab,
     mesh: Mesh,
-    relays: [Relay; 2],
 }
 
 impl World {
@@ -35,21 +33,13 @@ impl World {
             let router = lab.host(&format!("router-{name}"));
             Nat::PortRestricted.install(&router, lab.host(name).v4())?;
         }
-        let coordinator = Coordinator::start(&lab.host("hub"))?;
-        coordinator.admin("network create home")?;
-        coordinator.admin("user create ana@example.com --network home")?;
-        coordinator.set_policy(POLICY)?;
-        let start = |name: &str| Relay::start(&lab.host(name), name, &coordinator);
-        let relays = [start("near")?, start("far")?];
-        coordinator.configure(&relays_section(&[&relays[0], &relays[1]]))?;
-        let mut mesh = Mesh::new(coordinator);
         let join = |host| Join {
             host,
             owner: "--user ana@example.com",
             routes: "",
         };
-        mesh.join(&lab, &[join("a"), join("b")])?;
-        Ok(Self { lab, mesh, relays })
+        let mesh = Mesh::with_relays(&lab, POLICY, &["near", "far"], &["a", "b"].map(join))?;
+        Ok(Self { lab, mesh })
     }
 }
 
@@ -115,7 +105,7 @@ pub fn play(stage: &mut Stage) -> anyhow::Result<String> {
     stage.check(&format!("packets go by relay {region}"), !region.is_empty());
 
     let moved = count(stage, ends, &format!("region {region} is lost"), || {
-        let relay = world.relays.iter().find(|relay| relay.name == region);
+        let relay = world.mesh.relays.iter().find(|relay| relay.name == region);
         relay.context("a relay of that name")?.kill();
         until(ends, "relayed", &region)
     })?;
