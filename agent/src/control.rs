@@ -23,6 +23,7 @@ mod lines;
 pub use channel::{ControlError, Credentials, Prove, tls_to};
 
 use channel::{Client, Stream};
+use futures_util::future::BoxFuture;
 use proto::control::{
     self as wire, Hello, HelloRequest, PollMessage, PollRequest, Refusal, RefusalCode,
     RegisterRequest, Registered, Report, TokenSecret,
@@ -33,7 +34,10 @@ use proto::netmap::Update;
 use proto::permit::Permit;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use std::io;
+use std::sync::Arc;
 use std::time::Duration;
+use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
@@ -42,13 +46,19 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause, before it is spread.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
+/// Opens a stream to `HOST:PORT` through a proxy; `None` where one is to be reached directly.
+pub type Detour =
+    Arc<dyn Fn(&str) -> Option<BoxFuture<'static, io::Result<TcpStream>>> + Send + Sync>;
+
 /// Whom to talk with.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct ControlConfig {
     /// `HOST:PORT`; an IPv6 address stands in brackets.
     pub address: String,
     /// The certificate to expect there.
     pub fingerprint: Fingerprint,
+    /// See [`Detour`].
+    pub detour: Detour,
     /// Spreads the pauses: another one for each process.
     pub seed: [u8; 32],
 }

@@ -33,6 +33,7 @@ use crate::kernel::{self, Job, OpenError};
 use crate::local::{BindError, Call, Refused, RefusedCode, Request, Response, Server};
 use crate::port;
 use crate::portmap;
+use crate::proxy::Proxy;
 use crate::relay;
 use crate::state::{Settings, StateDir, StateError};
 use engine::status::Failure;
@@ -151,6 +152,7 @@ struct Daemon {
     port: Port,
     seals: Seals,
     relayed: Relayed,
+    proxy: Arc<Proxy>,
     /// The router before us, and the one that is asked for a port.
     router: Option<Router>,
     routers: watch::Sender<Option<Router>>,
@@ -247,7 +249,8 @@ async fn assemble(
     let (looks_in, looks) = mpsc::channel(QUEUE);
     let (relays_in, relays) = mpsc::channel(QUEUE);
     let seals = Seals::new(Arc::clone(&identity.borrow()));
-    let relayed = Relayed::new(&config, &identity.borrow(), relays_in);
+    let proxy = Arc::new(Proxy::of_environment());
+    let relayed = Relayed::new(&config, &identity.borrow(), detour(&proxy), relays_in);
     let (port, port_events) = paths::share_port(&config);
     let signals = |_| DaemonError::System { what: "signals" };
     let sources = Sources {
@@ -280,6 +283,7 @@ async fn assemble(
         monitor: Monitor::new(looks_in),
         port,
         relayed,
+        proxy,
         router: None,
         routers,
         opened: watch::channel(None).1,
@@ -638,6 +642,12 @@ fn new_engine(config: &Config, identity: &Identity, shim_port: u16) -> Result<Ta
         seed,
     };
     Ok(Tap::new(&start, Instant::now()))
+}
+
+/// The proxy, as it is lent to whoever connects.
+fn detour(proxy: &Arc<Proxy>) -> relay::Detour {
+    let proxy = Arc::clone(proxy);
+    Arc::new(move |target| proxy.open(target))
 }
 
 /// Watches the host's addresses and routes for as long as the loop lives.

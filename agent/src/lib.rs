@@ -9,6 +9,7 @@ pub mod kernel;
 pub mod local;
 pub mod port;
 pub mod portmap;
+pub mod proxy;
 pub mod relay;
 pub mod shim;
 pub mod state;

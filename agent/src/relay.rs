@@ -15,7 +15,8 @@
 //! key. Which relay it is, TLS says: the certificate that the coordinator named, or one that the
 //! system's authorities vouch for.
 //!
-//! A middlebox that refuses DERP's own upgrade is passed by a WebSocket ([`Transport`]).
+//! A middlebox that refuses DERP's own upgrade is passed by a WebSocket ([`Transport`]), a network
+//! whose only way out is a proxy by a tunnel through it ([`Detour`]).
 //!
 //! A connection that says nothing is asked every two seconds ([`stream`]), so that a region that
 //! went without a farewell is told within four.
@@ -31,6 +32,7 @@ pub use outbox::{Outboxes, Packet};
 use bytes::Bytes;
 use dial::Dialer;
 use engine::RelayEvent;
+use futures_util::future::BoxFuture;
 use outbox::Outbox;
 use proto::derp::{Frame, LoginBox};
 use proto::id::RegionId;
@@ -38,10 +40,12 @@ use proto::key::{Fingerprint, NodeKey, RelayKey};
 use proto::netmap::Region;
 use proto::permit::Permit;
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use stream::End;
+use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
@@ -59,6 +63,9 @@ const LONGEST_RESTART: Duration = Duration::from_secs(5);
 pub type Login = Arc<dyn Fn(RelayKey) -> Option<LoginBox> + Send + Sync>;
 /// How TLS takes one certificate and no other.
 pub type Pinned = Arc<dyn Fn(Fingerprint) -> rustls::ClientConfig + Send + Sync>;
+/// Opens a stream to `HOST:PORT` through a proxy; `None` where one is to be reached directly.
+pub type Detour =
+    Arc<dyn Fn(&str) -> Option<BoxFuture<'static, io::Result<TcpStream>>> + Send + Sync>;
 /// Takes what peers sent, and says whose packets were the first of their kind.
 pub type Deliver = Arc<dyn Fn(&[Packet]) -> Vec<NodeKey> + Send + Sync>;
 
@@ -94,6 +101,8 @@ pub struct Config {
     pub login: Login,
     /// See [`Pinned`].
     pub pinned: Pinned,
+    /// See [`Detour`].
+    pub detour: Detour,
     /// See [`Deliver`].
     pub deliver: Deliver,
     /// Where events go.
@@ -237,6 +246,7 @@ impl Link {
             me: self.config.me,
             login: Arc::clone(&self.config.login),
             pinned: Arc::clone(&self.config.pinned),
+            detour: Arc::clone(&self.config.detour),
             known: BTreeMap::new(),
         };
         let mut failures = 0;

@@ -125,6 +125,7 @@ fn status(phase: Phase) -> Status {
             connected: up,
             why: (!up).then(|| "the coordinator fell silent".to_owned()),
             retry_in_seconds: None,
+            proxy: None,
         },
         generation: None,
         epoch: None,

@@ -1,6 +1,7 @@
 //! Connections to real relays, without a kernel: what comes through, and what a lost one costs.
 
 use agent::control::tls_to;
+use agent::proxy::Proxy;
 use agent::relay::{Config, Event, Outboxes, Packet, Relays, Transport};
 use bytes::Bytes;
 use engine::RelayEvent;
@@ -74,6 +75,11 @@ struct Node {
 
 impl Node {
     fn new(seed: u8) -> Self {
+        Self::by(seed, &Arc::new(Proxy::new(None, "", None)))
+    }
+
+    fn by(seed: u8, proxy: &Arc<Proxy>) -> Self {
+        let proxy = Arc::clone(proxy);
         let secret = NodeSecret::from_bytes([seed; 32]);
         let key = secret.public();
         let (events_in, events) = mpsc::channel(64);
@@ -83,6 +89,7 @@ impl Node {
             me: key,
             login: Arc::new(move |relay| Some(LoginBox::new(&*secret.agree(relay.0)?))),
             pinned: Arc::new(tls_to),
+            detour: Arc::new(move |target| proxy.open(target)),
             deliver: Arc::new(move |packets| {
                 for packet in packets {
                     data_in.send(packet.clone()).expect("an open channel");
@@ -135,7 +142,10 @@ impl Node {
 }
 
 async fn pair(region: &Region) -> [Node; 2] {
-    let mut nodes = [Node::new(1), Node::new(2)];
+    connected([Node::new(1), Node::new(2)], region).await
+}
+
+async fn connected(mut nodes: [Node; 2], region: &Region) -> [Node; 2] {
     for node in &mut nodes {
         node.go(region);
         assert_eq!(node.event().await, RelayEvent::Up);
@@ -327,4 +337,89 @@ async fn a_relay_that_falls_silent_is_given_up_soon() {
     assert!(why.contains("silent"), "{why}");
     let took = start.elapsed();
     assert!(took < Duration::from_secs(6), "{took:?}");
+}
+
+/// A proxy that wants this in each request, takes one name for the relay, and opens a tunnel or
+/// says no. Everything that it was asked goes into the channel.
+async fn proxy(
+    relay: SocketAddr,
+    wanted: &'static str,
+) -> (String, mpsc::UnboundedReceiver<String>) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
+    let door = tokio::net::TcpListener::bind(any()).await;
+    let door = door.expect("a free port");
+    let url = format!("http://{}", door.local_addr().expect("an address"));
+    let (asks, asked) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        loop {
+            let (mut near, _) = door.accept().await.expect("a connection");
+            let asks = asks.clone();
+            tokio::spawn(async move {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    head.push(near.read_u8().await?);
+                }
+                let head = String::from_utf8_lossy(&head).into_owned();
+                // Once the test is over nobody listens.
+                let _ = asks.send(head.lines().next().unwrap_or_default().to_owned());
+                if !head.contains(wanted) {
+                    let refusal = b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n";
+                    return near.write_all(refusal).await;
+                }
+                let mut far = tokio::net::TcpStream::connect(relay).await?;
+                near.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await?;
+                copy_bidirectional(&mut near, &mut far).await?;
+                Ok(())
+            });
+        }
+    });
+    (url, asked)
+}
+
+/// The relay's name is known to the proxy alone.
+#[tokio::test]
+async fn a_relay_is_reached_through_a_proxy_that_wants_a_password() {
+    const WANTED: &str = "\r\nProxy-Authorization: Basic YW5hOnNlc2FtZQ==\r\n";
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("proxy"), "ana:sesame\n").unwrap();
+    for (certificate, plain) in [(Certificate::Own, false), (Certificate::Off, true)] {
+        let (server, _dir) = start(certificate, any());
+        let (url, mut asked) = proxy(server.addr, WANTED).await;
+        let mut region = region(&server, plain);
+        region.hosts[0].addr = "relay.weir.invalid:443".to_owned();
+        let through = Arc::new(Proxy::new(Some(&url), "", Some(folder.path())));
+        let nodes = [Node::by(1, &through), Node::by(2, &through)];
+        let [a, mut b] = connected(nodes, &region).await;
+        assert_eq!(a.relays.transport(HERE), Some(Transport::Derp));
+        let packet = Bytes::from(vec![7; 1_400]);
+        a.outboxes.push(HERE, &[(b.key, packet.clone())]);
+        let got = timeout(PATIENCE, b.data.recv()).await.unwrap().unwrap();
+        assert_eq!(got, (a.key, packet));
+        let line = asked.recv().await.unwrap();
+        assert_eq!(line, "CONNECT relay.weir.invalid:443 HTTP/1.1");
+
+        let mut nobody = Node::by(3, &Arc::new(Proxy::new(Some(&url), "", None)));
+        nobody.go(&region);
+        let why = nobody.down().await;
+        assert!(
+            why.contains("relay.weir.invalid:443 cannot be reached"),
+            "{why}"
+        );
+        assert!(why.contains("wants a user and password"), "{why}");
+    }
+}
+
+/// `127.1` is an address to the resolver alone, so the proxy would be for it.
+#[tokio::test]
+async fn a_relay_that_the_proxy_is_not_for_is_reached_directly() {
+    let (server, _dir) = start(Certificate::Off, any());
+    let (url, mut asked) = proxy(server.addr, "").await;
+    let mut region = region(&server, true);
+    region.hosts[0].addr = format!("127.1:{}", server.addr.port());
+    for (exempt, tunnels) in [("127.1", false), ("other.example", true)] {
+        let through = Arc::new(Proxy::new(Some(&url), exempt, None));
+        let nodes = [Node::by(1, &through), Node::by(2, &through)];
+        let _connected = connected(nodes, &region).await;
+        assert_eq!(asked.try_recv().is_ok(), tunnels, "NO_PROXY={exempt}");
+    }
 }

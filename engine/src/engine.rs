@@ -181,6 +181,10 @@ impl Engine {
                 self.outside.set_coordinator(now, name);
                 self.dirty = true;
             }
+            Input::Proxy(name) => {
+                self.outside.set_proxy(now, name);
+                self.dirty = true;
+            }
             Input::Resolved(servers) => {
                 self.dirty |= self.outside.resolved(&servers);
                 self.netcheck.resolved(now, servers);

@@ -111,6 +111,8 @@ pub enum Input {
     Forget,
     /// The coordinator is spoken to at this `HOST:PORT`.
     Coordinator(String),
+    /// Servers are reached through the HTTP proxy at this `HOST:PORT`.
+    Proxy(String),
     /// The host's addresses or routes are these now.
     Links(Links),
     /// What the kernel holds of ours, as asked by [`Output::Observe`].

@@ -1,6 +1,6 @@
 //! [`Outside`]: whom the tunnel itself needs, and who therefore must never be reached through it.
 //!
-//! The coordinator and the relays may stand in a LAN that a peer offers as a subnet route. Were all
+//! The coordinator, the relays and the proxy that leads to them may stand in a LAN that a peer offers as a subnet route. Were all
 //! of that route to lead into the tunnel, the node would send into the tunnel what carries the
 //! tunnel, and be cut off. So their addresses are left out of every subnet route
 //! ([`crate::plan::Routing`]).
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 pub const PATIENCE: Duration = Duration::from_secs(2);
 /// Names without an address are looked up this often.
 const AGAIN: Duration = Duration::from_secs(5);
-/// Most servers that are kept outside: the coordinator, and the first of the relays.
+/// Most servers that are kept outside: the coordinator, the proxy, and the first of the relays.
 pub const MAX_HOSTS: usize = 64;
 /// Most addresses of one of them.
 pub const MAX_ADDRS: usize = 8;
@@ -29,6 +29,8 @@ pub const MAX_ADDRS: usize = 8;
 pub struct Outside {
     /// `HOST:PORT`
     coordinator: Option<String>,
+    /// `HOST:PORT`
+    proxy: Option<String>,
     /// `HOST:PORT` of each.
     relays: Vec<String>,
     /// The addresses of each, by what stands before its port.
@@ -46,6 +48,12 @@ impl Outside {
         self.gather(now);
     }
 
+    /// Servers are reached through the proxy at this `HOST:PORT`.
+    pub fn set_proxy(&mut self, now: Instant, name: String) {
+        self.proxy = Some(name);
+        self.gather(now);
+    }
+
     /// These are the network's servers.
     pub fn set_relays(&mut self, now: Instant, network: &Network) {
         let relays = network.relays.values().flat_map(|region| &region.hosts);
@@ -57,7 +65,8 @@ impl Outside {
     fn gather(&mut self, now: Instant) {
         let mut before = std::mem::take(&mut self.hosts);
         let mut fresh = false;
-        for name in self.coordinator.iter().chain(&self.relays) {
+        let first = self.coordinator.iter().chain(&self.proxy);
+        for name in first.chain(&self.relays) {
             let host = host_of(name);
             if self.hosts.len() == MAX_HOSTS || self.hosts.contains_key(host) {
                 continue;
@@ -101,7 +110,8 @@ impl Outside {
     /// Names to look up now, if any.
     pub fn poll(&mut self, now: Instant) -> Option<Vec<String>> {
         self.resolve_at.filter(|at| now >= *at)?;
-        let all = self.coordinator.iter().chain(&self.relays);
+        let first = self.coordinator.iter().chain(&self.proxy);
+        let all = first.chain(&self.relays);
         let names: BTreeMap<&str, &String> = all
             .map(|name| (host_of(name), name))
             .filter(|(host, _)| literal(host).is_none() && self.hosts.contains_key(*host))
@@ -163,6 +173,19 @@ mod tests {
         assert_eq!(outside.addrs(), addrs(&["2001:db8::1"]));
         assert_eq!(outside.poll(now), None);
         assert_eq!(outside.deadline(), None);
+    }
+
+    #[test]
+    fn the_proxy_is_kept_outside_beside_the_coordinator() {
+        let now = Instant::now();
+        let mut outside = Outside::default();
+        outside.set_proxy(now, "proxy.example:3128".to_owned());
+        outside.set_coordinator(now, "192.0.2.1:8443".to_owned());
+        assert_eq!(outside.addrs(), None);
+        let asked = outside.poll(now);
+        assert_eq!(asked, Some(vec!["proxy.example:3128".to_owned()]));
+        outside.resolved(&found(&[("10.0.0.8:3128", "proxy.example:3128")]));
+        assert_eq!(outside.addrs(), addrs(&["10.0.0.8", "192.0.2.1"]));
     }
 
     #[test]

@@ -214,6 +214,7 @@ fn coordinator_check(coordinator: &Coordinator) -> Check {
     let name = "coordinator";
     let Coordinator {
         address,
+        proxy,
         connected,
         why,
         ..
@@ -221,23 +222,45 @@ fn coordinator_check(coordinator: &Coordinator) -> Check {
     let Some(address) = address else {
         return Check::ok(name, "none named yet; the join token names one");
     };
+    let by = proxy.as_ref().map(|proxy| format!(" by proxy {proxy}"));
+    let by = by.unwrap_or_default();
     if *connected {
-        return Check::ok(name, format!("connected to {address}"));
+        return Check::ok(name, format!("connected to {address}{by}"));
     }
     let why = why.as_deref().unwrap_or("not connected yet");
-    let reachable = address.to_socket_addrs().is_ok_and(|addrs| {
-        addrs
-            .into_iter()
-            .any(|addr| TcpStream::connect_timeout(&addr, REACH).is_ok())
-    });
-    let next = if reachable {
+    let reachable = takes_connections(proxy.as_ref().unwrap_or(address));
+    let next = if proxy.is_some() {
+        through_proxy(reachable)
+    } else if reachable {
         "It takes TCP connections from here, so it is the conversation that fails: compare the \
          certificate's fingerprint with the one that `weir-coordinator serve` prints."
     } else {
         "It takes no TCP connection from here: check its address, its firewall, and whether it \
          runs. What is connected stays connected meanwhile."
     };
-    Check::warn(name, format!("not connected to {address}: {why}"), next)
+    let message = format!("not connected to {address}{by}: {why}");
+    Check::warn(name, message, next)
+}
+
+/// Whether somebody at `HOST:PORT` takes a TCP connection from here.
+fn takes_connections(address: &str) -> bool {
+    address.to_socket_addrs().is_ok_and(|addrs| {
+        addrs
+            .into_iter()
+            .any(|addr| TcpStream::connect_timeout(&addr, REACH).is_ok())
+    })
+}
+
+/// What to do where the coordinator is not reached through a proxy that is, or is not, reachable.
+fn through_proxy(reachable: bool) -> &'static str {
+    if reachable {
+        "The proxy takes TCP connections from here: ask whoever runs it to let CONNECT through to \
+         the coordinator, or name the coordinator in NO_PROXY of the service if it is reached \
+         directly."
+    } else {
+        "The proxy takes no TCP connection from here: check HTTPS_PROXY of the service, and \
+         whether the proxy runs. What is connected stays connected meanwhile."
+    }
 }
 
 fn text(checks: &[Check]) -> String {

@@ -71,8 +71,13 @@ fn regions(check: &Netcheck) -> String {
         let away = region.latency_us.map(super::path::millis);
         let connection = match (&region.why, region.transport.as_deref()) {
             (Some(why), _) => format!("{}: {why}", region.connection),
-            (None, Some("websocket")) => format!("{}, by WebSocket", region.connection),
-            (None, _) => region.connection.clone(),
+            (None, through) => {
+                let inside = (through == Some("websocket")).then(|| ", by WebSocket".to_owned());
+                let proxy = region.proxy.as_ref().filter(|_| through.is_some());
+                let proxy = proxy.map(|proxy| format!(", by proxy {proxy}"));
+                let by: String = inside.into_iter().chain(proxy).collect();
+                format!("{}{by}", region.connection)
+            }
         };
         table.row([
             if region.home { "*" } else { "" },
@@ -143,6 +148,7 @@ mod tests {
                     connection: "down".to_owned(),
                     why: Some("it fell silent".to_owned()),
                     transport: None,
+                    proxy: None,
                     latency_us: Some(1_240),
                 },
                 Region {
@@ -152,6 +158,7 @@ mod tests {
                     connection: "up".to_owned(),
                     why: None,
                     transport: Some("websocket".to_owned()),
+                    proxy: Some("proxy.example.com:3128".to_owned()),
                     latency_us: None,
                 },
             ],
@@ -170,7 +177,7 @@ mod tests {
             "No packets from web: this",
             "1.24 ms",
             "down: it fell silent",
-            "up, by WebSocket",
+            "up, by WebSocket, by proxy proxy.example.com:3128",
             "at relay near",
             "opened 192.0.2.9:51820 for it, asked by UPnP",
         ] {

@@ -205,12 +205,17 @@ fn active_text(active: &[PeerStatus]) -> String {
 fn coordinator_text(coordinator: &Coordinator) -> String {
     let Coordinator {
         address,
+        proxy,
         connected,
         why,
         retry_in_seconds,
     } = coordinator;
     let Some(address) = address else {
         return "none yet".to_owned();
+    };
+    let address = match proxy {
+        Some(proxy) => &format!("{address} by proxy {proxy}"),
+        None => address,
     };
     if *connected {
         return format!("{address}, connected");

@@ -234,6 +234,7 @@ mod tests {
                 connected: true,
                 why: None,
                 retry_in_seconds: None,
+                proxy: None,
             },
             generation: None,
             epoch: None,

@@ -5,8 +5,10 @@
 //! would prove nothing. Sessions are not resumed: each connection shows both certificates, and its
 //! exporter is its own.
 
+use super::Detour;
 use super::lines::{LineBuffer, TooLong};
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{self, SendRequest};
@@ -84,20 +86,29 @@ pub enum ControlError {
         #[source]
         source: io::Error,
     },
+    /// No connection through the proxy.
+    #[error("the coordinator `{address}` cannot be reached through a proxy")]
+    Proxy {
+        /// `HOST:PORT`.
+        address: String,
+        /// What the proxy said, or why it could not be asked.
+        #[source]
+        source: io::Error,
+    },
     /// The certificate there is not the pinned one.
     #[error(
-        "another certificate than the join token named answers at {addr}: this is another \
+        "another certificate than the join token named answers at {place}: this is another \
          coordinator, or somebody in between"
     )]
     WrongCertificate {
-        /// The address.
-        addr: SocketAddr,
+        /// The address; the coordinator's name if a proxy leads there.
+        place: String,
     },
     /// The TLS handshake failed.
-    #[error("no TLS connection to the coordinator at {addr}")]
+    #[error("no TLS connection to the coordinator at {place}")]
     Tls {
-        /// The address.
-        addr: SocketAddr,
+        /// The address; the coordinator's name if a proxy leads there.
+        place: String,
         /// What rustls said.
         #[source]
         source: io::Error,
@@ -162,6 +173,7 @@ impl ControlError {
 /// How connections to one coordinator are opened.
 pub(super) struct Client {
     address: String,
+    detour: Detour,
     tls: TlsConnector,
     credentials: Credentials,
 }
@@ -171,6 +183,7 @@ impl Client {
         let tls = tls_config(config.fingerprint, Arc::clone(&credentials.certificate));
         Self {
             address: config.address,
+            detour: config.detour,
             tls: TlsConnector::from(Arc::new(tls)),
             credentials,
         }
@@ -189,8 +202,11 @@ impl Client {
         (self.credentials.prove)(challenge, &channel.exporter).ok_or(ControlError::Challenge)
     }
 
-    /// A connection to the first address that gives one.
+    /// A connection to the first address that gives one, or through the proxy.
     pub(super) async fn connect(&self) -> Result<Channel, ControlError> {
+        if let Some(opened) = (self.detour)(&self.address) {
+            return self.connect_through(opened).await;
+        }
         let unresolved = |source| ControlError::Resolve {
             address: self.address.clone(),
             source,
@@ -213,17 +229,48 @@ impl Client {
         Err(failure)
     }
 
+    async fn connect_through(
+        &self,
+        opened: BoxFuture<'static, io::Result<TcpStream>>,
+    ) -> Result<Channel, ControlError> {
+        let unreachable = |source| ControlError::Proxy {
+            address: self.address.clone(),
+            source,
+        };
+        let connected = async {
+            let tcp = opened.await.map_err(unreachable)?;
+            // Whom the greeting is for, if the coordinator has no name: nobody looks.
+            let peer = tcp.peer_addr().map_err(unreachable)?;
+            self.converse(tcp, self.server_name(peer), &self.address)
+                .await
+        };
+        timeout(CONNECT, connected)
+            .await
+            .unwrap_or_else(|_| Err(unreachable(io::ErrorKind::TimedOut.into())))
+    }
+
     async fn connect_to(&self, addr: SocketAddr) -> Result<Channel, ControlError> {
         let unreachable = |source| ControlError::Connect { addr, source };
         let tcp = TcpStream::connect(addr).await.map_err(unreachable)?;
         tcp.set_nodelay(true).map_err(unreachable)?;
-        let tls = self.tls.connect(self.server_name(addr), tcp).await;
-        let tls = tls.map_err(|source| tls_failed(addr, source))?;
+        self.converse(tcp, self.server_name(addr), &addr.to_string())
+            .await
+    }
+
+    /// TLS and HTTP on a stream to the coordinator at `place`.
+    async fn converse(
+        &self,
+        tcp: TcpStream,
+        name: ServerName<'static>,
+        place: &str,
+    ) -> Result<Channel, ControlError> {
+        let failed = |source| tls_failed(place, source);
+        let tls = self.tls.connect(name, tcp).await.map_err(failed)?;
         let mut exporter = [0; EXPORTER_BYTES];
         let (_, connection) = tls.get_ref();
         connection
             .export_keying_material(&mut exporter, EXPORTER_LABEL, None)
-            .map_err(|error| tls_failed(addr, io::Error::other(error)))?;
+            .map_err(|error| failed(io::Error::other(error)))?;
         let (send, connection) = http1::handshake(TokioIo::new(tls)).await?;
         let mut driver = JoinSet::new();
         driver.spawn(async move {
@@ -258,13 +305,14 @@ impl Client {
     }
 }
 
-fn tls_failed(addr: SocketAddr, source: io::Error) -> ControlError {
+fn tls_failed(place: &str, source: io::Error) -> ControlError {
+    let place = place.to_owned();
     let inner = source.get_ref().and_then(|inner| inner.downcast_ref());
     match inner {
         Some(rustls::Error::InvalidCertificate(
             CertificateError::ApplicationVerificationFailure,
-        )) => ControlError::WrongCertificate { addr },
-        _ => ControlError::Tls { addr, source },
+        )) => ControlError::WrongCertificate { place },
+        _ => ControlError::Tls { place, source },
     }
 }
 

@@ -26,7 +26,16 @@ impl Talk {
     }
 
     async fn with_pin(pin: impl Fn(Fingerprint) -> Fingerprint) -> Self {
-        let server = Server::start().await;
+        Self::with(Server::start().await, pin, None, Arc::new(|_| None))
+    }
+
+    /// `name` is what the coordinator is called where the agent is.
+    fn with(
+        server: Server,
+        pin: impl Fn(Fingerprint) -> Fingerprint,
+        name: Option<&str>,
+        detour: Detour,
+    ) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let identity = Arc::new(Identity::load_or_create(folder.path()).unwrap());
         let prover = Arc::clone(&identity);
@@ -36,8 +45,9 @@ impl Talk {
             prove: Arc::new(move |challenge, exporter| prover.prove(challenge, exporter)),
         };
         let config = ControlConfig {
-            address: server.address.clone(),
+            address: name.unwrap_or(&server.address).to_owned(),
             fingerprint: pin(server.fingerprint),
+            detour,
             seed: [7; 32],
         };
         let (commands, receiver) = mpsc::channel(8);
@@ -247,6 +257,64 @@ async fn another_certificate_hears_nothing() {
         "{why}"
     );
     assert!(talk.server.is_unasked());
+}
+
+/// Nobody but the proxy knows the coordinator's name, and TLS still ends at the coordinator.
+#[tokio::test]
+async fn a_coordinator_behind_a_proxy_is_the_pinned_one_all_the_same() {
+    const NAME: &str = "hub.weir.invalid:8443";
+    for (last_bit, is_it) in [(0, true), (1, false)] {
+        let server = Server::start().await;
+        let at = server.address.clone();
+        let detour: Detour = Arc::new(move |target| {
+            assert_eq!(target, NAME);
+            let at = at.clone();
+            Some(Box::pin(async move { TcpStream::connect(at).await }))
+        });
+        let pin = |Fingerprint(mut bytes)| {
+            bytes[31] ^= last_bit;
+            Fingerprint(bytes)
+        };
+        let mut talk = Talk::with(server, pin, Some(NAME), detour);
+        talk.command(register()).await;
+        if is_it {
+            talk.say_hello().await;
+            let asked = talk.server.expect("/v1/register").await;
+            asked.answer(200, &registered());
+            assert!(matches!(talk.event().await, Event::Registered(_)));
+            continue;
+        }
+        let Event::Disconnected { why, .. } = talk.event().await else {
+            panic!("not disconnected");
+        };
+        assert!(
+            why.to_string().contains("answers at hub.weir.invalid:8443"),
+            "{why}"
+        );
+        assert!(talk.server.is_unasked());
+    }
+}
+
+#[tokio::test]
+async fn a_proxy_that_refuses_is_told() {
+    let refuses: Detour = Arc::new(|_| {
+        Some(Box::pin(async {
+            Err(io::Error::other("the proxy says no"))
+        }))
+    });
+    let server = Server::start().await;
+    let mut talk = Talk::with(server, |it| it, None, refuses);
+    talk.command(register()).await;
+    let Event::Disconnected { why, .. } = talk.event().await else {
+        panic!("not disconnected");
+    };
+    assert!(
+        why.to_string()
+            .contains("cannot be reached through a proxy"),
+        "{why}"
+    );
+    let source = std::error::Error::source(&why).map(ToString::to_string);
+    assert_eq!(source.as_deref(), Some("the proxy says no"));
 }
 
 #[tokio::test]

@@ -99,8 +99,10 @@ impl Daemon {
             .as_ref()
             .or(self.settings.coordinator.as_ref());
         let refusal = link.refusal.as_ref().map(|refusal| refusal.message.clone());
+        let proxy = known.and_then(|it| self.proxy_to(&it.address));
         Coordinator {
             address: known.map(|coordinator| coordinator.address.clone()),
+            proxy,
             connected: link.connected,
             why: refusal.or_else(|| link.why.clone()),
             retry_in_seconds: link
@@ -132,6 +134,7 @@ impl Daemon {
             .chain(self.guard.problem())
             .chain(self.port_problem())
             .chain(self.relay_problem())
+            .chain(self.proxy_problem())
     }
 
     pub(super) fn answer_status(&self, reply: oneshot::Sender<Response>) {

@@ -1,6 +1,8 @@
 //! Joining, coming up, and the conversation with the coordinator.
 
-use super::{Daemon, DaemonError, Leaving, Logout, UP_PATIENCE, Waiter, chain, refused, send};
+use super::{
+    Daemon, DaemonError, Leaving, Logout, UP_PATIENCE, Waiter, chain, detour, refused, send,
+};
 use crate::control::{self, Command, ControlConfig, ControlError, Credentials, Event, Register};
 use crate::local::{RefusedCode, Response, Up};
 use crate::state::Coordinator;
@@ -96,6 +98,7 @@ impl Daemon {
         let config = ControlConfig {
             address: coordinator.address.clone(),
             fingerprint: coordinator.fingerprint,
+            detour: detour(&self.proxy),
             seed: self.link.seed,
         };
         let credentials = Credentials {
@@ -119,8 +122,17 @@ impl Daemon {
         });
         self.link.commands = Some(commands);
         self.link.coordinator = Some(coordinator.clone());
-        let at = Input::Coordinator(coordinator.address.clone());
-        self.engine.handle(Instant::now(), at);
+        for input in self.needed(coordinator) {
+            self.engine.handle(Instant::now(), input);
+        }
+    }
+
+    /// Whom the tunnel needs besides the relays.
+    pub(super) fn needed(&self, coordinator: &Coordinator) -> Vec<Input> {
+        let proxy = self.proxy.address();
+        let proxy = proxy.map(|address| Input::Proxy(address.to_owned()));
+        let coordinator = Input::Coordinator(coordinator.address.clone());
+        proxy.into_iter().chain([coordinator]).collect()
     }
 
     /// Joins with a token, or comes up again as the node that this machine is.

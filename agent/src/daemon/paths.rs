@@ -32,6 +32,7 @@ pub(super) struct Relayed {
     shim: Result<Arc<Shim>, String>,
     outboxes: Outboxes,
     events: mpsc::Sender<(RegionId, relay::Event)>,
+    detour: relay::Detour,
     permit: Option<Permit>,
     /// The coordinator was asked for a permit and has not answered.
     asked: bool,
@@ -53,6 +54,7 @@ impl Relayed {
     pub(super) fn new(
         config: &Config,
         identity: &Arc<Identity>,
+        detour: relay::Detour,
         events: mpsc::Sender<(RegionId, relay::Event)>,
     ) -> Self {
         let outboxes = Outboxes::default();
@@ -63,12 +65,13 @@ impl Relayed {
                 Arc::new(move |region, packets| outboxes.push(region, packets));
             tokio::spawn(Arc::clone(shim).run(forward));
         }
-        let relays = connections(identity, &shim, &outboxes, &events);
+        let relays = connections(identity, &shim, &outboxes, &detour, &events);
         Self {
             relays,
             shim,
             outboxes,
             events,
+            detour,
             permit: None,
             asked: false,
             ask_after: None,
@@ -78,7 +81,14 @@ impl Relayed {
 
     /// The node is somebody else from now on.
     pub(super) fn change_identity(&mut self, identity: &Arc<Identity>) {
-        self.relays = connections(identity, &self.shim, &self.outboxes, &self.events);
+        let Self {
+            shim,
+            outboxes,
+            detour,
+            events,
+            ..
+        } = &*self;
+        self.relays = connections(identity, shim, outboxes, detour, events);
         self.hold(None);
     }
 
@@ -144,6 +154,7 @@ fn connections(
     identity: &Arc<Identity>,
     shim: &Result<Arc<Shim>, String>,
     outboxes: &Outboxes,
+    detour: &relay::Detour,
     events: &mpsc::Sender<(RegionId, relay::Event)>,
 ) -> Relays {
     let (lent, shim) = (Arc::clone(identity), shim.clone());
@@ -154,6 +165,7 @@ fn connections(
         me: identity.node_key(),
         login: Arc::new(move |relay| lent.relay_login(relay)),
         pinned: Arc::new(control::tls_to),
+        detour: Arc::clone(detour),
         deliver: Arc::new(move |packets| match &shim {
             Ok(shim) => shim.inject(packets),
             Err(_) => Vec::new(),
@@ -279,6 +291,15 @@ impl Daemon {
         self.relayed.hold(None);
         let forgotten = self.state.forget_permit();
         self.note("permit_not_forgotten", forgotten.err());
+    }
+
+    /// What is wrong with the proxy that was named.
+    pub(super) fn proxy_problem(&self) -> Option<Problem> {
+        self.proxy.problem().map(|why| Problem {
+            code: "proxy_not_used".to_owned(),
+            message: format!("{why}: coordinator and relays are not reached, but for NO_PROXY"),
+            next: why.next().to_owned(),
+        })
     }
 
     /// What is wrong with carrying relayed packets, where the network has relays.

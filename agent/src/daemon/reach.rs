@@ -141,13 +141,33 @@ impl Daemon {
 
     /// The network's relays.
     pub(super) fn regions(&self) -> Vec<Region> {
-        let through = |id| self.relayed.transport(id);
-        let region = |status: RegionStatus| region(through(status.id), status);
+        let region = |status: RegionStatus| {
+            let (through, proxy) = (
+                self.relayed.transport(status.id),
+                self.proxy_to_region(status.id),
+            );
+            region(through, proxy, status)
+        };
         self.engine.regions().into_iter().map(region).collect()
+    }
+
+    /// The proxy that `HOST:PORT` is reached through.
+    pub(super) fn proxy_to(&self, target: &str) -> Option<String> {
+        let proxy = self.proxy.address().filter(|_| self.proxy.is_for(target));
+        proxy.map(str::to_owned)
+    }
+
+    fn proxy_to_region(&self, id: RegionId) -> Option<String> {
+        let netmap = self.engine.status().netmap;
+        let region = netmap.and_then(|netmap| netmap.network.relays.get(&id))?;
+        region
+            .hosts
+            .iter()
+            .find_map(|host| self.proxy_to(&host.addr))
     }
 }
 
-fn region(transport: Option<Transport>, status: RegionStatus) -> Region {
+fn region(transport: Option<Transport>, proxy: Option<String>, status: RegionStatus) -> Region {
     let (connection, why) = match status.connection {
         Connection::Unused => ("unused", None),
         Connection::Connecting => ("connecting", None),
@@ -164,6 +184,7 @@ fn region(transport: Option<Transport>, status: RegionStatus) -> Region {
             Transport::Derp => "derp".to_owned(),
             Transport::WebSocket => "websocket".to_owned(),
         }),
+        proxy,
         latency_us: status.latency.map(micros),
     }
 }

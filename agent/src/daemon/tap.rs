@@ -246,7 +246,7 @@ impl Daemon {
         inputs.extend(standing.links.map(Input::Links));
         inputs.push(Input::PortMapped(standing.mapped));
         let coordinator = self.link.coordinator.as_ref();
-        inputs.extend(coordinator.map(|it| Input::Coordinator(it.address.clone())));
+        inputs.extend(coordinator.into_iter().flat_map(|it| self.needed(it)));
         for input in inputs {
             self.engine.handle(now, input);
         }

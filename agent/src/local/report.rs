@@ -111,6 +111,9 @@ pub struct Node {
 pub struct Coordinator {
     /// `HOST:PORT`; `null` before a token named one.
     pub address: Option<String>,
+    /// `HOST:PORT` of the proxy that it is reached through; `null` if directly.
+    #[serde(default)]
+    pub proxy: Option<String>,
     /// Whether its stream of netmaps is open.
     pub connected: bool,
     /// Why it is not, as a sentence; `null` while it is, or before the first attempt.
@@ -289,6 +292,9 @@ pub struct Region {
     /// nothing else pass. Stable.
     #[serde(default)]
     pub transport: Option<String>,
+    /// `HOST:PORT` of the proxy that its relay is reached through; `null` if directly.
+    #[serde(default)]
+    pub proxy: Option<String>,
     /// How far it is; `null` if that was not measured.
     pub latency_us: Option<u64>,
 }

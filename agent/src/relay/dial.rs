@@ -1,6 +1,6 @@
 //! From a relay's name to a stream of frames on which it knows us.
 //!
-//! Name, TCP (the families race), TLS 1.3 to the pinned certificate or one that the system's
+//! Name, TCP (the families race) or a tunnel through a proxy, TLS 1.3 to the pinned certificate or one that the system's
 //! authorities signed, the upgrade, the login. A relay that shows its key in its certificate chain
 //! is not waited for: upgrade and login leave in one write, and the first bytes that come back
 //! admit us.
@@ -10,7 +10,7 @@
 //! connection begins with the plain upgrade again, which costs less.
 
 use super::frames::Frames;
-use super::{Login, Pinned, Transport, websocket};
+use super::{Detour, Login, Pinned, Transport, websocket};
 use bytes::BytesMut;
 use proto::derp::login::NONCE_BYTES;
 use proto::derp::{
@@ -103,6 +103,7 @@ pub(super) struct Dialer {
     pub(super) me: NodeKey,
     pub(super) login: Login,
     pub(super) pinned: Pinned,
+    pub(super) detour: Detour,
     /// Where names led the last time: a resolver may be down when a relay is not.
     pub(super) known: BTreeMap<String, Vec<SocketAddr>>,
 }
@@ -125,15 +126,14 @@ impl Dialer {
         host: &RelayHost,
         permit: Option<Permit>,
     ) -> Result<Connected, DialError> {
-        let addrs = self.resolve(&host.addr).await?;
-        let plainly = self.attempt(host, &addrs, permit, Transport::Derp).await;
+        let plainly = self.attempt(host, permit, Transport::Derp).await;
         let Err(refusal) = plainly else {
             return plainly;
         };
         if !refusal.is_refusal() {
             return Err(refusal);
         }
-        let inside = self.attempt(host, &addrs, permit, Transport::WebSocket);
+        let inside = self.attempt(host, permit, Transport::WebSocket);
         match inside.await {
             // Neither: what was said first says more.
             Err(error) if error.is_refusal() => Err(refusal),
@@ -142,9 +142,8 @@ impl Dialer {
     }
 
     async fn attempt(
-        &self,
+        &mut self,
         host: &RelayHost,
-        addrs: &[SocketAddr],
         permit: Option<Permit>,
         transport: Transport,
     ) -> Result<Connected, DialError> {
@@ -152,7 +151,11 @@ impl Dialer {
             host: host.addr.clone(),
             source,
         };
-        let tcp = race(addrs.to_vec()).await.map_err(unreachable)?;
+        let tcp = match (self.detour)(&host.addr) {
+            Some(opened) => opened.await,
+            None => race(self.resolve(&host.addr).await?).await,
+        };
+        let tcp = tcp.and_then(prepared).map_err(unreachable)?;
         let (wire, key) = match host.plain {
             true => (Box::new(tcp) as Box<dyn Wire>, None),
             false => self.tls(host, tcp).await?,
@@ -407,10 +410,7 @@ async fn race(addrs: Vec<SocketAddr>) -> io::Result<TcpStream> {
         let head_start = sleep(if more { HEAD_START } else { DIAL });
         tokio::select! {
             done = attempts.join_next() => match done {
-                Some(Ok(Ok(Ok(stream)))) => {
-                    prepare(&stream)?;
-                    return Ok(stream);
-                }
+                Some(Ok(Ok(Ok(stream)))) => return Ok(stream),
                 Some(Ok(Ok(Err(error)))) => failure = error,
                 Some(_) => failure = io::ErrorKind::TimedOut.into(),
                 None => return Err(failure),
@@ -420,11 +420,12 @@ async fn race(addrs: Vec<SocketAddr>) -> io::Result<TcpStream> {
     }
 }
 
-fn prepare(stream: &TcpStream) -> io::Result<()> {
+fn prepared(stream: TcpStream) -> io::Result<TcpStream> {
     stream.set_nodelay(true)?;
-    let socket = socket2::SockRef::from(stream);
+    let socket = socket2::SockRef::from(&stream);
     socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
-    socket.set_tcp_notsent_lowat(UNSENT_BYTES)
+    socket.set_tcp_notsent_lowat(UNSENT_BYTES)?;
+    Ok(stream)
 }
 
 fn server_name(addr: &str) -> Result<ServerName<'static>, rustls::pki_types::InvalidDnsNameError> {
