@@ -48,6 +48,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 pub use self::acl::{Acl, First};
+pub use addresses::shift as line_shift;
 pub use attach::{How, Options};
 pub use error::AclError;
 pub use flows::FlowTable;

@@ -199,7 +199,7 @@ fn error(what: &'static str, kind: io::ErrorKind) -> AclError {
 /// How far the value of an array is from the next line of the cache. The kernel tells what an array
 /// takes (`memlock` in fdinfo), from 6.4 on to the byte: its head, and then the value. Who guesses
 /// wrong reads two lines for one.
-fn shift() -> Result<u32, AclError> {
+pub fn shift() -> Result<u32, AclError> {
     let probe = array(LINE_BYTES)?;
     let path = format!("/proc/self/fdinfo/{}", probe.number());
     let info = std::fs::read_to_string(path).unwrap_or_default();

@@ -10,6 +10,7 @@
 
 mod apply;
 mod contender;
+mod floor;
 mod frames;
 mod ground;
 mod plot;
@@ -230,9 +231,8 @@ fn programme(sizes: &[u32]) -> Vec<(&'static str, Who, u32, Vec<Case>)> {
         }
         programme.push((report::WEIR, Who::Weir, rules, cases.clone()));
         if rules != HOT {
-            let new = cases.iter().copied().filter(|case| !case.allowed());
-            let cases = new.filter(|case| *case != Refused).collect();
-            programme.push((report::FLOOR, Who::Floor, rules, cases));
+            let any = vec![RefusedSpread];
+            programme.push((report::ONE_LINE, Who::OneLine, rules, any));
         }
         cases.push(Spread);
         programme.push((report::SET, set, rules, cases));
@@ -309,6 +309,11 @@ fn prepare(
         }
         let frames = Frames::of(&mix)?;
         contender.prove(&mix, &frames)?;
+        if who == Who::OneLine {
+            // It is measured by what it refuses alone, and each peer's line must be there.
+            let twin = Case::Spread.mix(rules);
+            contender.prove(&twin, &Frames::of(&twin)?)?;
+        }
         planned.push((case, frames));
     }
     contender.ready()?;

@@ -8,6 +8,7 @@ use ebpf::abi::Direction;
 use engine::acl::Acl as Lowered;
 use tests::packet;
 
+use super::floor;
 use super::frames::{Frames, LOCAL, Mix, allowed_port, peer, source_port};
 use super::ground::{Ground, Weir};
 use super::rules::{self, Form, Hook};
@@ -26,8 +27,10 @@ pub enum Who {
     Wall,
     /// A program where weir's is, which decides nothing: passes all, or drops all.
     Empty(bool),
-    /// The least that a filter with state could do.
+    /// The least that a filter with state could do with the kernel's tables.
     Floor,
+    /// What reads one line of memory and nothing else.
+    OneLine,
     /// weir's programs.
     Weir,
     /// A chain of nftables.
@@ -48,7 +51,7 @@ pub struct Contender {
     pub ground: Ground,
     weir: Option<Weir>,
     /// Attached as long as it is held.
-    _loaded: Option<Ebpf>,
+    loaded: Option<Ebpf>,
 }
 
 impl Contender {
@@ -61,12 +64,19 @@ impl Contender {
             rules,
             ground,
             weir: None,
-            _loaded: None,
+            loaded: None,
         };
         match who {
             Who::Nobody => {}
-            Who::Empty(passes) => made._loaded = Some(made.ground.empty(passes)?),
-            Who::Floor => made._loaded = Some(made.ground.floor(rules)?),
+            Who::Empty(passes) => made.loaded = Some(made.ground.empty(passes)?),
+            Who::Floor => {
+                made.ground.enter()?;
+                made.loaded = Some(floor::kernel_tables(rules)?);
+            }
+            Who::OneLine => {
+                made.ground.enter()?;
+                made.loaded = Some(floor::one_line(rules)?);
+            }
             Who::Wall => made.load(Hook::Device, Form::Nothing, false)?,
             // What only tracks needs rules at first, to let flows begin.
             Who::Nftables(Hook::Tracked, form) => {
@@ -102,9 +112,13 @@ impl Contender {
     pub fn ready(&self) -> anyhow::Result<()> {
         match self.who {
             Who::Nftables(hook, form) => self.load(hook, form, false),
-            Who::Nobody | Who::Wall | Who::Empty(_) | Who::Floor | Who::Weir | Who::Iptables(_) => {
-                Ok(())
-            }
+            Who::Nobody
+            | Who::Wall
+            | Who::Empty(_)
+            | Who::Floor
+            | Who::OneLine
+            | Who::Weir
+            | Who::Iptables(_) => Ok(()),
         }
     }
 
@@ -167,6 +181,10 @@ impl Contender {
     fn passed(&mut self) -> anyhow::Result<Option<u64>> {
         match self.who {
             Who::Nobody | Who::Wall | Who::Empty(_) | Who::Floor => Ok(None),
+            Who::OneLine => {
+                let loaded = self.loaded.as_ref().context("no program")?;
+                Ok(Some(floor::passed(loaded)?))
+            }
             Who::Weir => {
                 let acl = self.weir.as_mut().context("no programs")?.acl()?;
                 let counters = acl.counters()?.into_iter();

@@ -19,7 +19,6 @@ use std::time::Duration;
 
 use agent::kernel::bpf::{Acl, Options, detach_and_unpin};
 use anyhow::Context;
-use aya::maps::HashMap;
 use aya::programs::{SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
@@ -27,10 +26,6 @@ use tests::process::{self, Output};
 
 use super::frames::{self, DEVICE_MAC};
 use super::rules::OUT;
-
-/// The floor's object, aligned as the loader wants it.
-static FLOOR: &[u8] =
-    aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../ebpf/floor.bpf.o"));
 
 /// Where frames come in.
 const IN: &str = "in0";
@@ -134,30 +129,6 @@ impl Ground {
         let action = if passes { TC_ACT_UNSPEC } else { TC_ACT_SHOT };
         let mut loaded = EbpfLoader::new().btf(None).load(&frames::empty(action))?;
         let program = loaded.program_mut(frames::EMPTY).context("no program")?;
-        let program: &mut SchedClassifier = program.try_into()?;
-        program.load()?;
-        program.attach(OUT, TcAttachType::Egress)?;
-        Ok(loaded)
-    }
-
-    /// The least that a filter with state could do, with this many rules.
-    pub fn floor(&self, rules: u32) -> anyhow::Result<Ebpf> {
-        self.enter()?;
-        let mut loader = EbpfLoader::new();
-        for table in ["PEERS", "GRANTS"] {
-            loader.map_max_entries(table, rules);
-        }
-        let mut loaded = loader.load(FLOOR)?;
-        let mut peers: HashMap<_, u32, u32> =
-            HashMap::try_from(loaded.take_map("PEERS").context("no table of peers")?)?;
-        let mut grants: HashMap<_, u32, u32> =
-            HashMap::try_from(loaded.take_map("GRANTS").context("no table of grants")?)?;
-        for number in 0..rules {
-            let address = u32::from_ne_bytes(frames::peer(number).octets());
-            peers.insert(address, number, 0)?;
-            grants.insert(number, u32::from(frames::allowed_port(number)), 0)?;
-        }
-        let program = loaded.program_mut("floor").context("no program")?;
         let program: &mut SchedClassifier = program.try_into()?;
         program.load()?;
         program.attach(OUT, TcAttachType::Egress)?;

@@ -19,9 +19,9 @@ pub const WEIR_FLOWS: &str = "weir, 50,000 flows";
 pub const WEIR_NEW: &str = "weir, new flows";
 /// weir's programs with few rules and with many, more than once each.
 pub const WEIR_HOT: &str = "weir, hot keys";
-/// The least that a filter with state could do.
-pub const FLOOR: &str = "floor";
-/// The same with a large flow table.
+/// What reads one line of memory and nothing else.
+pub const ONE_LINE: &str = "one line";
+/// The least that a filter with state could do with the kernel's tables, and a large flow table.
 pub const FLOOR_FLOWS: &str = "floor, 50,000 flows";
 /// The same, flows only begin.
 pub const FLOOR_NEW: &str = "floor, new flows";
@@ -197,13 +197,13 @@ impl Found<'_> {
     /// What could be had at all, and how near weir is to it.
     fn floors(&mut self) {
         let table = self.table;
-        for row in table.rows.iter().filter(|row| row.contender == FLOOR) {
+        for row in table.rows.iter().filter(|row| row.contender == ONE_LINE) {
             let (rules, case) = (row.rules, row.case);
             let set = table.find(SET, Some(rules), case);
-            let what = format!("floor / nft set, {rules} rules, {}", case.name());
+            let what = format!("{ONE_LINE} / nft set, {rules} rules, {}", case.name());
             self.add(what, Some(row), set, 0.6);
             let ours = table.find(WEIR, Some(rules), case);
-            let what = format!("weir / floor, {rules} rules, {}", case.name());
+            let what = format!("weir / {ONE_LINE}, {rules} rules, {}", case.name());
             self.add(what, ours, Some(row), 1.3);
         }
         let row = |contender, case| table.find(contender, Some(FLOW_RULES), case);
