@@ -130,11 +130,17 @@ fn a_route_around_coordinator_and_relay_cuts_nobody_off() -> anyhow::Result<()> 
     })?;
     parted(&lab, &a)?;
 
-    let inside = mesh.node("desk");
-    ensure!(ping(&inside, &b.host, b.v4()?)?, "b does not answer desk");
+    meet(&mesh.node("desk"), &b)?;
+    lab.passed();
+    Ok(())
+}
+
+/// Waits until desk reaches b in their LAN.
+fn meet(desk: &Node, b: &Node) -> anyhow::Result<()> {
+    ensure!(ping(desk, &b.host, b.v4()?)?, "b does not answer desk");
     let key = b.public_key()?;
     wait_until("desk meets b in their LAN", SPREAD_BOUND, || {
-        let shown = inside.host.run("wg show weir0 endpoints");
+        let shown = desk.host.run("wg show weir0 endpoints");
         shown.is_ok_and(|shown| {
             let mut rows = shown.stdout.lines();
             rows.any(|row| {
@@ -142,9 +148,7 @@ fn a_route_around_coordinator_and_relay_cuts_nobody_off() -> anyhow::Result<()> 
                     && (row.contains("203.0.113.12:") || row.contains("[2001:db8:5::12]:"))
             })
         })
-    })?;
-    lab.passed();
-    Ok(())
+    })
 }
 
 fn ping(from: &Node, to: &Arc<Host>, dst: IpAddr) -> anyhow::Result<bool> {
