@@ -74,9 +74,6 @@ pub enum ObserveError {
     /// Links, addresses, routes or peers.
     #[error("netlink")]
     Netlink(#[from] io::Error),
-    /// Forwarding.
-    #[error(transparent)]
-    Switches(#[from] SwitchError),
 }
 
 /// A step failed; those after it were not tried.
@@ -263,7 +260,7 @@ impl Kernel {
         };
         Ok(Observed {
             acl: self.observe_acl(link),
-            forwarding: self.switches.observe()?,
+            forwarding: self.switches.observe(),
             device,
         })
     }
@@ -280,6 +277,7 @@ impl Kernel {
             addrs: self.routes.addrs(link.index).await?,
             peers: dump.peers,
             routes: self.routes.routes(link.index).await?,
+            without_v6: self.switches.is_without_v6(),
         })
     }
 
@@ -335,7 +333,7 @@ impl Kernel {
             Step::SetUp(up) => {
                 let index = self.index().await?;
                 if *up {
-                    self.switches.note_redirects()?;
+                    self.switches.note_redirects();
                 }
                 self.routes.set_up(index, *up).await?;
             }
@@ -389,9 +387,8 @@ impl Kernel {
         {
             self.routes.delete(link.index).await?;
         }
-        self.switches.forget_tunnel()?;
         self.switches.restore_redirects()?;
-        Ok(())
+        Ok(self.switches.forget_tunnel()?)
     }
 
     async fn attach(&mut self) -> Result<(), StepError> {

@@ -573,9 +573,10 @@ impl Engine {
         }
         let (netmap, policy) = (self.trusted.as_ref()?, self.policy.as_ref()?);
         let links = self.links.as_ref()?;
-        if self.routing.is_refused() {
-            return None;
-        }
+        let routes = match self.routing.is_refused() {
+            true => self.routes_left()?,
+            false => self.routing.routes.clone(),
+        };
         let keepalive = match self.netcheck.is_behind_nat(&self.own_addrs()) {
             true => KEEPALIVE_SECONDS,
             false => 0,
@@ -588,7 +589,7 @@ impl Engine {
             mtu: mtu::of_device(links.mtu),
             addrs: netmap.me().addrs.iter().copied().collect(),
             peers: peers.collect(),
-            routes: self.routing.routes.clone(),
+            routes,
             forwarding: self.routing.forwarding.clone(),
             policy: Arc::clone(policy),
         };

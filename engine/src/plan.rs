@@ -171,6 +171,10 @@ pub struct Present {
     pub peers: BTreeMap<NodeKey, PeerState>,
     /// Routes to it that carry our protocol number, in the main table.
     pub routes: BTreeMap<Prefix, RouteMtu>,
+    /// Whether somebody switched IPv6 off on it, or for all of the machine: then addresses and routes
+    /// of IPv6 are not wanted, and hold up nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub without_v6: bool,
 }
 
 /// A peer that is there.
@@ -397,20 +401,24 @@ impl Plan<'_> {
 
     fn address(&mut self, wanted: &Wanted) {
         let device = self.device();
-        let hosts: BTreeSet<(IpAddr, u8)> = wanted.addrs.iter().map(|addr| host(*addr)).collect();
+        // Below IPv6's least the kernel has no IPv6 on a device, and takes no address of it.
+        self.step_if(device.mtu != wanted.mtu, Step::SetMtu(wanted.mtu));
+        let addrs = wanted.addrs.iter();
+        let addrs = addrs.filter(|addr| addr.is_ipv4() || !device.without_v6);
+        let hosts: BTreeSet<(IpAddr, u8)> = addrs.map(|addr| host(*addr)).collect();
         for (addr, _) in hosts.difference(&device.addrs) {
             self.step(Step::AddAddr(*addr));
         }
         for (addr, len) in device.addrs.difference(&hosts) {
             self.step(Step::RemoveAddr(*addr, *len));
         }
-        self.step_if(device.mtu != wanted.mtu, Step::SetMtu(wanted.mtu));
         self.step_if(!device.up, Step::SetUp(true));
     }
 
     fn route(&mut self, wanted: &Wanted) {
         let device = self.device();
-        for (route, mtu) in &wanted.routes {
+        let is_wanted = |route: &Prefix| route.is_v4() || !device.without_v6;
+        for (route, mtu) in wanted.routes.iter().filter(|(route, _)| is_wanted(route)) {
             match device.routes.get(route) {
                 None => self.step(Step::AddRoute(*route, *mtu)),
                 Some(has) => self.step_if(has != mtu, Step::ChangeRoute(*route, *mtu)),
@@ -457,6 +465,7 @@ impl Present {
             addrs: self.addrs.clone(),
             peers: BTreeMap::new(),
             routes: self.routes.clone(),
+            without_v6: self.without_v6,
         }
     }
 }

@@ -78,6 +78,12 @@ pub enum Problem {
         /// What overlaps.
         overlap: Overlap,
     },
+    /// The device has no IPv6: what is IPv4's goes on.
+    #[error("IPv6 is switched off on {interface}: this node is reached by IPv4 alone")]
+    WithoutV6 {
+        /// Its name.
+        interface: String,
+    },
     /// This node serves a route that leads nowhere from here.
     #[error("this node serves {0}, but no route of this machine leads there")]
     Unserved(Prefix),
@@ -123,6 +129,7 @@ impl Problem {
             Self::Acl(_) => "acl_too_large",
             Self::RouteOverlap { .. } => "route_overlap",
             Self::Unserved(_) => "route_unserved",
+            Self::WithoutV6 { .. } => "ipv6_off",
         }
     }
 
@@ -146,6 +153,11 @@ impl Problem {
             Self::Acl(_) => "The old policy stays in force. Shorten the rule it names.",
             Self::RouteOverlap { .. } => {
                 "Withdraw the approval of one of the two, or renumber one of the networks."
+            }
+            Self::WithoutV6 { .. } => {
+                "Nothing else waits for it. To have IPv6 here, set \
+                 net.ipv6.conf.all.disable_ipv6=0 (on a machine that was booted without IPv6, boot \
+                 with it)."
             }
             Self::Unserved(_) => {
                 "Give this machine an address or a route in that subnet, or stop advertising it."
@@ -177,7 +189,10 @@ impl FailureKind {
             Self::PortTaken => {
                 "Start the agent with another --listen-port, or stop what listens there."
             }
-            Self::Programs => "The device stays down until they can be. Run weir doctor.",
+            Self::Programs => {
+                "Nothing passes unchecked meanwhile: a device that is up keeps the last policy, a \
+                 new one stays down. Run weir doctor."
+            }
             Self::TooLarge => "The old policy stays in force. Shorten the policy.",
             Self::ForwardingV6 => {
                 "Set net.ipv6.conf.all.forwarding=1 on this machine (it changes how it takes \

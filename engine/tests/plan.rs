@@ -152,6 +152,7 @@ impl World {
                     .collect(),
                 peers: peers.collect(),
                 routes: if up { wanted.routes } else { BTreeMap::new() },
+                without_v6: false,
             }),
             acl,
             forwarding: BTreeSet::new(),
@@ -401,6 +402,30 @@ fn one_changed_peer_is_one_change_among_ten_thousand() {
     assert_eq!(change.key, name(5_000));
     assert_eq!(change.allowed_ips, [route].into(), "only what is new");
     assert!(!change.replace_allowed_ips && !change.create);
+}
+
+/// Somebody set an MTU below IPv6's least, or switched IPv6 off: neither keeps the rest waiting.
+#[test]
+fn a_device_that_lost_its_ipv6_is_mended_or_used_without_it() {
+    let mut whole = Observed::default();
+    for step in diff(&Some(small()), &whole) {
+        whole.apply(&step);
+    }
+    let lost = |change: fn(&mut Present)| {
+        let mut observed = whole.clone();
+        if let Device::Present(device) = &mut observed.device {
+            device.addrs.retain(|(addr, _)| addr.is_ipv4());
+            device.routes.retain(|route, _| route.is_v4());
+            change(device);
+        }
+        diff(&Some(small()), &observed)
+    };
+    let steps = lost(|device| device.mtu = 1_200);
+    assert_eq!(steps.first(), Some(&Step::SetMtu(1420)), "{steps:?}");
+    assert_eq!(lost(|device| device.without_v6 = true), vec![]);
+    let steps = lost(|device| (device.up, device.without_v6) = (false, true));
+    assert_eq!(steps.first(), Some(&Step::SetUp(true)), "{steps:?}");
+    assert_eq!(lost(|_| {}).len(), 2, "its address and the route");
 }
 
 fn small() -> Wanted {

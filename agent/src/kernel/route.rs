@@ -22,7 +22,7 @@ use rtnetlink::packet_route::tc::TcHandle;
 use rtnetlink::packet_route::{AddressFamily, route::RouteScope};
 use rtnetlink::{Handle, LinkUnspec, LinkWireguard, RouteMessageBuilder};
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
+use std::io::{self, Write as _};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
@@ -396,6 +396,8 @@ pub struct Switches {
     file: PathBuf,
     /// `/proc/sys/net`.
     root: PathBuf,
+    /// What could not be written down yet: a full disk keeps no device down.
+    unwritten: Notes,
 }
 
 type Notes = BTreeMap<String, String>;
@@ -428,24 +430,31 @@ impl Switches {
             interface: interface.to_owned(),
             file,
             root: PathBuf::from("/proc/sys/net"),
+            unwritten: Notes::new(),
         }
     }
 
+    /// Whether IPv6 is switched off on our device, or the kernel has none.
+    #[must_use]
+    pub fn is_without_v6(&self) -> bool {
+        let conf = self.root.join("ipv6/conf");
+        let switch = conf.join(&self.interface).join("disable_ipv6");
+        !conf.exists() || read(&switch).is_ok_and(|value| value != "0")
+    }
+
     /// Forwarding that we switched on and that still is on.
-    ///
-    /// # Errors
-    /// [`SwitchError::Io`] if the notes cannot be read.
-    pub fn observe(&self) -> Result<BTreeSet<Forwarding>, SwitchError> {
-        let notes = self.notes()?;
+    #[must_use]
+    pub fn observe(&self) -> BTreeSet<Forwarding> {
+        let notes = self.notes();
         let ours = notes.keys().filter_map(|switch| self.noted(switch));
-        Ok(ours.filter(|forwarding| self.is_on(forwarding)).collect())
+        ours.filter(|forwarding| self.is_on(forwarding)).collect()
     }
 
     /// Switches forwarding on, noting what was there.
     ///
     /// # Errors
     /// [`SwitchError`].
-    pub fn forward(&self, forwarding: &Forwarding) -> Result<(), SwitchError> {
+    pub fn forward(&mut self, forwarding: &Forwarding) -> Result<(), SwitchError> {
         let switch = self.switch(forwarding);
         let path = self.root.join(&switch);
         let before = match read(&path) {
@@ -457,7 +466,7 @@ impl Switches {
             }
             before => Some(before.map_err(at(&path))?),
         };
-        let mut notes = self.notes()?;
+        let mut notes = self.notes();
         let noted = before.clone().unwrap_or_else(|| "1".to_owned());
         notes.entry(switch).or_insert(noted);
         self.keep(&notes)?;
@@ -471,7 +480,7 @@ impl Switches {
     ///
     /// # Errors
     /// [`SwitchError`]; an interface that is gone is none.
-    pub fn restore(&self, forwarding: &Forwarding) -> Result<(), SwitchError> {
+    pub fn restore(&mut self, forwarding: &Forwarding) -> Result<(), SwitchError> {
         self.put_back_noted(&self.switch(forwarding))
     }
 
@@ -479,8 +488,8 @@ impl Switches {
     ///
     /// # Errors
     /// [`SwitchError::Io`].
-    pub fn forget_tunnel(&self) -> Result<(), SwitchError> {
-        let mut notes = self.notes()?;
+    pub fn forget_tunnel(&mut self) -> Result<(), SwitchError> {
+        let mut notes = self.notes();
         let before = notes.len();
         let lan = |switch: &String| {
             let noted = self.noted(switch);
@@ -502,36 +511,37 @@ impl Switches {
         read(&path).is_ok_and(|value| value == "1")
     }
 
-    /// Notes what the kernel is about to switch off.
-    ///
-    /// # Errors
-    /// [`SwitchError::Io`].
-    pub fn note_redirects(&self) -> Result<(), SwitchError> {
-        let mut notes = self.notes()?;
+    /// Notes what the kernel is about to switch off. What cannot be written down is remembered.
+    pub fn note_redirects(&mut self) {
+        let mut notes = self.notes();
         let Ok(before) = read(&self.root.join(REDIRECTS)) else {
-            return Ok(());
+            return;
         };
         if notes.contains_key(REDIRECTS) || before == "0" {
-            return Ok(());
+            return;
         }
-        notes.insert(REDIRECTS.to_owned(), before);
-        self.keep(&notes)
+        notes.insert(REDIRECTS.to_owned(), before.clone());
+        if let Err(error) = self.keep(&notes) {
+            tracing::warn!(%error, "`{REDIRECTS}` is put back by this process alone");
+            self.unwritten.insert(REDIRECTS.to_owned(), before);
+        }
     }
 
     /// Puts that back.
     ///
     /// # Errors
     /// [`SwitchError::Io`].
-    pub fn restore_redirects(&self) -> Result<(), SwitchError> {
+    pub fn restore_redirects(&mut self) -> Result<(), SwitchError> {
         self.put_back_noted(REDIRECTS)
     }
 
-    fn put_back_noted(&self, switch: &str) -> Result<(), SwitchError> {
-        let mut notes = self.notes()?;
+    fn put_back_noted(&mut self, switch: &str) -> Result<(), SwitchError> {
+        let mut notes = self.notes();
         let Some(before) = notes.remove(switch) else {
             return Ok(());
         };
         self.put_back(switch, &before)?;
+        self.unwritten.remove(switch);
         self.keep(&notes)
     }
 
@@ -569,18 +579,27 @@ impl Switches {
         })
     }
 
-    fn notes(&self) -> Result<Notes, SwitchError> {
-        match std::fs::read(&self.file) {
-            Ok(bytes) => {
-                let broken = |error| at(&self.file)(io::Error::other(error));
-                serde_json::from_slice(&bytes).map_err(broken)
+    /// What was written down, and what could not be. A file that says nothing (the power went while
+    /// it was written) is set aside: what it said is lost, and must not hold up all else.
+    fn notes(&self) -> Notes {
+        let parse = |bytes: Vec<u8>| serde_json::from_slice(&bytes).map_err(io::Error::other);
+        let written = match std::fs::read(&self.file).and_then(parse) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Notes::new(),
+            Err(error) => {
+                let aside = std::fs::rename(&self.file, self.file.with_extension("damaged"));
+                if aside.is_ok() {
+                    let file = self.file.display();
+                    tracing::warn!(%file, %error, "what is to be put back is not known any more");
+                }
+                Notes::new()
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Notes::new()),
-            Err(error) => Err(at(&self.file)(error)),
-        }
+            Ok(notes) => notes,
+        };
+        let unwritten = self.unwritten.clone().into_iter();
+        unwritten.chain(written).collect()
     }
 
-    fn keep(&self, notes: &Notes) -> Result<(), SwitchError> {
+    fn keep(&mut self, notes: &Notes) -> Result<(), SwitchError> {
         if notes.is_empty() {
             return match std::fs::remove_file(&self.file) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(&self.file)(error)),
@@ -589,8 +608,15 @@ impl Switches {
         }
         let text = serde_json::to_vec(notes).map_err(|error| at(&self.file)(error.into()))?;
         let new = self.file.with_extension("new");
-        std::fs::write(&new, text).map_err(at(&new))?;
-        std::fs::rename(&new, &self.file).map_err(at(&self.file))
+        let write = || -> io::Result<()> {
+            let mut file = std::fs::File::create(&new)?;
+            file.write_all(&text)?;
+            file.sync_all()
+        };
+        write().map_err(at(&new))?;
+        std::fs::rename(&new, &self.file).map_err(at(&self.file))?;
+        self.unwritten.clear();
+        Ok(())
     }
 }
 
@@ -615,10 +641,11 @@ mod tests {
             std::fs::create_dir_all(conf.join(name)).unwrap();
             std::fs::write(conf.join(name).join("forwarding"), value).unwrap();
         }
-        let switches = Switches {
+        let mut switches = Switches {
             interface: "weir0".to_owned(),
             file: folder.path().join("forwarding.json"),
             root: folder.path().to_owned(),
+            unwritten: Notes::new(),
         };
         let lan = |name: &str| Forwarding {
             side: Side::Lan(name.to_owned()),
@@ -631,7 +658,7 @@ mod tests {
             assert_eq!(value(name), "1");
         }
         let both = BTreeSet::from([lan("lan0"), lan("lan1")]);
-        assert_eq!(switches.observe().unwrap(), both);
+        assert_eq!(switches.observe(), both);
         for name in ["lan0", "lan1"] {
             switches.restore(&lan(name)).unwrap();
         }
@@ -639,9 +666,9 @@ mod tests {
         assert!(!switches.file.exists());
         std::fs::create_dir_all(conf.join("all")).unwrap();
         std::fs::write(conf.join("all/send_redirects"), "1").unwrap();
-        switches.note_redirects().unwrap();
+        switches.note_redirects();
         std::fs::write(conf.join("all/send_redirects"), "0").unwrap();
-        switches.note_redirects().unwrap();
+        switches.note_redirects();
         switches.restore_redirects().unwrap();
         assert_eq!(read(&conf.join("all/send_redirects")).unwrap(), "1");
         let tunnel = |family| Forwarding {
@@ -658,10 +685,52 @@ mod tests {
         let machine = folder.path().join("ipv6/conf/all/forwarding");
         std::fs::write(machine, "1").unwrap();
         let on = BTreeSet::from([tunnel(Family::V4)]);
-        assert_eq!(switches.observe().unwrap(), on, "only what we asked for");
+        assert_eq!(switches.observe(), on, "only what we asked for");
         switches.forward(&v6).unwrap();
-        assert!(switches.observe().unwrap().contains(&v6));
+        assert!(switches.observe().contains(&v6));
         switches.forget_tunnel().unwrap();
-        assert!(switches.observe().unwrap().is_empty());
+        assert!(switches.observe().is_empty());
+    }
+
+    #[test]
+    fn notes_that_cannot_be_kept_or_read_hold_nothing_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let all = folder.path().join("ipv4/conf/all");
+        std::fs::create_dir_all(&all).unwrap();
+        let redirects = all.join("send_redirects");
+        let mut switches = Switches {
+            interface: "weir0".to_owned(),
+            file: folder.path().join("full/notes"),
+            root: folder.path().to_owned(),
+            unwritten: Notes::new(),
+        };
+        std::fs::write(&redirects, "1").unwrap();
+        switches.note_redirects();
+        std::fs::write(&redirects, "0").unwrap();
+        switches.restore_redirects().unwrap();
+        assert_eq!(read(&redirects).unwrap(), "1", "it was remembered");
+
+        switches.file = folder.path().join("notes");
+        std::fs::write(&switches.file, "").unwrap();
+        assert!(switches.observe().is_empty());
+        assert!(folder.path().join("notes.damaged").exists());
+        switches.note_redirects();
+        assert!(switches.notes().contains_key(REDIRECTS));
+    }
+
+    #[test]
+    fn ipv6_is_off_where_its_switch_says_so_or_the_kernel_has_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut switches = Switches::new("weir0", folder.path().join("notes"));
+        switches.root = folder.path().to_owned();
+        assert!(switches.is_without_v6());
+        let ours = folder.path().join("ipv6/conf/weir0");
+        std::fs::create_dir_all(ours.parent().unwrap()).unwrap();
+        assert!(!switches.is_without_v6(), "too short an MTU for it");
+        std::fs::create_dir(&ours).unwrap();
+        for (value, off) in [("0", false), ("1", true)] {
+            std::fs::write(ours.join("disable_ipv6"), value).unwrap();
+            assert_eq!(switches.is_without_v6(), off);
+        }
     }
 }

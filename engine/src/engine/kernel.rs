@@ -5,9 +5,10 @@
 
 use super::{CLOSE_TICK, Engine, FIRST_LOOK, FIRST_LOOKS, TICK, held, longer};
 use crate::Output;
-use crate::plan::{MAX_GREETED, Observed, Step, Wanted, diff};
+use crate::plan::{MAX_GREETED, Observed, RouteMtu, Step, Wanted, diff};
 use crate::status::{Failure, Problem};
 use proto::key::NodeKey;
+use proto::net::Prefix;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
@@ -151,6 +152,26 @@ impl Engine {
         }
         self.owe_again(&held);
         (!steps.is_empty()).then_some(steps)
+    }
+
+    /// What stays routed while this host uses the network's own prefix. A device that is down stays
+    /// down then. One that is up serves on, or nothing could be withdrawn from anybody any more.
+    pub(super) fn routes_left(&self) -> Option<BTreeMap<Prefix, RouteMtu>> {
+        let present = self.observed.as_ref().and_then(Observed::present);
+        let device = present.filter(|device| device.up)?;
+        let overlaps = &self.routing.overlaps;
+        let refused = || overlaps.iter().filter(|overlap| overlap.node.is_none());
+        let is_left = |prefix: &Prefix| refused().any(|it| it.prefix.covers(prefix));
+        let left = device.routes.iter().filter(|(prefix, _)| is_left(prefix));
+        let left = left.map(|(prefix, mtu)| (*prefix, *mtu));
+        Some(
+            self.routing
+                .routes
+                .clone()
+                .into_iter()
+                .chain(left)
+                .collect(),
+        )
     }
 
     /// Whom these steps were to greet is greeted by a later one.

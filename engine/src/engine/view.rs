@@ -2,7 +2,7 @@
 
 use super::Engine;
 use crate::path::Path;
-use crate::plan::{Device, Overlap, Stats, diff};
+use crate::plan::{Device, Observed, Overlap, Stats, diff};
 use crate::status::{PathStatus, Problem, RegionStatus, Status};
 use crate::trust::VerifiedNetmap;
 use proto::id::RegionId;
@@ -89,6 +89,13 @@ impl Engine {
         });
         let (network, routes): (Vec<_>, Vec<_>) =
             overlaps.partition(|problem| matches!(problem, Problem::NetworkOverlap(_)));
+        let device = self.observed.as_ref().and_then(Observed::present);
+        let v6 = self.trusted.iter().flat_map(|netmap| &netmap.me().addrs);
+        let v6 = v6.filter(|addr| addr.is_ipv6()).count() > 0;
+        let without_v6 = device.filter(|device| device.without_v6 && v6);
+        let without_v6 = without_v6.map(|_| Problem::WithoutV6 {
+            interface: self.config.interface.clone(),
+        });
         let unserved = self.routing.unserved.iter().copied().map(Problem::Unserved);
         foreign
             .into_iter()
@@ -99,6 +106,7 @@ impl Engine {
             .chain(self.acl_error.clone().map(Problem::Acl))
             .chain(routes)
             .chain(unserved)
+            .chain(without_v6)
             .collect()
     }
 

@@ -2,7 +2,7 @@
 
 use super::driver::{Driver, HOME, full, links, netmap, prefix};
 use super::open_netmap;
-use engine::plan::{Acl, Family, Forwarding, Observed, Step};
+use engine::plan::{Acl, Device, Family, Forwarding, Observed, Present, Step};
 use engine::status::FailureKind;
 use engine::{Input, LONGEST_PAUSE, TICK};
 use proto::netmap::{Netmap, Update};
@@ -131,4 +131,68 @@ fn who_was_to_be_greeted_after_a_step_that_failed_is_greeted_yet() {
     // One plan ended before the first switch, one before the second.
     assert_eq!(with.len(), 3);
     assert!(matches!(with[2][..], [Step::Greet(_)]));
+}
+
+/// What somebody does to the device.
+fn meddle(driver: &mut Driver, how: impl FnOnce(&mut Present)) {
+    let Device::Present(device) = &mut driver.kernel.device else {
+        panic!("there is no device");
+    };
+    how(device);
+    driver.pass(TICK * 2);
+}
+
+fn codes(driver: &Driver) -> Vec<&'static str> {
+    let status = driver.engine.status();
+    status.problems.iter().map(|it| it.code()).collect()
+}
+
+/// Our route is gone and another is in its place: no reason to let anybody in who may not.
+#[test]
+fn an_overlap_holds_up_no_withdrawal_where_the_device_is_up() {
+    let network = prefix("100.64.0.0/10");
+    let beside = prefix("100.64.0.2/32");
+    let mut driver = Driver::new();
+    driver.input(full(1, &[2, 3]));
+    let foreign = [("100.64.0.0/16", "eth1")];
+    driver.input(Input::Links(links(&[HOME, &foreign].concat())));
+    meddle(&mut driver, |device| {
+        let mtu = device.routes.remove(&network).unwrap();
+        device.routes.insert(beside, mtu);
+    });
+    assert_eq!(codes(&driver), ["network_overlap"]);
+    driver.input(full(2, &[3]));
+    let device = driver.kernel.present().unwrap();
+    assert!(device.up && device.peers.len() == 1);
+    assert!(!device.routes.contains_key(&network));
+    assert!(device.routes.contains_key(&beside), "what works is not cut");
+    driver.input(Input::Links(links(HOME)));
+    let routes = &driver.kernel.present().unwrap().routes;
+    assert!(routes.contains_key(&network) && !routes.contains_key(&beside));
+    assert!(codes(&driver).is_empty());
+
+    // One that is down stays down.
+    driver.input(Input::Links(links(&[HOME, &foreign].concat())));
+    meddle(&mut driver, |device| {
+        (device.up, device.routes) = (false, Default::default());
+    });
+    assert!(!driver.kernel.present().unwrap().up);
+    assert_eq!(codes(&driver), ["network_overlap"]);
+}
+
+#[test]
+fn a_device_without_ipv6_is_all_that_is_wrong() {
+    let mut driver = Driver::new();
+    driver.input(full(1, &[2]));
+    meddle(&mut driver, |device| {
+        device.without_v6 = true;
+        device.addrs.retain(|(addr, _)| addr.is_ipv4());
+        device.routes.retain(|route, _| route.is_v4());
+    });
+    assert_eq!(codes(&driver), ["ipv6_off"]);
+    assert!(driver.engine.status().converged);
+    meddle(&mut driver, |device| device.without_v6 = false);
+    assert!(codes(&driver).is_empty());
+    let device = driver.kernel.present().unwrap();
+    assert_eq!((device.addrs.len(), device.routes.len()), (2, 2));
 }
