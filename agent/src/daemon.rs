@@ -137,6 +137,8 @@ struct Daemon {
     settings: Settings,
     /// What is wrong with the state folder, until it is right again.
     trouble: Vec<(&'static str, String)>,
+    /// When it is written to again.
+    keep_at: Option<Instant>,
     identity: watch::Sender<Arc<Identity>>,
     engine: Tap,
     jobs: mpsc::Sender<Job>,
@@ -273,6 +275,7 @@ async fn assemble(
         state,
         settings: Settings::default(),
         trouble: Vec::new(),
+        keep_at: None,
         identity,
         jobs,
         inputs: inputs_in,
@@ -404,13 +407,16 @@ impl Daemon {
                 Output::Timeout(at) => break at,
             }
         };
-        self.keep_guard();
         let now = Instant::now();
+        let guard = self.keep_guard(now);
         let waiting = self.answer_waiters(now);
         let permit = self.keep_permitted(now);
+        let kept = self.keep_again(now);
         waiting
             .into_iter()
             .chain(permit)
+            .chain(guard)
+            .chain(kept)
             .fold(deadline, Instant::min)
     }
 
@@ -616,9 +622,13 @@ impl Daemon {
 
     /// Remembers what is wrong with the state folder, or that it is right again.
     fn note(&mut self, code: &'static str, error: Option<StateError>) {
+        let text = error.map(|error| chain(&error));
+        let same = |(other, last): &(&str, String)| *other == code && Some(last) == text.as_ref();
+        if self.trouble.iter().any(same) {
+            return;
+        }
         self.trouble.retain(|(other, _)| *other != code);
-        if let Some(error) = error {
-            let text = chain(&error);
+        if let Some(text) = text {
             tracing::warn!(code, text, "state folder");
             self.trouble.push((code, text));
         }

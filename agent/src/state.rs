@@ -32,6 +32,8 @@ const SETTINGS: &str = "settings";
 const PERMIT: &str = "permit";
 /// Where the `kernel` module notes what it has to put back.
 const SWITCHES: &str = "switches";
+/// The folder's mode.
+const PRIVATE: u32 = 0o700;
 /// The largest file that is read, in bytes: the largest netmap, and some.
 const MAX_FILE_BYTES: u64 = 512 << 20;
 
@@ -128,10 +130,17 @@ impl StateDir {
     /// [`StateError::Io`].
     pub fn open(folder: &Path) -> Result<Self, StateError> {
         let mut builder = DirBuilder::new();
-        builder.recursive(true).mode(0o700);
+        builder.recursive(true).mode(PRIVATE);
         builder.create(folder).map_err(at(folder))?;
-        let private = fs::Permissions::from_mode(0o700);
-        fs::set_permissions(folder, private).map_err(at(folder))?;
+        let mode = fs::metadata(folder)
+            .map_err(at(folder))?
+            .permissions()
+            .mode();
+        if mode & 0o7777 != PRIVATE {
+            // What is private already may be on a disk that became read-only.
+            let private = fs::Permissions::from_mode(PRIVATE);
+            fs::set_permissions(folder, private).map_err(at(folder))?;
+        }
         Ok(Self {
             folder: folder.to_owned(),
         })

@@ -15,7 +15,11 @@ use crate::local::report::{Counters, GuardCount, Guarded, Problem, Verdict};
 use engine::{Input, Links};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
+
+/// When it is tried again where it could not be attached.
+const AGAIN: Duration = Duration::from_secs(30);
 
 /// What the loop knows of the guard.
 #[derive(Default)]
@@ -31,6 +35,8 @@ pub(super) struct Guard {
     report: Report,
     /// Why it could not do it.
     trouble: Option<String>,
+    /// When it is told again because it could not do it.
+    again: Option<Instant>,
 }
 
 impl Guard {
@@ -91,12 +97,13 @@ impl Daemon {
         })
     }
 
-    /// Tells the kernel's thread what is wanted, if it does not know.
-    pub(super) fn keep_guard(&mut self) {
+    /// Tells the kernel's thread what is wanted, if it does not know or could not do it; returns
+    /// when to think of that again.
+    pub(super) fn keep_guard(&mut self, now: Instant) -> Option<Instant> {
         if let Some(answer) = &mut self.guard.answer {
             let result = match answer.try_recv() {
                 Ok(result) => result,
-                Err(oneshot::error::TryRecvError::Empty) => return,
+                Err(oneshot::error::TryRecvError::Empty) => return None,
                 Err(oneshot::error::TryRecvError::Closed) => {
                     Err("the kernel's thread has ended: restart the agent".to_owned())
                 }
@@ -106,14 +113,17 @@ impl Daemon {
                 Ok(report) => (report, None),
                 Err(error) => (Report::default(), Some(error)),
             };
+            self.guard.again = self.guard.problem().map(|_| now + AGAIN);
         }
+        self.guard.stale |= self.guard.again.is_some_and(|at| now >= at);
         let wanted = self.guarding();
         let unread = self.guard.underlay.is_none() && self.settings.up;
         let known = self.guard.told.as_ref() == Some(&wanted);
         if unread || known && !(self.guard.stale && wanted.is_some()) {
-            return;
+            return self.guard.again.filter(|at| *at > now);
         }
         self.guard.stale = false;
+        self.guard.again = None;
         self.guard.told = Some(wanted.clone());
         let (tell, told) = oneshot::channel();
         self.guard.answer = Some(told);
@@ -129,6 +139,7 @@ impl Daemon {
             let _ = tell.send(result);
             let _ = inputs.send(Input::Timeout).await;
         });
+        None
     }
 
     /// Whether the guard stands as it is to stand, or cannot.

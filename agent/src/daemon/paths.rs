@@ -273,8 +273,13 @@ impl Daemon {
             return;
         };
         self.relayed.hold(Some(permit));
-        let kept = self.state.keep_permit(&permit);
-        self.note("permit_not_kept", kept.err());
+        self.keep_permit();
+    }
+
+    /// Writes the permit that is shown.
+    pub(super) fn keep_permit(&mut self) {
+        let kept = self.relayed.permit.map(|it| self.state.keep_permit(&it));
+        self.note("permit_not_kept", kept.and_then(Result::err));
     }
 
     /// Takes up the permit of an earlier run.

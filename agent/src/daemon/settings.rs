@@ -15,6 +15,9 @@ use tokio::sync::oneshot;
 /// How long `set` waits for the kernel to hold what was set.
 const SET_PATIENCE: Duration = Duration::from_secs(20);
 
+/// When what could not be kept is written again.
+const KEEP_AGAIN: Duration = Duration::from_secs(15);
+
 /// A client of `set` that waits.
 pub(super) struct Setting {
     waiter: Waiter,
@@ -23,6 +26,32 @@ pub(super) struct Setting {
 }
 
 impl Daemon {
+    /// Writes again what the state folder did not take; returns when to think of it next.
+    pub(super) fn keep_again(&mut self, now: Instant) -> Option<Instant> {
+        let missing = |code| self.trouble.iter().any(|(other, _)| *other == code);
+        let [settings, netmap, permit] =
+            ["settings_not_kept", "netmap_not_kept", "permit_not_kept"].map(missing);
+        if !(settings || netmap || permit) {
+            self.keep_at = None;
+            return None;
+        }
+        let at = *self.keep_at.get_or_insert(now + KEEP_AGAIN);
+        if now < at {
+            return Some(at);
+        }
+        self.keep_at = Some(now + KEEP_AGAIN);
+        if settings {
+            self.keep_settings();
+        }
+        if netmap {
+            self.netmaps.send_modify(|_| {});
+        }
+        if permit {
+            self.keep_permit();
+        }
+        self.keep_at
+    }
+
     /// Keeps settings and puts them in force.
     pub(super) fn set(&mut self, set: Set, reply: oneshot::Sender<Response>) {
         let mut settings = self.settings.clone();

@@ -67,8 +67,8 @@ impl Kernel {
         })
     }
 
-    /// Tells the guard what an observation showed: where peers are, and whether this host began to
-    /// forward.
+    /// Tells the guard what an observation showed: where peers are, whether this host began to
+    /// forward, and that somebody took it away.
     pub(super) fn inform_guard(&mut self, peers: &BTreeMap<NodeKey, PeerState>) {
         let Some(orders) = &mut self.orders else {
             return;
@@ -76,7 +76,7 @@ impl Kernel {
         let endpoints = peers.values().filter_map(|peer| peer.stats.endpoint);
         let mut told = self.guard.exempt(endpoints.map(|endpoint| endpoint.ip()));
         let forwards = forwards(&orders.underlays);
-        if forwards != orders.forwards {
+        if forwards != orders.forwards || !self.guard.is_whole() {
             orders.forwards = forwards;
             told = told.and_then(|()| self.guard.set(orders)).map(drop);
         }

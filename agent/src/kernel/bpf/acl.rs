@@ -93,10 +93,12 @@ impl Acl {
         attach::open(interface, index, bpf_dir, options)
     }
 
-    /// Whether the programs are attached to the device of this index.
+    /// Whether the programs are attached to the device of this index, and a policy can be written
+    /// for them: what it needs is pinned in a folder that somebody may have removed.
     #[must_use]
     pub fn is_attached(&self, index: u32) -> bool {
-        self.index == index && attach::is_attached(self.how, &self.folder, index)
+        let here = self.index == index && self.layout.exists();
+        here && attach::is_attached(self.how, &self.folder, index)
     }
 
     /// Writes a policy: by `change` alone if the maps hold the policy before it, whole without.

@@ -178,6 +178,9 @@ impl Guard {
     /// # Errors
     /// [`AclError`] if it cannot be loaded; what is wrong with single interfaces is in the report.
     pub fn set(&mut self, orders: &Orders) -> Result<Report, AclError> {
+        if !maps_of(&self.folder).exists() {
+            self.loaded = None;
+        }
         if self.loaded.is_none() {
             place::prepare(&self.folder)?;
             self.loaded = Some(Loaded::load(&self.folder)?);
@@ -205,6 +208,15 @@ impl Guard {
         }
         forget_versions(&self.folder);
         Ok(report)
+    }
+
+    /// Whether it still is where it was attached: somebody may have removed its pins.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.loaded.as_ref().is_none_or(|loaded| {
+            let mut on = loaded.on.iter();
+            on.all(|(index, hook)| is_there(&self.folder, *hook, *index))
+        })
     }
 
     /// Takes it away from everywhere.
@@ -293,7 +305,7 @@ impl Guard {
 
 impl Loaded {
     fn load(folder: &Path) -> Result<Self, AclError> {
-        let place = folder.join(format!("maps-{}", guard::VERSION));
+        let place = maps_of(folder);
         fs::create_dir_all(&place).map_err(attach::pin_error(&place))?;
         let mut loader = EbpfLoader::new();
         for name in maps::ALL {
@@ -350,6 +362,7 @@ impl Loaded {
         {
             return Ok(*hook);
         }
+        self.on.remove(index);
         let hook = match xdp.then(|| by_driver(driver(&mut self.object)?, name, *index, folder)) {
             Some(Ok(())) => Hook::Xdp,
             other => {
@@ -383,6 +396,11 @@ impl Loaded {
         self.on.insert(*index, hook);
         Ok(hook)
     }
+}
+
+/// The folder of our version's maps.
+fn maps_of(folder: &Path) -> PathBuf {
+    folder.join(format!("maps-{}", guard::VERSION))
 }
 
 fn pin_of(folder: &Path, hook: Hook, index: u32) -> PathBuf {
