@@ -158,12 +158,21 @@ fn of_agent(status: &Status) -> Vec<Check> {
         let routes = &node.approved_routes;
         checks.extend(host::forwarding(device, routes.iter().map(Prefix::is_v4)));
     }
-    checks.extend(
-        problems
-            .iter()
-            .map(|Problem { message, next, .. }| Check::fail("problem", message, next)),
-    );
+    checks.extend(problems.iter().map(problem_check));
     checks
+}
+
+/// A problem is a failure, unless weir does its work all the same.
+fn problem_check(problem: &Problem) -> Check {
+    let Problem {
+        code,
+        message,
+        next,
+    } = problem;
+    match code.as_str() {
+        "guard_not_attached" | "ipv6_off" => Check::warn("problem", message, next),
+        _ => Check::fail("problem", message, next),
+    }
 }
 
 /// Peers in use whose path takes less than IPv6 needs.

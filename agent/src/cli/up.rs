@@ -170,7 +170,9 @@ fn not_up(status: &Status, patience: Duration) -> Failure {
     }
     // What is not done yet is worth a word only where nothing says why.
     let silent = problems.is_empty();
-    if joined && !acl.attached && (silent || acl.why.is_some()) {
+    let told = |why: &String| problems.iter().any(|problem| problem.message.contains(why));
+    let untold = acl.why.as_ref().is_some_and(|why| !told(why));
+    if joined && !acl.attached && (silent || untold) {
         let why = acl.why.as_deref().unwrap_or("not done yet");
         missing(format!("the ACL programs are not attached: {why}"));
     }

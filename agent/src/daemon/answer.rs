@@ -65,7 +65,11 @@ impl Daemon {
             guard: self.guard.places(),
             peers: engine.netmap.map_or(0, |netmap| netmap.peers.len()),
             active: self.active(),
-            problems: self.own_problems().chain(problems).collect(),
+            problems: self
+                .own_problems()
+                .chain(problems)
+                .chain(self.remarks())
+                .collect(),
         };
         status.phase = match (&self.settings.coordinator, self.settings.up) {
             (None, _) => Phase::NotJoined,
@@ -129,9 +133,13 @@ impl Daemon {
             }
             .to_owned(),
         });
-        refusal
-            .chain(trouble)
-            .chain(self.guard.problem())
+        refusal.chain(trouble)
+    }
+
+    /// What does not keep the node from being up, and so comes last.
+    fn remarks(&self) -> impl Iterator<Item = Problem> {
+        let guard = self.guard.problem().into_iter();
+        guard
             .chain(self.port_problem())
             .chain(self.relay_problem())
             .chain(self.proxy_problem())

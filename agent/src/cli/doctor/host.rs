@@ -96,7 +96,8 @@ pub(super) fn bpffs(attached: bool) -> Check {
 
 fn bpffs_check(ours: &str, first: io::Result<String>) -> Check {
     let name = "bpffs";
-    let Some(device) = bpf_devices(ours).pop() else {
+    let ours = bpf_mounts(ours).filter(|(_, place)| *place == "/sys/fs/bpf");
+    let Some((device, _)) = ours.last() else {
         return Check::fail(
             name,
             "no bpffs is mounted at /sys/fs/bpf",
@@ -109,7 +110,7 @@ fn bpffs_check(ours: &str, first: io::Result<String>) -> Check {
             format!("what PID 1 has mounted cannot be read: {error}"),
             "Run `weir doctor` with sudo.",
         ),
-        Ok(first) if bpf_devices(&first).contains(&device) => {
+        Ok(first) if bpf_mounts(&first).any(|(other, _)| other == device) => {
             Check::ok(name, "mounted at /sys/fs/bpf, and PID 1 sees it")
         }
         Ok(_) => Check::fail(
@@ -121,15 +122,14 @@ fn bpffs_check(ours: &str, first: io::Result<String>) -> Check {
     }
 }
 
-/// `major:minor` of every bpffs at /sys/fs/bpf, in the order of mounting (proc_pid_mountinfo(5)).
-fn bpf_devices(mountinfo: &str) -> Vec<&str> {
-    let device = |line| -> Option<&str> {
+/// `major:minor` and place of every bpffs, in the order of mounting (proc_pid_mountinfo(5)).
+fn bpf_mounts(mountinfo: &str) -> impl Iterator<Item = (&str, &str)> {
+    mountinfo.lines().filter_map(|line| {
         let (before, after) = str::split_once(line, " - ")?;
         let mut words = before.split(' ');
         let (device, place) = (words.nth(2)?, words.nth(1)?);
-        (after.starts_with("bpf ") && place == "/sys/fs/bpf").then_some(device)
-    };
-    mountinfo.lines().filter_map(device).collect()
+        after.starts_with("bpf ").then_some((device, place))
+    })
 }
 
 pub(super) fn clock(state_dir: &Path) -> Check {
@@ -253,6 +253,8 @@ mod tests {
         assert_eq!(state(&mount("0:32"), Ok(mount("0:32"))), State::Ok);
         assert_eq!(state(&mount("0:99"), Ok(mount("0:32"))), State::Fail);
         assert_eq!(state("", Ok(mount("0:32"))), State::Fail);
+        let elsewhere = mount("0:99") + &mount("0:32").replace("/sys/fs/bpf", "/run/bpf");
+        assert_eq!(state(&mount("0:32"), Ok(elsewhere)), State::Ok);
         let denied = Err(io::ErrorKind::PermissionDenied.into());
         assert_eq!(state(&mount("0:32"), denied), State::Warn);
     }
