@@ -10,18 +10,27 @@
 //!
 //! [`Store`]s are kept apart by where they are: lasting flows in sets of their own, the other two in
 //! places of the remaining sets. A new flow takes a place that is free, or else the one of its own
-//! store in its own set that was unused longest. Sets of lasting flows are so many that this takes
-//! hardly any before the table has all the flows that it promises: of [`ESTABLISHED_FLOWS`], two in
-//! a thousand.
+//! store in its own set that was unused longest. But a lasting flow gives way to no other before it
+//! was unused for [`SPARED_NS`]: into a set that is full of them none is let in, and it stays where
+//! it is. Sets are so many that this happens to hardly any before there are all the lasting flows
+//! that there may be: of [`ESTABLISHED_FLOWS`], to two in a thousand.
 //!
 //! *Who writes a place* first claims it: the mark becomes [`BUSY`] in one atomic step, and whoever
-//! fails in that leaves the place alone. The claimant makes [`Place::version`] even, writes key and
-//! flow, makes it odd, and then gives the mark, all with full barriers between. *Who reads* believes
-//! a place of an odd version that is the same before and after. (BPF has no ordered loads. On arm64
-//! the two may therefore be one, and a reader may meet a place in the instant in which it is written;
-//! what it then takes for its flow was this flow's in all words but those that two flows have alike.)
-//! A flow that changes without being moved is written in whole words, of which each is right for
-//! itself. Where two begin the same flow at once, it may get two places: each looks for the other's
+//! fails in that leaves the place alone. Who brings another flow there makes [`Place::version`] even,
+//! writes key and flow, and makes it odd, with full barriers between; then the place gets its mark.
+//! Who writes the state of the flow that is there claims the place, too, and first looks whether it
+//! still is: otherwise one flow's state might be written over another's. If somebody else has claimed
+//! it, that state is not written: it says when the flow was used, or what its next packet says again.
+//!
+//! *Who reads* believes a place of an odd version that is the same before and after. BPF has no
+//! ordered loads, and processors like arm64's may make loads in any order; but none of them loads from
+//! an address before it has what that address was computed from. So the address of each next load is
+//! made of the values of those before it, which changes nothing about it: version, then key, then
+//! version, then state, then version. A reader that meets a place while it is written therefore takes
+//! it for no flow's, and so does one that follows a mark. The worst that comes of it is that the
+//! packet is decided as one without flow.
+//!
+//! Where two begin the same flow at once, it may get two places: each looks for the other's
 //! afterwards, and the latter place goes.
 
 use crate::abi::{ESTABLISHED_FLOWS, Flow, FlowKey, OPENING_FLOWS};
@@ -38,6 +47,10 @@ pub const OTHER_SETS: u32 = OPENING_FLOWS / OPENING_PLACES;
 pub const SETS: u32 = LASTING_SETS + OTHER_SETS;
 /// Places of an opening flow; surplus ones have the others.
 const OPENING_PLACES: u32 = 8;
+
+/// A lasting flow that was used so lately is not evicted for another (RFC 5382 5 asks that a silent TCP
+/// connection be kept for two hours and four minutes).
+pub const SPARED_NS: u64 = 124 * 60 * 1_000_000_000;
 
 /// The mark of a free place. All memory is zero at first.
 pub const FREE: u32 = 0;
@@ -186,6 +199,13 @@ pub const fn store_of(set: u32, place: u32) -> Store {
     } else {
         Store::Surplus
     }
+}
+
+/// Whether a flow that was not used for so long may be evicted for another of its store.
+#[inline(always)]
+#[must_use]
+pub const fn may_evict(set: u32, idle_ns: u64) -> bool {
+    set >= LASTING_SETS || idle_ns > SPARED_NS
 }
 
 /// The version of a place while it is written, if it had this one before. One more is the next.

@@ -16,10 +16,12 @@
 //! *Flows* live in three tables. A first packet makes an entry in [`Store::Opening`], and replies
 //! pass by it; a flow that goes on after the reply moves to [`Store::Established`]. So a flood of
 //! flows that ask once, answered or not, evicts only its like. What is over leaves for
-//! [`Store::Surplus`]. Each peer has a share ([`Limits`]): beyond it, what it opens goes to
-//! [`Store::Surplus`], and what lasts stays where it is. That denies nothing, it only protects less.
+//! [`Store::Surplus`]. Each peer has a share of what is free ([`Limits`]): beyond it, what it opens
+//! goes to [`Store::Surplus`], and what lasts stays where it is. That denies nothing, it only
+//! protects less.
 //! One key serves both directions ([`FlowKey`]). Nobody need collect garbage: an entry that is
-//! older than its timeout counts as absent, and the tables evict what was unused longest.
+//! older than its timeout counts as absent, and the tables evict what was unused longest
+//! ([`crate::flows`]).
 //!
 //! *TCP*: only a SYN opens a flow. A pure ACK (with or without PSH) without flow, which policy
 //! allows in its direction now, may pick one up, as after an eviction or an upgrade, but not more
@@ -152,26 +154,25 @@ pub enum Store {
     Surplus,
 }
 
-/// What one peer may have of the flow tables.
+/// What all peers together may have of the flow tables. One of them gets one more only while it has
+/// fewer than are still free: alone it gets half of them, and *n* that take all that they get have an
+/// *n + 1*th each, with as much left for everyone else.
 #[derive(Clone, Copy)]
 #[cfg_attr(not(target_arch = "bpf"), derive(Debug))]
 pub struct Limits {
-    /// Flows opened within [`OPENED_WINDOW_NS`]; more go to [`Store::Surplus`].
+    /// Flows opened in [`Store::Opening`] within [`OPENED_WINDOW_NS`]; more go to
+    /// [`Store::Surplus`].
     pub opened: u32,
-    /// Flows in [`Store::Established`], where all peers together have more than the next number.
+    /// Flows in [`Store::Established`]; more stay where they are.
     pub established: u32,
-    /// Up to so many flows of all peers together in [`Store::Established`], nobody is asked.
-    pub together: u32,
 }
 
 impl Limits {
-    /// A peer alone may fill half of the table of lasting flows, and four more can then have an
-    /// eighth each before anything is evicted. What it opens fills no more than half of the other
-    /// table before it would time out there.
+    /// What is opened fills no more than three quarters of the table before it times out there, and
+    /// what lasts no more than half of the places that there are: so sets are hardly ever full.
     pub const USUAL: Self = Self {
-        opened: OPENING_FLOWS / 8,
-        established: ESTABLISHED_FLOWS / 8,
-        together: ESTABLISHED_FLOWS / 2,
+        opened: OPENING_FLOWS / 4,
+        established: ESTABLISHED_FLOWS,
     };
 }
 
@@ -281,8 +282,10 @@ pub trait Tables: Sized {
     fn remove(&self, store: Store, key: &FlowKey);
     /// What a share is used for. `None` counts as used up.
     fn share(&self, number: u16) -> Option<Share>;
-    /// Writes it.
-    fn set_share(&self, number: u16, share: Share);
+    /// Writes what was opened of it.
+    fn set_opened(&self, number: u16, since_ns: u64, opened: u32);
+    /// Writes what lasts of it.
+    fn set_established(&self, number: u16, established: u32);
 
     /// Looks up a fragmented datagram.
     fn fragment(&self, key: &FragmentKey) -> Option<Fragment>;

@@ -2,7 +2,8 @@
 
 use ebpf::abi::{Addr, ESTABLISHED_FLOWS, FlowKey, OPENING_FLOWS};
 use ebpf::flows::{
-    BUSY, FREE, PLACES, SETS, Seeds, hash, home, is_settled, store_of, unsettled, words,
+    BUSY, FREE, PLACES, SETS, SPARED_NS, Seeds, hash, home, is_settled, may_evict, store_of,
+    unsettled, words,
 };
 use ebpf::verdict::Store;
 use std::collections::BTreeMap;
@@ -100,6 +101,14 @@ fn which_flows_share_a_set_depends_on_the_seeds() {
     let still = set(0, &other);
     let still = together.iter().filter(|n| set(**n, &other) == still);
     assert!(still.count() <= 3);
+}
+
+#[test]
+fn only_lasting_flows_are_spared_and_only_for_two_hours() {
+    let set = |store| home(store, hash(&words(&key(5)), &seeds(3))).set;
+    assert!(!may_evict(set(Store::Established), SPARED_NS));
+    assert!(may_evict(set(Store::Established), SPARED_NS + 1));
+    assert!(may_evict(set(Store::Opening), 0) && may_evict(set(Store::Surplus), 0));
 }
 
 #[test]

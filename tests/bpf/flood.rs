@@ -6,12 +6,13 @@
 //! packets.
 
 use super::bed::{self, Bed};
-use super::craft::{ACK, Body, SYN, Spec};
+use super::craft::{ACK, Body, RST, SYN, Spec};
 use super::generate::{me, peer};
 use super::semantics::{KNOWN, OPEN, filter, rule};
 use agent::kernel::bpf::{Acl, Options, RawMap};
 use ebpf::abi::Direction::{self, Egress, Ingress};
 use ebpf::abi::{ESTABLISHED_FLOWS, FlowKey, Share, maps, share_of};
+use ebpf::flows::{PLACES, SPARED_NS, Seeds, hash, home, words};
 use ebpf::tracks::{ALL_WORDS, HALF, WORDS};
 use ebpf::verdict::Store;
 use engine::acl::Acl as Lowered;
@@ -49,6 +50,12 @@ fn open_to_all(bed: &Bed) -> Acl {
     acl
 }
 
+/// A map of the programs.
+fn pinned(bed: &Bed, name: &str) -> RawMap {
+    let layout = format!("layout-{:08x}", ebpf::abi::layout());
+    RawMap::from_pin(&bed.folder.join(layout).join(name)).unwrap()
+}
+
 /// A flow whose packets differ from each other's only in two ports.
 #[derive(Clone, Copy)]
 struct Talk {
@@ -80,6 +87,25 @@ impl Talk {
             Body::Udp(sport, dport)
         };
         Spec::new(src, dst, body).bytes()
+    }
+
+    fn key(self) -> FlowKey {
+        let [local, remote] = [US.to_owned(), address(self.peer)]
+            .map(|text| text.parse::<std::net::IpAddr>().unwrap().into());
+        let (local_port, remote_port) = if self.begins == Egress {
+            (self.port, self.service)
+        } else {
+            (self.service, self.port)
+        };
+        FlowKey {
+            local,
+            remote,
+            local_port,
+            remote_port,
+            protocol: if self.tcp { 6 } else { 17 },
+            zero: 0,
+            zeros: 0,
+        }
     }
 
     /// Its first packets: question, answer, and what goes on.
@@ -114,6 +140,15 @@ fn live() -> Vec<Talk> {
         }
     };
     (0..LIVE).map(talk).collect()
+}
+
+/// The live flows, all of peers after the first so many, who flood.
+fn live_beside(flooders: u16) -> Vec<Talk> {
+    let mut live = live();
+    for (number, talk) in (0..).zip(&mut live) {
+        talk.peer = flooders + number % (PEERS - flooders);
+    }
+    live
 }
 
 /// Flow number `number` of a flood, which is none of the live ones.
@@ -154,27 +189,9 @@ fn kept(acl: &Acl, flows: &[Talk]) -> usize {
         .filter(|(store, ..)| *store == Store::Established)
         .map(|(_, key, _)| key)
         .collect();
-    let key = |talk: &Talk| {
-        let [local, remote] = [US.to_owned(), address(talk.peer)]
-            .map(|text| text.parse::<std::net::IpAddr>().unwrap().into());
-        let (local_port, remote_port) = if talk.begins == Egress {
-            (talk.port, talk.service)
-        } else {
-            (talk.service, talk.port)
-        };
-        FlowKey {
-            local,
-            remote,
-            local_port,
-            remote_port,
-            protocol: if talk.tcp { 6 } else { 17 },
-            zero: 0,
-            zeros: 0,
-        }
-    };
     flows
         .iter()
-        .filter(|talk| lasting.contains(&key(talk)))
+        .filter(|talk| lasting.contains(&talk.key()))
         .count()
 }
 
@@ -235,31 +252,151 @@ fn floods_leave_flows_alone_that_last() {
     assert!(answered * 100 >= LIVE as u64 * 99);
 }
 
+/// Peers that flood at once, each as much as it gets.
+const FLOODERS: [u16; 3] = [1, 4, 16];
+
+/// A flow of a flood is closed so many flows later: until then the table fills, and from then on it
+/// is full and flows come and go.
+const LATER: u32 = ESTABLISHED_FLOWS;
+
 #[test]
-fn one_peers_flood_leaves_alone_what_others_open() {
-    let Some(bed) = Bed::make("one_peers_flood_leaves_alone_what_others_open") else {
+fn peers_that_flood_with_flows_that_last_displace_nobody_elses() {
+    for flooders in FLOODERS {
+        let Some(bed) = Bed::make("peers_that_flood_with_flows_that_last") else {
+            return;
+        };
+        let acl = open_to_all(&bed);
+        let live = live_beside(flooders);
+        for talk in &live {
+            run(&acl, *talk, 3);
+        }
+        assert_eq!(kept(&acl, &live), LIVE);
+        // The quiet ones are the oldest of all that there are, from here to the end.
+        let (quiet, busy) = live.split_at(LIVE / 2);
+        let by = |number: u32| flood(number, u16::try_from(number % u32::from(flooders)).unwrap());
+        let (flows, start) = (flows(), Instant::now());
+        for number in 0..flows {
+            run(&acl, by(number), 3);
+            if let Some(former) = number.checked_sub(LATER) {
+                let former = by(former);
+                acl.run(former.begins, &former.packet(former.begins, RST), 1)
+                    .unwrap();
+            }
+            if number.is_multiple_of(16_384) {
+                hits(&acl, busy, |talk| talk.begins);
+            }
+        }
+        let (quiet, busy) = (kept(&acl, quiet), kept(&acl, busy));
+        println!(
+            "{flows} flows that last, by {flooders}: of {} each, {busy} busy and {quiet} quiet \
+             ones left, {:?}",
+            LIVE / 2,
+            start.elapsed()
+        );
+        assert!(busy.min(quiet) * 100 >= LIVE / 2 * 99, "{busy}, {quiet}");
+        let answered = hits(&acl, &live, |talk| talk.begins.flip());
+        assert!(answered * 100 >= LIVE as u64 * 99, "{answered} answers");
+        // Newcomers get among those that last, however many flood.
+        let newcomers: Vec<Talk> = (0..100)
+            .map(|number| flood(2 * (flows + number), 20 + (number % 20) as u16))
+            .collect();
+        for talk in &newcomers {
+            run(&acl, *talk, 3);
+        }
+        let let_in = kept(&acl, &newcomers);
+        assert!(let_in >= 95, "{let_in} of 100 newcomers last");
+    }
+}
+
+#[test]
+fn peers_that_flood_leave_alone_what_others_open() {
+    for flooders in FLOODERS {
+        let Some(bed) = Bed::make("peers_that_flood_leave_alone_what_others_open") else {
+            return;
+        };
+        let acl = open_to_all(&bed);
+        let others = u32::from(PEERS - flooders);
+        let by = |number: u32| flooders + u16::try_from(number % others).unwrap();
+        let asked: Vec<Talk> = (0..1_000)
+            .map(|number| flood(number * 2 + 1, by(number)))
+            .collect();
+        for talk in &asked {
+            run(&acl, *talk, 1);
+        }
+        let flows = flows();
+        for number in 0..flows {
+            let flooder = u16::try_from(number % u32::from(flooders)).unwrap();
+            run(&acl, flood(number, flooder), 1);
+        }
+        // Who floods is refused nothing either.
+        let counters = bed::counters(&acl);
+        assert_eq!(
+            counters[&(Ingress, OPEN)] + counters[&(Egress, OPEN)],
+            u64::from(flows) + 1_000
+        );
+        let answered = hits(&acl, &asked, |talk| talk.begins.flip());
+        println!("{answered} of 1000 answers pass after {flows} flows of {flooders} others");
+        assert!(answered >= 990, "{answered}");
+        run(&acl, flood(flows, 0), 3);
+    }
+}
+
+#[test]
+fn a_set_full_of_lasting_flows_lets_no_other_in_and_cuts_none() {
+    let Some(bed) = Bed::make("a_set_full_of_lasting_flows") else {
         return;
     };
     let acl = open_to_all(&bed);
-    let asked: Vec<Talk> = (0..1_000).map(|number| flood(number * 2 + 1, 1)).collect();
-    for talk in &asked {
-        run(&acl, *talk, 1);
+    let seeds: Seeds = pinned(&bed, maps::SEEDS).get(&0_u32).unwrap().unwrap();
+    let set = |talk: &Talk| home(Store::Established, hash(&words(&talk.key()), &seeds)).set;
+    let together: Vec<Talk> = (0..)
+        .map(|number| flood(number, 0))
+        .filter(|talk| set(talk) == 0)
+        .take(PLACES + 4)
+        .collect();
+    for talk in &together {
+        run(&acl, *talk, 3);
     }
-    let flows = flows();
-    for number in 0..flows {
-        run(&acl, flood(number, 0), 1);
+    let (first, later) = together.split_at(PLACES);
+    assert_eq!((kept(&acl, first), kept(&acl, later)), (PLACES, 0));
+    // They are known all the same, and get in where one has gone.
+    let all = together.len() as u64;
+    assert_eq!(hits(&acl, &together, |talk| talk.begins.flip()), all);
+    let gone = acl
+        .table()
+        .unwrap()
+        .remove(Store::Established, &first[0].key());
+    assert!(gone);
+    run(&acl, later[0], 3);
+    assert_eq!((kept(&acl, first), kept(&acl, later)), (PLACES - 1, 1));
+}
+
+#[test]
+fn what_nobody_uses_for_two_hours_makes_room_if_many_last() {
+    let Some(bed) = Bed::make("what_nobody_uses_makes_room") else {
+        return;
+    };
+    let mut acl = open_to_all(&bed);
+    let idle: Vec<Talk> = (0..20).map(|number| flood(2 * number, 0)).collect();
+    for talk in &idle {
+        run(&acl, *talk, 3);
     }
-    let answered = hits(&acl, &asked, |talk| talk.begins.flip());
-    println!("{answered} of 1000 answers pass after {flows} flows of another peer");
-    assert!(answered >= 990, "{answered}");
-    // Who floods is refused nothing either.
-    let last = flood(flows, 0);
-    let counters = bed::counters(&acl);
-    assert_eq!(
-        counters[&(Ingress, OPEN)] + counters[&(Egress, OPEN)],
-        u64::from(flows) + 1_000
-    );
-    run(&acl, last, 3);
+    let shares = pinned(&bed, maps::SHARES);
+    let say = |established: u32| {
+        let share: Share = shares.get(&0_u32).unwrap().unwrap();
+        let share = Share {
+            established,
+            ..share
+        };
+        shares.put(&0_u32, &share, 0).unwrap();
+    };
+    let used_ns = acl.flows(usize::MAX).unwrap()[0].2.last_seen_ns;
+    say(ESTABLISHED_FLOWS / 2);
+    acl.recount_at(used_ns + 2 * SPARED_NS).unwrap();
+    assert_eq!(kept(&acl, &idle), 20, "half is not many");
+    say(ESTABLISHED_FLOWS / 2 + 1);
+    acl.recount_at(used_ns + 3 * SPARED_NS).unwrap();
+    assert_eq!(kept(&acl, &idle), 0);
 }
 
 #[test]
@@ -272,8 +409,7 @@ fn the_agent_puts_right_what_the_programs_counted() {
         run(&acl, flood(number, 0), 3);
         run(&acl, flood(number, 1), if number < 10 { 3 } else { 2 });
     }
-    let layout = format!("layout-{:08x}", ebpf::abi::layout());
-    let shares = RawMap::from_pin(&bed.folder.join(layout).join(maps::SHARES)).unwrap();
+    let shares = pinned(&bed, maps::SHARES);
     let count = |number: u32| {
         shares
             .get::<_, Share>(&number)
@@ -301,11 +437,7 @@ fn tracks_of_flows_that_are_gone_are_forgotten_and_no_flow_is() {
         return;
     };
     let mut acl = open_to_all(&bed);
-    let folder = bed
-        .folder
-        .join(format!("layout-{:08x}", ebpf::abi::layout()));
-    let pinned = |name: &str| RawMap::from_pin(&folder.join(name)).unwrap();
-    let tracks = pinned(maps::TRACKS);
+    let tracks = pinned(&bed, maps::TRACKS);
     let track = |index: u32| tracks.get::<_, u64>(&index).unwrap().unwrap();
     let half = || track(HALF) as u32;
     let count = || {

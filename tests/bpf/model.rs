@@ -120,11 +120,10 @@ pub enum Place {
     Surplus,
 }
 
-/// What a peer may have: flows opened within ten seconds; lasting flows, if all peers together have
-/// more than the last number of them.
-pub const OPENED: usize = 2;
-pub const LASTING: usize = 1;
-pub const TOGETHER: usize = 3;
+/// What all peers together may have: flows opened within ten seconds, and lasting flows. One of them
+/// gets another while it has fewer than are left.
+pub const OPENED: usize = 4;
+pub const LASTING: usize = 4;
 
 #[derive(Clone, Debug)]
 struct Flow {
@@ -143,8 +142,9 @@ struct Flow {
 pub struct Model {
     flows: BTreeMap<Key, Flow>,
     datagrams: BTreeMap<(IpAddr, IpAddr, u16, u8), (Key, u64)>,
-    /// Since when, and how many flows each peer opened since.
+    /// Since when, and how many flows each peer opened since; and the same of all together.
     opened: BTreeMap<Option<NodeId>, (u64, usize)>,
+    opened_together: (u64, usize),
 }
 
 /// What a packet says to a flow.
@@ -267,16 +267,21 @@ impl Model {
 
     /// A peer opens one more flow.
     fn open(&mut self, peer: Option<NodeId>, now: u64) -> Place {
-        let (since, count) = self.opened.entry(peer).or_default();
-        if now - *since >= 10 * SECOND {
-            (*since, *count) = (now, 0);
+        let lately = |(since, count): (u64, usize)| {
+            if now - since < 10 * SECOND {
+                (since, count)
+            } else {
+                (now, 0)
+            }
+        };
+        let (all_since, all) = lately(self.opened_together);
+        let (since, own) = lately(self.opened.get(&peer).copied().unwrap_or_default());
+        if own + all >= OPENED {
+            return Place::Surplus;
         }
-        *count += 1;
-        if *count > OPENED {
-            Place::Surplus
-        } else {
-            Place::Opening
-        }
+        self.opened.insert(peer, (since, own + 1));
+        self.opened_together = (all_since, all + 1);
+        Place::Opening
     }
 
     /// Whether this flow may be among those that last.
@@ -286,7 +291,7 @@ impl Model {
             .values()
             .filter(|flow| flow.place == Place::Lasting);
         let of_peer = lasting.clone().filter(|flow| flow.peer == peer);
-        of_peer.count() < LASTING || lasting.count() < TOGETHER
+        of_peer.count() + lasting.count() < LASTING
     }
 
     /// Whether a later fragment of a packet of this flow passes.

@@ -111,7 +111,6 @@ impl<const M: u32> Tables for Twin<M> {
     const LIMITS: Limits = Limits {
         opened: model::OPENED as u32,
         established: model::LASTING as u32,
-        together: model::TOGETHER as u32,
     };
 
     fn active(&self) -> Active {
@@ -204,8 +203,15 @@ impl<const M: u32> Tables for Twin<M> {
         )
     }
 
-    fn set_share(&self, number: u16, share: Share) {
-        self.shares.borrow_mut().insert(number, share);
+    fn set_opened(&self, number: u16, since_ns: u64, opened: u32) {
+        let mut shares = self.shares.borrow_mut();
+        let share = shares.entry(number).or_default();
+        (share.since_ns, share.opened) = (since_ns, opened);
+    }
+
+    fn set_established(&self, number: u16, established: u32) {
+        let mut shares = self.shares.borrow_mut();
+        shares.entry(number).or_default().established = established;
     }
 
     fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {

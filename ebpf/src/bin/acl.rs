@@ -14,7 +14,7 @@
     missing_docs,
     reason = "the attribute macros of aya make public items of their own"
 )]
-#![feature(core_intrinsics)]
+#![feature(asm_experimental_arch, core_intrinsics)]
 #![allow(
     internal_features,
     reason = "the target is said to have no atomic operations; Linux 5.12 and later have this one"
@@ -303,10 +303,21 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn set_share(&self, number: u16, share: Share) {
-        if let Some(place) = SHARE_TABLE.get_ptr_mut(u32::from(number)) {
+    fn set_opened(&self, number: u16, since_ns: u64, opened: u32) {
+        if let Some(share) = SHARE_TABLE.get_ptr_mut(u32::from(number)) {
             // SAFETY: as for `share`.
-            unsafe { place.write(share) }
+            unsafe {
+                (*share).since_ns = since_ns;
+                (*share).opened = opened;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn set_established(&self, number: u16, established: u32) {
+        if let Some(share) = SHARE_TABLE.get_ptr_mut(u32::from(number)) {
+            // SAFETY: as for `share`.
+            unsafe { (*share).established = established }
         }
     }
 

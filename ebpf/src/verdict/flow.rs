@@ -1,7 +1,9 @@
 //! State of flows: finding, renewing, opening them, and how long they live.
 
 use super::{At, Branch, InVain, Store, Tables, Verdict, holds};
-use crate::abi::{Addr, Direction, ECHO_FROM_LOCAL, ECHO_FROM_REMOTE, Flow, FlowKey, flow_flags};
+use crate::abi::{
+    Addr, Direction, ECHO_FROM_LOCAL, ECHO_FROM_REMOTE, Flow, FlowKey, Share, flow_flags,
+};
 use crate::packet::{Packet, Part, Tuple, What, protocol, tcp};
 use crate::reason::{Accepted, Reason};
 
@@ -237,15 +239,15 @@ fn count<T: Tables, const MORE: bool>(tables: &T, number: u16) {
 
 #[inline(always)]
 fn count_one<T: Tables, const MORE: bool>(tables: &T, number: u16) {
-    let Some(mut share) = tables.share(number) else {
+    let Some(share) = tables.share(number) else {
         return;
     };
-    share.established = if MORE {
+    let established = if MORE {
         share.established.saturating_add(1)
     } else {
         share.established.saturating_sub(1)
     };
-    tables.set_share(number, share);
+    tables.set_established(number, established);
 }
 
 /// Makes sure that policy of the active epoch allows the flow: if it was decided under an older
@@ -407,11 +409,18 @@ fn promote<T: Tables>(tables: &T, key: &FlowKey, store: Store, flow: &Flow) -> b
 
 #[inline(always)]
 fn has_room<T: Tables>(tables: &T, number: u16) -> bool {
-    let below = |number, limit| match tables.share(number) {
-        Some(share) => share.established < limit,
-        None => false,
-    };
-    below(number, T::LIMITS.established) || below(TOGETHER, T::LIMITS.together)
+    match (tables.share(number), tables.share(TOGETHER)) {
+        (Some(own), Some(all)) => {
+            leaves_room(own.established, all.established, T::LIMITS.established)
+        }
+        (_, None) | (None, _) => false,
+    }
+}
+
+/// Whether a peer that has so many may have one more: if it has fewer than are still free.
+#[inline(always)]
+fn leaves_room(own: u32, together: u32, limit: u32) -> bool {
+    own < limit.saturating_sub(together)
 }
 
 /// Moves a flow that is over out of the table of those that last; whether it did.
@@ -528,22 +537,36 @@ pub(super) fn begin<T: Tables>(
     }
 }
 
-/// Where a new flow goes, which counts against its peer's share.
+/// Where a new flow goes: if that is where flows open, it counts against its peer's share.
 #[inline(never)]
 fn place<T: Tables>(tables: &T, number: u16, now_ns: u64) -> Store {
-    let Some(mut share) = tables.share(number) else {
+    let (Some(own), Some(all)) = (
+        opened_lately(tables, number, now_ns),
+        opened_lately(tables, TOGETHER, now_ns),
+    ) else {
         return Store::Surplus;
     };
-    if now_ns.wrapping_sub(share.since_ns) >= OPENED_WINDOW_NS {
-        share.since_ns = now_ns;
-        share.opened = 0;
-    }
-    share.opened = share.opened.saturating_add(1);
-    tables.set_share(number, share);
-    if holds::<T>(25, share.opened > T::LIMITS.opened) {
+    if holds::<T>(25, !leaves_room(own.opened, all.opened, T::LIMITS.opened)) {
         tables.probe(Branch::OpensTooMany);
-        Store::Surplus
-    } else {
-        Store::Opening
+        return Store::Surplus;
     }
+    tables.set_opened(TOGETHER, all.since_ns, all.opened.saturating_add(1));
+    if number != TOGETHER {
+        tables.set_opened(number, own.since_ns, own.opened.saturating_add(1));
+    }
+    Store::Opening
+}
+
+/// What a share has, of which what it opened in an earlier window is left out.
+#[inline(always)]
+fn opened_lately<T: Tables>(tables: &T, number: u16, now_ns: u64) -> Option<Share> {
+    let share = tables.share(number)?;
+    if now_ns.wrapping_sub(share.since_ns) < OPENED_WINDOW_NS {
+        return Some(share);
+    }
+    Some(Share {
+        since_ns: now_ns,
+        opened: 0,
+        ..share
+    })
 }

@@ -129,8 +129,15 @@ impl ebpf::verdict::Tables for Acl {
         Some(shares.get(&number).copied().unwrap_or_default())
     }
 
-    fn set_share(&self, number: u16, share: Share) {
-        self.shares.borrow_mut().insert(number, share);
+    fn set_opened(&self, number: u16, since_ns: u64, opened: u32) {
+        let mut shares = self.shares.borrow_mut();
+        let share = shares.entry(number).or_default();
+        (share.since_ns, share.opened) = (since_ns, opened);
+    }
+
+    fn set_established(&self, number: u16, established: u32) {
+        let mut shares = self.shares.borrow_mut();
+        shares.entry(number).or_default().established = established;
     }
 
     fn fragment(&self, _key: &FragmentKey) -> Option<Fragment> {

@@ -100,7 +100,9 @@ impl Tables for View<'_> {
         self.acl.shares.get(&u32::from(number)).ok().flatten()
     }
 
-    fn set_share(&self, _number: u16, _share: Share) {}
+    fn set_opened(&self, _number: u16, _since_ns: u64, _opened: u32) {}
+
+    fn set_established(&self, _number: u16, _established: u32) {}
 
     fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
         self.acl.fragments.get(key).ok().flatten()

@@ -10,7 +10,7 @@ use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xchg};
 use ebpf::abi::{Flow, FlowKey};
 use ebpf::flows::{
     BUSY, FREE, Home, KEY_WORDS, KeyWords, PLACES, SETS, Seeds, Set, hash, home, is_settled,
-    unsettled, words,
+    may_evict, unsettled, words,
 };
 use ebpf::verdict::Store;
 use zerocopy::transmute;
@@ -44,18 +44,18 @@ impl Found {
         (code != 0).then_some(Self(code))
     }
 
-    /// The place, if it still has this version.
     #[inline(always)]
-    fn line(self) -> Option<*mut u64> {
-        let set = FLOWS.get_ptr_mut(self.0 as u32 >> 5)?;
-        let line = line_of(set, self.0 as u32 >> 1 & 15);
-        self.is_current(line).then_some(line)
+    fn set(self) -> Option<*mut Set> {
+        FLOWS.get_ptr_mut(self.0 as u32 >> 5)
     }
 
     #[inline(always)]
-    fn is_current(self, line: *mut u64) -> bool {
-        // SAFETY: a line of a set.
-        let version = unsafe { line.add(VERSION).read_volatile() };
+    fn place(self) -> u32 {
+        self.0 as u32 >> 1 & 15
+    }
+
+    #[inline(always)]
+    fn is_version(self, version: u64) -> bool {
         version as u32 == (self.0 >> 32) as u32
     }
 
@@ -70,27 +70,52 @@ impl Found {
             flags: 0,
             share: 0,
         };
-        let Some(line) = self.line() else {
+        let Some(set) = self.set() else {
             return NONE;
         };
-        // SAFETY: a line of a set. Word by word, so that nothing goes over the stack.
-        let words = unsafe {
-            [
-                line.add(STATE).read_volatile(),
-                line.add(STATE + 1).read_volatile(),
-            ]
-        };
+        // After the version that was found, because that is in the number of the set.
+        let line = line_of(set, self.place());
+        // Word by word, so that nothing goes over the stack.
+        let words = [read(line, STATE), read(line, STATE + 1)];
+        let line = after(line, words[0] | words[1]);
         let flow = transmute!(words);
-        if self.is_current(line) { flow } else { NONE }
-    }
-
-    /// Writes the state there.
-    #[inline(always)]
-    pub fn save(self, flow: Flow) {
-        if let Some(line) = self.line() {
-            write_state(line, flow);
+        if self.is_version(read(line, VERSION)) {
+            flow
+        } else {
+            NONE
         }
     }
+
+    /// Writes the state there, if the flow still is and nobody else is writing.
+    #[inline(always)]
+    pub fn save(self, flow: Flow) {
+        let [one, two] = transmute!(flow);
+        acl_save(self.0, one, two);
+    }
+}
+
+/// A word of a line; volatile, because others write it.
+#[inline(always)]
+fn read(line: *mut u64, index: usize) -> u64 {
+    // SAFETY: a line of a set has so many words.
+    unsafe { line.add(index).read_volatile() }
+}
+
+/// The same line, to be read after this value was: no processor makes a load before it has the
+/// address, and no compiler sees that this one does not depend on the value.
+#[inline(always)]
+fn after(mut line: *mut u64, value: u64) -> *mut u64 {
+    // SAFETY: adds nothing to the address.
+    unsafe {
+        core::arch::asm!(
+            "{value} &= 0",
+            "{line} += {value}",
+            value = inout(reg) value => _,
+            line = inout(reg) line,
+            options(pure, nomem, nostack),
+        );
+    }
+    line
 }
 
 /// A place of a set. The mask is for the verifier: line 0 is that of the marks.
@@ -127,15 +152,15 @@ fn read_mark(set: *mut Set, place: u32) -> u32 {
 #[inline(always)]
 fn holds(set: *mut Set, place: u32, key: &KeyWords) -> Option<u64> {
     let line = line_of(set, place);
-    // SAFETY: within the set; volatile, because others write it.
-    let read = |index: usize| unsafe { line.add(index).read_volatile() };
-    let version = read(VERSION);
-    let same = read(0) == key[0]
-        && read(1) == key[1]
-        && read(2) == key[2]
-        && read(3) == key[3]
-        && read(4) == key[4];
-    (same && is_settled(version) && read(VERSION) == version).then_some(version)
+    let before = read(line, VERSION);
+    let line = after(line, before);
+    let differs = read(line, 0) ^ key[0]
+        | read(line, 1) ^ key[1]
+        | read(line, 2) ^ key[2]
+        | read(line, 3) ^ key[3]
+        | read(line, 4) ^ key[4];
+    let version = read(after(line, differs), VERSION);
+    (differs == 0 && is_settled(version) && version == before).then_some(version)
 }
 
 #[inline(always)]
@@ -182,6 +207,13 @@ fn home_of(store: u32, key: &KeyWords) -> Option<(Home, *mut Set)> {
     Some((home, FLOWS.get_ptr_mut(home.set)?))
 }
 
+/// Whether a flow of the second mark may be where the first one is.
+#[inline(always)]
+fn may_have(there: u32, mark: u32) -> bool {
+    // Perhaps its state is being written.
+    there == mark || there == BUSY
+}
+
 /// The place of the flow's store that has its mark and its key, other than `but`.
 #[inline(always)]
 fn search(set: *mut Set, home: &Home, key: &KeyWords, but: u32) -> Option<(u32, u64)> {
@@ -189,7 +221,7 @@ fn search(set: *mut Set, home: &Home, key: &KeyWords, but: u32) -> Option<(u32, 
         if place >= home.first
             && place < home.end
             && place != but
-            && read_mark(set, place) == home.mark
+            && may_have(read_mark(set, place), home.mark)
             && let Some(version) = holds(set, place, key)
         {
             return Some((place, version));
@@ -233,7 +265,7 @@ fn claim(set: *mut Set, place: u32, mark: u32) -> bool {
     claimed
 }
 
-/// Gives a claimed place this mark.
+/// Gives a claimed place this mark, after an atomic step that ends what was written there.
 #[inline(always)]
 fn give(set: *mut Set, place: u32, mark: u32) {
     // SAFETY: a valid, aligned word of the set, which nobody else writes while it is claimed.
@@ -248,9 +280,9 @@ fn set_version(line: *mut u64, version: u64) {
     unsafe { atomic_xchg::<u64, { AtomicOrdering::SeqCst }>(line.add(VERSION), version) };
 }
 
-/// Where a new flow goes, and the mark that is there now.
+/// Where a new flow goes that is used now, and the mark that is there.
 #[inline(always)]
-fn choose(set: *mut Set, home: &Home) -> Option<(u32, u32)> {
+fn choose(set: *mut Set, home: &Home, now_ns: u64) -> Option<(u32, u32)> {
     if read_mark(set, home.place) == FREE {
         return Some((home.place, FREE));
     }
@@ -261,16 +293,18 @@ fn choose(set: *mut Set, home: &Home) -> Option<(u32, u32)> {
     }
     let mut oldest = (NONE, u64::MAX);
     for place in 0..PLACES as u32 {
-        if place >= home.first && place < home.end {
-            // SAFETY: within the set; the first word of a state is when the flow was last seen.
-            let seen_ns = unsafe { line_of(set, place).add(STATE).read_volatile() };
+        if place >= home.first && place < home.end && read_mark(set, place) != BUSY {
+            // The first word of a state is when the flow was last seen.
+            let seen_ns = read(line_of(set, place), STATE);
             if seen_ns < oldest.1 {
                 oldest = (place, seen_ns);
             }
         }
     }
-    let mark = read_mark(set, oldest.0);
-    (oldest.0 != NONE && mark != BUSY).then_some((oldest.0, mark))
+    let (place, seen_ns) = oldest;
+    let mark = read_mark(set, place);
+    let gives_way = place != NONE && may_evict(home.set, now_ns.saturating_sub(seen_ns));
+    (gives_way && mark != BUSY).then_some((place, mark))
 }
 
 /// Adds a flow, or writes the state of the one that is there; 0 if there is no place to be had. The
@@ -293,7 +327,7 @@ pub extern "C" fn acl_keep(store: u32, key: *const FlowKey, one: u64, two: u64) 
     }
     let mut ours = NONE;
     for _ in 0..ATTEMPTS {
-        let Some((place, mark)) = choose(set, &home) else {
+        let Some((place, mark)) = choose(set, &home, one) else {
             return 0;
         };
         if claim(set, place, mark) {
@@ -319,7 +353,7 @@ fn write(set: *mut Set, place: u32, key: &KeyWords, flow: Flow) {
     let line = line_of(set, place);
     // SAFETY: within the set, and nobody else writes it while it is claimed.
     unsafe {
-        let version = line.add(VERSION).read_volatile();
+        let version = read(line, VERSION);
         let between = unsettled(version);
         if between != version {
             set_version(line, between);
@@ -334,10 +368,16 @@ fn write(set: *mut Set, place: u32, key: &KeyWords, flow: Flow) {
     }
 }
 
-/// Frees a place, if this flow is there.
+/// Frees a place, if this flow is there. Whoever is writing its state is done soon.
 #[inline(always)]
 fn free(set: *mut Set, place: u32, mark: u32, key: &KeyWords) {
-    if !claim(set, place, mark) {
+    let mut claimed = false;
+    for _ in 0..ATTEMPTS {
+        if !claimed {
+            claimed = claim(set, place, mark);
+        }
+    }
+    if !claimed {
         return;
     }
     let after = match holds(set, place, key) {
@@ -348,6 +388,32 @@ fn free(set: *mut Set, place: u32, mark: u32, key: &KeyWords) {
         None => mark,
     };
     give(set, place, after);
+}
+
+/// Writes the state of a flow that was found, if it still is there and nobody else writes it. A
+/// global function, because its callers have little stack to spare.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn acl_save(found: u64, one: u64, two: u64) -> u32 {
+    let found = Found(found);
+    let Some(set) = found.set() else {
+        return 0;
+    };
+    let place = found.place();
+    let mark = read_mark(set, place);
+    if mark == BUSY || !claim(set, place, mark) {
+        return 0;
+    }
+    let line = line_of(set, place);
+    let version = read(line, VERSION);
+    let current = found.is_version(version);
+    if current {
+        write_state(line, transmute!([one, two]));
+    }
+    // The same version again, but after the state: it is a barrier.
+    set_version(line, version);
+    give(set, place, mark);
+    u32::from(current)
 }
 
 /// Forgets a flow, if it is there.
