@@ -221,7 +221,12 @@ fn programme(sizes: &[u32]) -> Vec<(&'static str, Who, u32, Vec<Case>)> {
             vec![Refused, RefusedSpread, RefusedNew],
         ),
         (report::EMPTY, Who::Empty(true), largest, vec![Known]),
-        (report::EMPTY, Who::Empty(false), largest, vec![Refused]),
+        (
+            report::EMPTY,
+            Who::Empty(false),
+            largest,
+            vec![Refused, RefusedSpread],
+        ),
     ];
     for &rules in sizes {
         let set = Who::Nftables(Hook::Device, Form::Set);

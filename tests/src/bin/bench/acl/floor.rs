@@ -1,4 +1,4 @@
-//! The floors: programs that do less than weir's ([`FLOOR`]), and their tables.
+//! The floors: programs that do less than weir's, and their tables.
 //!
 //! *One line* has a table of as many slabs and lines as weir's own for the same policy. Its peers
 //! are spread over all of them by multiplying the numbers of their addresses: peer `i` goes to line

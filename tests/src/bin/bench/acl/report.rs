@@ -202,9 +202,6 @@ impl Found<'_> {
             let set = table.find(SET, Some(rules), case);
             let what = format!("{ONE_LINE} / nft set, {rules} rules, {}", case.name());
             self.add(what, Some(row), set, 0.6);
-            let ours = table.find(WEIR, Some(rules), case);
-            let what = format!("weir / {ONE_LINE}, {rules} rules, {}", case.name());
-            self.add(what, ours, Some(row), 1.3);
         }
         let row = |contender, case| table.find(contender, Some(FLOW_RULES), case);
         for (case, floor, ours, theirs, limit) in [
