@@ -24,8 +24,9 @@ const MAX_HEAD_BYTES: usize = 8 << 10;
 const MAX_HEADERS: usize = 64;
 /// So much of what it says is repeated to people.
 const MAX_QUOTED_CHARS: usize = 80;
-/// Its answer to whoever should have said who he is.
-const UNAUTHENTICATED: u16 = 407;
+/// Its answers to whoever should have said who he is: the one that RFC 9110 has for proxies, and
+/// the one for servers, which tinyproxy gives to a wrong password.
+const UNAUTHENTICATED: [u16; 2] = [407, 401];
 
 /// Why there is no stream through a proxy.
 #[derive(Debug, thiserror::Error)]
@@ -188,8 +189,10 @@ impl Server {
             // Nobody but us may speak first in what is tunnelled.
             200..300 if more => Err(self.garbage(head)),
             200..300 => Ok(()),
-            UNAUTHENTICATED if self.login.is_none() => Err(ProxyError::NoCredential(proxy)),
-            UNAUTHENTICATED => Err(ProxyError::WrongCredential(proxy)),
+            _ if UNAUTHENTICATED.contains(&code) => Err(match &self.login {
+                None => ProxyError::NoCredential(proxy),
+                Some(_) => ProxyError::WrongCredential(proxy),
+            }),
             _ => Err(ProxyError::Refused {
                 proxy,
                 target: target.to_owned(),
