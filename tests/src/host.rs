@@ -151,7 +151,11 @@ impl Host {
         self.start_command(name, command)
     }
 
-    fn start_command(&self, name: &str, mut command: Command) -> anyhow::Result<Arc<Process>> {
+    /// The same with a command that was made ready before.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_command(&self, name: &str, mut command: Command) -> anyhow::Result<Arc<Process>> {
         let log = self.folder.join(format!("{name}.log"));
         let process = self.enter(|| Process::start(name, &mut command, &log))?;
         let process = Arc::new(process);

@@ -182,7 +182,7 @@ impl Node {
     /// # Errors
     /// If it does not answer on its socket.
     pub fn start(host: &Arc<Host>) -> anyhow::Result<Self> {
-        let agent = Self::agent(host, "")?;
+        let agent = Self::agent(host, "", &[])?;
         Ok(Self {
             host: Arc::clone(host),
             agent: Mutex::new(agent),
@@ -195,15 +195,31 @@ impl Node {
     /// # Errors
     /// If it does not answer on its socket.
     pub fn start_with(host: &Arc<Host>, options: &str) -> anyhow::Result<Self> {
-        let agent = Self::agent(host, options)?;
+        let agent = Self::agent(host, options, &[])?;
         Ok(Self {
             host: Arc::clone(host),
             agent: Mutex::new(agent),
         })
     }
 
-    fn agent(host: &Arc<Host>, options: &str) -> anyhow::Result<Arc<Process>> {
-        let process = Self::begin(host, options)?;
+    /// The same with these variables in the agent's environment.
+    ///
+    /// # Errors
+    /// If it does not answer on its socket.
+    pub fn start_in(host: &Arc<Host>, environment: &[(&str, &str)]) -> anyhow::Result<Self> {
+        let agent = Self::agent(host, "", environment)?;
+        Ok(Self {
+            host: Arc::clone(host),
+            agent: Mutex::new(agent),
+        })
+    }
+
+    fn agent(
+        host: &Arc<Host>,
+        options: &str,
+        environment: &[(&str, &str)],
+    ) -> anyhow::Result<Arc<Process>> {
+        let process = Self::begin(host, options, environment)?;
         let folder = host.folder.display();
         let status = format!("weir --socket {folder}/run/weir.sock status --json");
         let answers = || !process.runs() || host.output(&status).is_ok_and(|out| out.code == 0);
@@ -217,12 +233,18 @@ impl Node {
         Ok(process)
     }
 
-    fn begin(host: &Arc<Host>, options: &str) -> anyhow::Result<Arc<Process>> {
+    fn begin(
+        host: &Arc<Host>,
+        options: &str,
+        environment: &[(&str, &str)],
+    ) -> anyhow::Result<Arc<Process>> {
         let folder = host.folder.display();
         let line = format!(
             "weir agent --state-dir {folder}/state/agent --socket {folder}/run/weir.sock {options}"
         );
-        host.start_whole("agent", &line)
+        let mut command = host.whole(&line)?;
+        command.envs(environment.iter().copied());
+        host.start_command("agent", command)
     }
 
     /// Joins with a token on stdin; `options` go to `weir up`.
@@ -403,7 +425,7 @@ impl Node {
     /// # Errors
     /// If it does not answer on its socket.
     pub fn restart(&self) -> anyhow::Result<()> {
-        let agent = Self::agent(&self.host, "")?;
+        let agent = Self::agent(&self.host, "", &[])?;
         *self.agent.lock().unwrap_or_else(PoisonError::into_inner) = agent;
         Ok(())
     }
@@ -414,7 +436,7 @@ impl Node {
     /// # Errors
     /// If it cannot be started, or ended before by itself.
     pub fn cut_short(&self, after: Duration) -> anyhow::Result<()> {
-        let (agent, start) = (Self::begin(&self.host, "")?, Instant::now());
+        let (agent, start) = (Self::begin(&self.host, "", &[])?, Instant::now());
         // The clock is the fault here: at whatever point of the start that is.
         while start.elapsed() < after {
             std::thread::yield_now();

@@ -23,6 +23,8 @@ pub enum Purpose {
     Database,
     /// Run the relay's tests against a certificate authority that they start.
     Authority,
+    /// Run the lab of a node behind a proxy.
+    Proxy,
     /// Run stock kernels in QEMU.
     Qemu,
     /// Build the User Mode Linux kernel.
@@ -125,6 +127,12 @@ const AUTHORITY: &[Need] = &[need(
     "",
     "gives certificates to the relay's tests",
 )];
+const PROXY: &[Need] = &[need(
+    "tinyproxy",
+    "tinyproxy-bin",
+    "tinyproxy",
+    "is the only way out of a lab's network",
+)];
 const QEMU: &[Need] = &[
     need(
         "qemu-system-x86_64",
@@ -179,6 +187,7 @@ fn needs(purpose: Purpose) -> &'static [Need] {
         Purpose::Lab => LAB,
         Purpose::Database => DATABASE,
         Purpose::Authority => AUTHORITY,
+        Purpose::Proxy => PROXY,
         Purpose::Qemu => QEMU,
         Purpose::Uml => UML,
     }
@@ -197,9 +206,11 @@ pub fn run_verb() -> anyhow::Result<u8> {
 /// What tests need before they are built; emulated kernels bring their own needs.
 pub fn for_tests() -> anyhow::Result<()> {
     ensure(&[Purpose::Build, Purpose::Lab, Purpose::Database])?;
-    // Not every distribution has a package of it.
-    if let Err(error) = ensure(&[Purpose::Authority]) {
-        eprintln!("xtask setup: {error:#}; tests that need it are skipped");
+    // Not every distribution has a package of each.
+    for purpose in [Purpose::Authority, Purpose::Proxy] {
+        if let Err(error) = ensure(&[purpose]) {
+            eprintln!("xtask setup: {error:#}; tests that need it are skipped");
+        }
     }
     Ok(())
 }
@@ -394,6 +405,7 @@ mod tests {
             Purpose::Lab,
             Purpose::Database,
             Purpose::Authority,
+            Purpose::Proxy,
             Purpose::Qemu,
             Purpose::Uml,
         ] {
