@@ -170,7 +170,7 @@ fn a_full_disk_is_told_and_policy_still_changes() -> anyhow::Result<()> {
 }
 
 /// Writes until there is no room.
-fn fill(path: &std::path::Path) -> anyhow::Result<()> {
+pub fn fill(path: &std::path::Path) -> anyhow::Result<()> {
     use std::io::Write;
     let mut file = std::fs::File::create(path)?;
     while file.write_all(&[0; 4096]).is_ok() {}
