@@ -212,21 +212,13 @@ fn programme(sizes: &[u32]) -> Vec<(&'static str, Who, u32, Vec<Case>)> {
     use Case::{Known, KnownMany, New, Refused, RefusedNew, RefusedSpread, Spread};
     let largest = sizes.last().copied().unwrap_or(HOT);
     let all = vec![Known, KnownMany, Spread, New];
+    let refused = vec![Refused, RefusedSpread, RefusedNew];
+    let dropped = vec![Refused, RefusedSpread];
     let mut programme = vec![
         (report::NOBODY, Who::Nobody, largest, all),
-        (
-            report::WALL,
-            Who::Wall,
-            largest,
-            vec![Refused, RefusedSpread, RefusedNew],
-        ),
+        (report::WALL, Who::Wall, largest, refused),
         (report::EMPTY, Who::Empty(true), largest, vec![Known]),
-        (
-            report::EMPTY,
-            Who::Empty(false),
-            largest,
-            vec![Refused, RefusedSpread],
-        ),
+        (report::EMPTY, Who::Empty(false), largest, dropped),
     ];
     for &rules in sizes {
         let set = Who::Nftables(Hook::Device, Form::Set);
