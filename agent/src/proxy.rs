@@ -78,8 +78,8 @@ impl SettingError {
                 "Write it as `http://HOST:PORT` into the environment of the service, and restart it."
             }
             Self::Password => {
-                "Write `USER:PASSWORD` into a file that only root can read, name it with \
-                 `LoadCredential=proxy:FILE` in the service, and restart it."
+                "Take it out of the URL, write `USER:PASSWORD` into a file that only root can read, \
+                 name it with `LoadCredential=proxy:FILE` in the service, and restart it."
             }
             Self::Unreadable(_) | Self::Credential => {
                 "Mend the file that `LoadCredential=proxy:FILE` names, and restart the service."
@@ -116,11 +116,15 @@ impl Proxy {
             values.find(|value| !value.is_empty())
         };
         let folder = std::env::var_os(CREDENTIALS_VARIABLE);
-        Self::new(
+        let proxy = Self::new(
             first(PROXY_VARIABLES).as_deref(),
             first(EXEMPT_VARIABLES).as_deref().unwrap_or_default(),
             folder.as_deref().map(Path::new),
-        )
+        );
+        if let Some(why) = proxy.problem() {
+            tracing::warn!(%why, "the proxy that was named is not used");
+        }
+        proxy
     }
 
     /// By the URL of a proxy, whom it is not for, and the folder with the credential, if there is

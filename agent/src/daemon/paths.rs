@@ -302,7 +302,10 @@ impl Daemon {
     pub(super) fn proxy_problem(&self) -> Option<Problem> {
         self.proxy.problem().map(|why| Problem {
             code: "proxy_not_used".to_owned(),
-            message: format!("{why}: coordinator and relays are not reached, but for NO_PROXY"),
+            message: format!(
+                "{why}: it is not used, and of coordinator and relays only those in NO_PROXY are \
+                 reached"
+            ),
             next: why.next().to_owned(),
         })
     }
