@@ -8,27 +8,29 @@
 //! The hash depends on numbers that the agent drew ([`Seeds`]): nobody outside can tell which flows
 //! share a set.
 //!
-//! [`Store`]s are kept apart by where they are: lasting flows in sets of their own, the other two in
-//! places of the remaining sets. A new flow takes a place that is free, or else the one of its own
-//! store in its own set that was unused longest. But a lasting flow gives way to no other before it
-//! was unused for [`SPARED_NS`]: into a set that is full of them none is let in, and it stays where
-//! it is. Sets are so many that this happens to hardly any before there are all the lasting flows
-//! that there may be: of [`ESTABLISHED_FLOWS`], to two in a thousand.
+//! [`Store`]s are kept apart by where they are: lasting flows in sets of their own, the other two
+//! in places of the remaining sets. A new flow takes a place that is free, or else the one of its
+//! own store in its own set that was unused longest. But a lasting flow gives way to no other
+//! before it was unused for [`SPARED_NS`]: into a set that is full of them none is let in, and it
+//! stays where it is. Sets are so many that this happens to hardly any before there are all the
+//! lasting flows that there may be: of [`ESTABLISHED_FLOWS`], to two in a thousand.
 //!
 //! *Who writes a place* first claims it: the mark becomes [`BUSY`] in one atomic step, and whoever
-//! fails in that leaves the place alone. Who brings another flow there makes [`Place::version`] even,
-//! writes key and flow, and makes it odd, with full barriers between; then the place gets its mark.
-//! Who writes the state of the flow that is there claims the place, too, and first looks whether it
-//! still is: otherwise one flow's state might be written over another's. If somebody else has claimed
-//! it, that state is not written: it says when the flow was used, or what its next packet says again.
+//! fails in that leaves the place alone. Who brings another flow there makes [`Place::version`]
+//! even, writes key and flow, and makes it odd, with full barriers between; then the place gets its
+//! mark. Who writes the state of the flow that is there claims the place, too, and first looks
+//! whether it still is: otherwise one flow's state might be written over another's. If the place
+//! cannot be claimed in a few attempts, that state is not written. Mostly the next packet says the
+//! same; a FIN that is missed so leaves the flow until it times out.
 //!
 //! *Who reads* believes a place of an odd version that is the same before and after. BPF has no
-//! ordered loads, and processors like arm64's may make loads in any order; but none of them loads from
-//! an address before it has what that address was computed from. So the address of each next load is
-//! made of the values of those before it, which changes nothing about it: version, then key, then
-//! version, then state, then version. A reader that meets a place while it is written therefore takes
-//! it for no flow's, and so does one that follows a mark. The worst that comes of it is that the
-//! packet is decided as one without flow.
+//! ordered loads, and processors like arm64's may make loads in any order; but none of them loads
+//! from an address before it has what that address was computed from. So the address of each next
+//! load is made of the values of those before it, which changes nothing about it: version, then
+//! key, then version, then state, then version. A reader that meets a place while another flow is
+//! written there therefore takes it for no flow's; the worst that comes of it is that its packet is
+//! decided as one without flow. Of a flow whose state is being written it may see one word old and
+//! one new, and each is right for itself.
 //!
 //! Where two begin the same flow at once, it may get two places: each looks for the other's
 //! afterwards, and the latter place goes.
@@ -48,8 +50,8 @@ pub const SETS: u32 = LASTING_SETS + OTHER_SETS;
 /// Places of an opening flow; surplus ones have the others.
 const OPENING_PLACES: u32 = 8;
 
-/// A lasting flow that was used so lately is not evicted for another (RFC 5382 5 asks that a silent TCP
-/// connection be kept for two hours and four minutes).
+/// A lasting flow that was used so lately is not evicted for another (RFC 5382 5 asks that a silent
+/// TCP connection be kept for two hours and four minutes).
 pub const SPARED_NS: u64 = 124 * 60 * 1_000_000_000;
 
 /// The mark of a free place. All memory is zero at first.

@@ -155,8 +155,8 @@ pub enum Store {
 }
 
 /// What all peers together may have of the flow tables. One of them gets one more only while it has
-/// fewer than are still free: alone it gets half of them, and *n* that take all that they get have an
-/// *n + 1*th each, with as much left for everyone else.
+/// fewer than are still free: alone it gets half of them, and *n* that take all that they get have
+/// an *n + 1*th each, with as much left for everyone else.
 #[derive(Clone, Copy)]
 #[cfg_attr(not(target_arch = "bpf"), derive(Debug))]
 pub struct Limits {

@@ -173,7 +173,10 @@ fn hash_of(key: &KeyWords) -> Option<u64> {
 /// Looks a flow up.
 #[inline(always)]
 pub fn find(store: Store, key: &FlowKey) -> Option<Found> {
-    Found::from_code(acl_find(store as u32, key))
+    Found::from_code(match store {
+        Store::Established => acl_find_lasting(key),
+        Store::Opening | Store::Surplus => acl_find(store as u32, key),
+    })
 }
 
 /// Adds a flow, or writes the state of the one that is there; whether that worked.
@@ -233,6 +236,29 @@ fn search(set: *mut Set, home: &Home, key: &KeyWords, but: u32) -> Option<(u32, 
 /// No place.
 const NONE: u32 = u32::MAX;
 
+/// [`acl_find`] for a lasting flow. Mostly it is where its hash says; then no mark is read, and no
+/// more is computed than that needs, because nearly every packet comes here.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn acl_find_lasting(key: *const FlowKey) -> u64 {
+    if key.is_null() {
+        return 0;
+    }
+    // SAFETY: as for `acl_find`.
+    let words = words(unsafe { &*key });
+    let Some(hash) = hash_of(&words) else {
+        return 0;
+    };
+    let home = home(Store::Established, hash);
+    let Some(set) = FLOWS.get_ptr_mut(home.set) else {
+        return 0;
+    };
+    match holds(set, home.place, &words) {
+        Some(version) => Found::new(home.set, home.place, version).0,
+        None => acl_find(Store::Established as u32, key),
+    }
+}
+
 /// Looks for a flow wherever it may be.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -245,7 +271,6 @@ pub extern "C" fn acl_find(store: u32, key: *const FlowKey) -> u64 {
     let Some((home, set)) = home_of(store, &key) else {
         return 0;
     };
-    // Mostly it is where its hash says; then no mark is read.
     if let Some(version) = holds(set, home.place, &key) {
         return Found::new(home.set, home.place, version).0;
     }
@@ -263,6 +288,17 @@ fn claim(set: *mut Set, place: u32, mark: u32) -> bool {
     let (_, claimed) =
         unsafe { atomic_cxchg::<u32, ORDER, ORDER>(mark_of(set, place), mark, BUSY) };
     claimed
+}
+
+/// Claims a place that has this mark; whoever is writing the state of its flow is done soon.
+#[inline(always)]
+fn claim_soon(set: *mut Set, place: u32, mark: u32) -> bool {
+    for _ in 0..ATTEMPTS {
+        if claim(set, place, mark) {
+            return true;
+        }
+    }
+    false
 }
 
 /// Gives a claimed place this mark, after an atomic step that ends what was written there.
@@ -368,16 +404,10 @@ fn write(set: *mut Set, place: u32, key: &KeyWords, flow: Flow) {
     }
 }
 
-/// Frees a place, if this flow is there. Whoever is writing its state is done soon.
+/// Frees a place, if this flow is there.
 #[inline(always)]
 fn free(set: *mut Set, place: u32, mark: u32, key: &KeyWords) {
-    let mut claimed = false;
-    for _ in 0..ATTEMPTS {
-        if !claimed {
-            claimed = claim(set, place, mark);
-        }
-    }
-    if !claimed {
+    if !claim_soon(set, place, mark) {
         return;
     }
     let after = match holds(set, place, key) {
@@ -400,8 +430,13 @@ pub extern "C" fn acl_save(found: u64, one: u64, two: u64) -> u32 {
         return 0;
     };
     let place = found.place();
-    let mark = read_mark(set, place);
-    if mark == BUSY || !claim(set, place, mark) {
+    let mut mark = BUSY;
+    for _ in 0..ATTEMPTS {
+        if mark == BUSY {
+            mark = read_mark(set, place);
+        }
+    }
+    if mark == BUSY || !claim_soon(set, place, mark) {
         return 0;
     }
     let line = line_of(set, place);
