@@ -34,6 +34,26 @@ impl Underlay {
         }
     }
 
+    /// What nodes have to begin with: who moves from one IPv6 address to another has no way over
+    /// IPv4, and who moves to an IPv4 address may lose IPv6 with the old one.
+    fn had(self) -> &'static [Self] {
+        match self {
+            Self::V4 => &[Self::V4, Self::V6],
+            Self::V6 => &[Self::V6],
+        }
+    }
+
+    /// See [`both_move`].
+    fn topology(self) -> Topology {
+        let mut topology = Topology::new().switch("internet");
+        for (number, name) in [(1, "hub"), (11, "a"), (12, "b")] {
+            let addrs = self.had().iter().map(|it| it.addr(number));
+            let addrs = addrs.collect::<Vec<_>>().join(" ");
+            topology = topology.host(name, &[("internet", &addrs)]);
+        }
+        topology
+    }
+
     /// Where the coordinator listens.
     fn hub(self, lab: &Lab) -> IpAddr {
         match self {
@@ -75,7 +95,7 @@ fn endpoint(node: &Node) -> anyhow::Result<SocketAddr> {
 ///  ─┴────┴───┴── internet
 /// ```
 fn both_move(name: &str, underlay: Underlay) -> anyhow::Result<()> {
-    let lab = Lab::new(name, &Topology::star(&["a", "b"]))?;
+    let lab = Lab::new(name, &underlay.topology())?;
     let mesh = mesh(&lab, underlay.hub(&lab), ["a", "b"])?;
     let [a, b] = ["a", "b"].map(|name| mesh.node(name));
     for node in [&a, &b] {
@@ -90,11 +110,10 @@ fn both_move(name: &str, underlay: Underlay) -> anyhow::Result<()> {
         let numbered = Numbered::start(&a.host, &b.host, b.v4()?, 80)?;
         numbered.flows(100)?;
         let before = endpoint(other)?;
-        let lost = [Underlay::V4, Underlay::V6].map(|it| it.addr(old));
-        let lost = lost.map(|addr| format!("addr del {addr} dev eth0\n"));
-        let got = underlay.addr(new);
-        node.host
-            .ip(&format!("{}addr add {got} dev eth0\n", lost.concat()))?;
+        let (lost, got) = (underlay.had().iter(), underlay.addr(new));
+        let lost = lost.map(|it| format!("addr del {} dev eth0\n", it.addr(old)));
+        let lost: String = lost.collect();
+        node.host.ip(&format!("{lost}addr add {got} dev eth0\n"))?;
         numbered.flows(300)?;
         let losses = numbered.end()?;
         let (after, gone) = (endpoint(other)?, losses.outage());
