@@ -84,7 +84,9 @@ pub(super) fn ping(
     if console.json {
         console.document(&summary)?;
     } else {
-        console.say(&closing(&summary))?;
+        let lost = || now(agent, &summary.target).is_ok_and(|peer| peer.way == Way::None);
+        let lost = summary.received == 0 && lost();
+        console.say(&closing(&summary, lost))?;
     }
     if summary.received == 0 || until_direct && summary.direct_after_ms.is_none() {
         return Err(Failure::Told);
@@ -108,7 +110,8 @@ fn opening(target: &PingTarget) -> String {
     format!("ping {} ({addr}), {by}, {handshake}\n", peer.name)
 }
 
-fn closing(summary: &Summary) -> String {
+/// `lost`: nothing is known to come back from the peer by any way now.
+fn closing(summary: &Summary, lost: bool) -> String {
     let Summary {
         target,
         sent,
@@ -119,6 +122,10 @@ fn closing(summary: &Summary) -> String {
     } = summary;
     if rtt_ms.is_empty() {
         let hint = match target.peer.handshake_seconds {
+            Some(_) if lost => {
+                "The tunnel has stood, and nothing comes back by it now: look whether UDP passes \
+                 both ways, in this machine's own firewall too (`weir path` tells what is tried)."
+            }
             Some(_) => "The tunnel has stood: the peer's own policy or firewall may drop echoes.",
             None => {
                 "There was no WireGuard handshake: look whether UDP passes between the machines \
