@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 const SET_PATIENCE: Duration = Duration::from_secs(20);
 
 /// When what could not be kept is written again.
-const KEEP_AGAIN: Duration = Duration::from_secs(15);
+const KEEP_AGAIN: Duration = Duration::from_secs(5);
 
 /// A client of `set` that waits.
 pub(super) struct Setting {
