@@ -42,6 +42,7 @@ mod blind;
 pub mod candidate;
 mod claims;
 mod counters;
+mod crossing;
 mod disco;
 pub mod guess;
 pub mod probe;
@@ -54,6 +55,7 @@ use crate::plan::Stats;
 use blind::Blind;
 use claims::{Claim, Told};
 use counters::{Doubt, Silence, Trial};
+use crossing::Crossing;
 use guess::Guesses;
 use probe::{Budget, Burst, DOUBT, Heart, PROMPTED_PAUSE};
 use score::Score;
@@ -169,6 +171,7 @@ pub struct Path {
     urgent: BTreeSet<SocketAddr>,
     newcomers: Budget,
     guesses: Guesses,
+    crossing: Crossing,
 }
 
 /// An empty packet that makes a session.
@@ -244,6 +247,7 @@ impl Path {
             urgent: BTreeSet::new(),
             newcomers: Budget::default(),
             guesses: Guesses::default(),
+            crossing: Crossing::default(),
         };
         path.name(candidates, Source::Netmap);
         match path.relay {
@@ -347,6 +351,17 @@ impl Path {
                 self.blind = Blind::new(self.last_direct.or(best));
             }
         }
+    }
+
+    /// Whether the kernel is to be given the peer anew; then it is as one that it does not have, and
+    /// is to be greeted. Said once.
+    pub fn take_renewal(&mut self) -> bool {
+        let due = self.crossing.take();
+        if due {
+            self.unmade();
+            self.greeting = Greeting::Now;
+        }
+        due
     }
 
     /// Whether the kernel's counters were ever looked at.

@@ -287,6 +287,15 @@ impl Paths {
         }
     }
 
+    /// Peers that the kernel is to be given anew. Each is said once.
+    pub(crate) fn take_renewals(&mut self) -> Vec<NodeKey> {
+        let due = self
+            .all
+            .iter_mut()
+            .filter_map(|(key, entry)| entry.path.take_renewal().then_some(*key));
+        due.collect()
+    }
+
     /// Peers that are to be greeted now. Each is said once.
     pub(crate) fn take_greetings(&mut self) -> Vec<NodeKey> {
         let mut due = Vec::new();
@@ -343,6 +352,8 @@ impl Paths {
             if let Some(peer) = peers.get(&key).filter(|_| unseen) {
                 let tier = self.tier_of(&peer.stats);
                 self.touch(now, key, |path| path.observe(now, &peer.stats, tier));
+                // Nobody was answered before; a burst may have ended meanwhile.
+                self.news(now, key);
             }
         }
     }

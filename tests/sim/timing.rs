@@ -14,6 +14,10 @@ const FIRST: Duration = Duration::from_millis(300);
 const DIRECT: Duration = Duration::from_secs(2);
 /// Longest pause when a router maps anew, or a node is elsewhere.
 const FOLLOWED: Duration = Duration::from_secs(3);
+/// How long a packet is under way between two nodes far from each other,
+const CROSS: Duration = Duration::from_millis(80);
+/// and how soon both have an answer although they began at once: the kernel alone takes 5 s and more.
+const CROSSED: Duration = Duration::from_millis(2_500);
 /// What things are waited for at most.
 const PATIENCE: Duration = Duration::from_secs(15);
 /// Between two questions.
@@ -93,6 +97,38 @@ fn the_first_packet_by_relay_after_an_hour_of_silence() {
         world.heard(talk).first.is_some()
     }) - start;
     assert!(first <= FIRST, "{first:?}");
+}
+
+/// No relay is there that could decide who goes first, and each begins before the other's first
+/// packet has come.
+#[test]
+fn handshakes_that_cross_cost_a_second_or_two_whenever_both_begin() {
+    let mut last = Duration::ZERO;
+    for (seed, later) in moments(2 * CROSS, 16) {
+        let mut world = World::new(seed, &[]).unwrap();
+        let nodes: Vec<usize> = (0..4).map(|_| world.node(0, CROSS / 2).unwrap()).collect();
+        let both = |from, to| from != to && world.permits(from, to) && world.permits(to, from);
+        let pairs = nodes
+            .iter()
+            .flat_map(|from| nodes.iter().map(move |to| (*from, *to)));
+        let (one, other) = pairs
+            .into_iter()
+            .find(|(from, to)| both(*from, *to))
+            .unwrap();
+        world.run(300 * SECOND);
+        let start = world.now();
+        let first = world.talk(one, other, PACE, 60 * SECOND);
+        world.run(later);
+        let second = world.talk(other, one, PACE, 60 * SECOND);
+        when(&mut world, "answered", |world| {
+            [first, second]
+                .iter()
+                .all(|talk| world.heard(*talk).first.is_some())
+        });
+        last = last.max(world.now() - start);
+    }
+    println!("first answers when both begin at once: {last:?} at most");
+    assert!(last <= CROSSED, "{last:?}");
 }
 
 #[test]

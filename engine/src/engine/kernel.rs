@@ -144,7 +144,8 @@ impl Engine {
         self.put_in_force(now);
         self.refresh_routing();
         let desired = self.desired()?;
-        let mut wanted = diff(&desired, self.observed.as_ref()?);
+        let mut wanted = self.renew();
+        wanted.extend(diff(&desired, self.observed.as_ref()?));
         wanted.extend(desired.as_ref().and_then(|wanted| self.greet(wanted)));
         let (steps, held) = self.held.admit(now, wanted);
         if steps.contains(&Step::SetUp(true)) {
@@ -172,6 +173,19 @@ impl Engine {
                 .chain(left)
                 .collect(),
         )
+    }
+
+    /// Takes peers away that are to be made anew.
+    fn renew(&mut self) -> Vec<Step> {
+        let keys = self.paths.take_renewals();
+        if keys.is_empty() {
+            return Vec::new();
+        }
+        let step = Step::RemovePeers(keys);
+        if let Some(observed) = &mut self.observed {
+            observed.apply(&step);
+        }
+        vec![step]
     }
 
     /// Whom these steps were to greet is greeted by a later one.

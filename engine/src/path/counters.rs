@@ -41,10 +41,13 @@ pub(super) enum Doubt {
 pub(super) struct Growth {
     /// Something came.
     pub(super) answered: bool,
+    /// A session began.
+    pub(super) shaken: bool,
     /// The counters began anew.
     pub(super) restarted: bool,
-    /// Bytes that went out.
+    /// Bytes that went out, and that came in.
     pub(super) sent: u64,
+    pub(super) received: u64,
     /// Something went out that asks for an answer.
     pub(super) asked: bool,
     /// More than the kernel does by itself.
@@ -59,6 +62,8 @@ impl Growth {
         let quiet = KEEPALIVE_BYTES + if shaken { HANDSHAKE_BYTES } else { 0 };
         Self {
             answered: received > 0 || shaken,
+            shaken,
+            received,
             restarted: after.tx_bytes < before.tx_bytes,
             sent,
             asked: sent > 0 && sent != KEEPALIVE_BYTES,
@@ -84,6 +89,9 @@ impl Path {
         if growth.answered {
             self.heard = Some(now);
             self.one_way = false;
+        }
+        if matches!(self.way, Way::Direct(_)) && !self.yields {
+            self.crossing.see(now, growth);
         }
         let was_live = self.live;
         if growth.answered || growth.restarted {
