@@ -18,6 +18,9 @@ const SET_PATIENCE: Duration = Duration::from_secs(20);
 /// When what could not be kept is written again.
 const KEEP_AGAIN: Duration = Duration::from_secs(5);
 
+/// How long at most where something is wrong already, which may be in its way or not.
+const SET_PATIENCE_IN_TROUBLE: Duration = Duration::from_secs(3);
+
 /// A client of `set` that waits.
 pub(super) struct Setting {
     waiter: Waiter,
@@ -126,7 +129,12 @@ impl Daemon {
     pub(super) fn answer_setting(&mut self, now: Instant) -> Option<Instant> {
         let serves = self.settings.up && self.state.has_netmap();
         let status = self.engine.status();
-        let settled = status.converged || !serves || !status.problems.is_empty();
+        let settled = status.converged || !serves;
+        let in_trouble = !status.problems.is_empty();
+        let until = |setting: &Setting| match in_trouble {
+            true => setting.waiter.deadline - (SET_PATIENCE - SET_PATIENCE_IN_TROUBLE),
+            false => setting.waiter.deadline,
+        };
         let remarks = if !serves {
             vec!["It is kept, and counts as soon as this machine is up.".to_owned()]
         } else if !status.converged {
@@ -146,15 +154,12 @@ impl Daemon {
                 Some(Err(_)) | None => {}
             }
             let done = settled && setting.switched.is_none() && self.guard_is_settled();
-            if done || now >= setting.waiter.deadline {
+            if done || now >= until(&setting) {
                 send(setting.waiter.reply, Response::Done(remarks.clone()));
             } else {
                 self.setting.push_back(setting);
             }
         }
-        self.setting
-            .iter()
-            .map(|setting| setting.waiter.deadline)
-            .min()
+        self.setting.iter().map(until).min()
     }
 }
