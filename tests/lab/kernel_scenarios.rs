@@ -1,7 +1,7 @@
 //! What the kernel's own tests of WireGuard try by hand (tools/testing/selftests/wireguard/netns.sh),
 //! with our agents at work, or dead where the kernel alone has to do it: a source address that
 //! sticks, a router with a short memory, allowed addresses that are stolen, a route that leads a
-//! tunnel into itself. Ends that move are in `roaming.rs`.
+//! tunnel into itself, two handshakes that cross. Ends that move are in `roaming.rs`.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -16,6 +16,8 @@ use tests::probe::{DENY_BOUND, PASS_BOUND, Question, Talk, passes};
 use tests::stream::Numbered;
 use tests::topology::Topology;
 use tests::wait_until;
+
+use crate::lifetime::forget_session;
 
 const POLICY: &str = r#"{
   "acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"]}],
@@ -289,4 +291,65 @@ fn underlay(host: &Host) -> anyhow::Result<u64> {
     let shown = host.run("ip -s -j link show dev eth0")?.json()?;
     let bytes = shown[0]["stats64"]["tx"]["bytes"].as_u64();
     bytes.context("a count of bytes")
+}
+
+/// How soon both have an answer although they began at once. The kernels alone take at least 5 s, and
+/// had none after 30 s when that was tried: after each attempt both wait equally long.
+const CROSSED: Duration = Duration::from_secs(4);
+
+/// Both nodes begin before the other's first packet has come, as two do that start together far from
+/// each other: each kernel forgets its own handshake, and the agents see to a new one.
+///
+/// ```text
+///  hub   a ── 80 ms ── b
+///   │    │             │
+///  ─┴────┴─────────────┴── internet
+/// ```
+#[test]
+fn handshakes_that_cross_are_begun_anew() -> anyhow::Result<()> {
+    let lab = Lab::new("crossing", &Topology::star(&["a", "b"]))?;
+    let mesh = Mesh::start(&lab, POLICY, &["a", "b"].map(join))?;
+    mesh.settled(&[("a", 1), ("b", 1)])?;
+    let nodes = ["a", "b"].map(|name| mesh.node(name));
+    let [a, b] = &nodes;
+    let addrs = [a.v4()?, b.v4()?];
+    ensure!(echo(a, b, addrs[1], PASS_BOUND)?, "b does not answer");
+    for node in &nodes {
+        node.host
+            .run("tc qdisc add dev eth0 root netem delay 80ms")?;
+    }
+    for _ in 0..3 {
+        let took = begin_at_once(&nodes, addrs)?;
+        println!("both began at once: answers after {took:.1?}");
+        ensure!(took.iter().all(|took| *took < CROSSED), "{took:?}");
+    }
+    lab.passed();
+    Ok(())
+}
+
+/// Without a session, both ask the other at the same moment. Returns when the first answers came.
+fn begin_at_once(
+    [a, b]: &[Arc<Node>; 2],
+    [a_addr, b_addr]: [IpAddr; 2],
+) -> anyhow::Result<[Duration; 2]> {
+    forget_session(a, &b.public_key()?)?;
+    forget_session(b, &a.public_key()?)?;
+    for node in [a, b] {
+        let fresh = || {
+            let peers = node.weir("peers --json").and_then(|it| it.json());
+            peers.is_ok_and(|peers| peers["peers"][0]["tx_bytes"] == 0)
+        };
+        wait_until("the agents have seen that", SPREAD_BOUND, fresh)?;
+    }
+    let start = Instant::now();
+    let first = |node: &Node, to: IpAddr| {
+        let asked = node.host.run(&format!("ping -q -c 1 -w 30 -i 0.1 {to}"));
+        asked.map(|_| start.elapsed())
+    };
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| first(b, a_addr));
+        let one = first(a, b_addr)?;
+        let other = other.join().map_err(|_| anyhow::anyhow!("b panicked"))??;
+        Ok([one, other])
+    })
 }
