@@ -283,16 +283,22 @@ impl Owned {
         }
     }
 
-    /// What may be initiated between this node and the address.
+    /// What may be initiated between this node and the address, where it stands.
     #[inline(always)]
     #[must_use]
-    pub const fn near(&self, direction: Direction) -> Near {
+    pub const fn head_and_ranges(&self, direction: Direction) -> (Head, &[[u16; 2]; GRANT_RANGES]) {
         let [ingress, egress] = &self.ranges;
         let [head_in, head_out] = self.heads;
-        let (head, ranges) = match direction {
+        match direction {
             Direction::Ingress => (head_in, ingress),
             Direction::Egress => (head_out, egress),
-        };
+        }
+    }
+
+    /// The same in one.
+    #[must_use]
+    pub const fn near(&self, direction: Direction) -> Near {
+        let (head, ranges) = self.head_and_ranges(direction);
         Near {
             kind: head.kind,
             protocol: head.protocol,

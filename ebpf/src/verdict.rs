@@ -43,7 +43,7 @@ use crate::packet::{Bytes, Packet, Part, What, deciding_bytes, parse};
 use crate::reason::{Accepted, OUTCOMES, Reason};
 use core::borrow::Borrow;
 
-pub use policy::allows_flow;
+pub use policy::{allows_flow, allows_packet};
 
 pub(crate) use flow::key as flow_key;
 pub use flow::{
@@ -185,8 +185,6 @@ pub enum InVain {
     Nowhere,
     /// In [`Store::Established`].
     Established,
-    /// In every table.
-    Everywhere,
 }
 
 impl InVain {
@@ -196,7 +194,6 @@ impl InVain {
     pub const fn from_number(number: u32) -> Self {
         match number {
             1 => Self::Established,
-            2 => Self::Everywhere,
             _ => Self::Nowhere,
         }
     }
@@ -253,6 +250,22 @@ pub trait Tables: Sized {
     fn line(&self, slot: u32, addr: &Addr) -> Option<Self::Line>;
     /// This node's identity, if this is its address that lines speak of ([`Owned::near`]).
     fn home(&self, slot: u32, addr: &Addr) -> Option<Identity>;
+    /// [`Self::home`] of `ours` and [`Self::line`] of `theirs`, if the slot is complete, both are
+    /// there, and what is to be looked at meanwhile holds. In the kernel the line may be there and
+    /// not found.
+    #[inline(always)]
+    fn ends(
+        &self,
+        slot: u32,
+        ours: &Addr,
+        theirs: &Addr,
+        meanwhile: impl FnOnce() -> bool,
+    ) -> Option<(Identity, Self::Line)> {
+        if !self.complete(slot) || !meanwhile() {
+            return None;
+        }
+        Some((self.home(slot, ours)?, self.line(slot, theirs)?))
+    }
     /// Who has exactly this address.
     #[inline(always)]
     fn identity(&self, slot: u32, addr: &Addr) -> Option<Identity> {
@@ -301,8 +314,9 @@ pub trait Tables: Sized {
         allows_flow(self, key, initiator, slot)
     }
 
-    /// Decides whatever is not simply the next packet of an established flow, by [`of_new`],
-    /// [`of_flow`], [`later_fragment`] and [`related`]. In the kernel functions that are verified on their own.
+    /// Decides whatever is neither new nor simply the next packet of an established flow, by
+    /// [`of_flow`], [`later_fragment`] and [`related`]. In the kernel functions that are verified
+    /// on their own.
     #[inline(always)]
     fn at_length(
         &self,
@@ -320,25 +334,14 @@ pub trait Tables: Sized {
             | What::SctpOther
             | What::Request
             | What::Reply
-            | What::OtherIcmp
-                if in_vain == InVain::Everywhere =>
-            {
-                of_new(self, packet, direction, now_ns)
-            }
-            What::Segment
-            | What::Datagram
-            | What::SctpInit
-            | What::SctpOther
-            | What::Request
-            | What::Reply
             | What::OtherIcmp => of_flow(self, packet, direction, now_ns, in_vain),
         }
     }
 
-    /// [`may_begin`]. In the kernel a function that is verified on its own.
+    /// [`allows_packet`] on these tables. In the kernel a function that is verified on its own.
     #[inline(always)]
-    fn may_begin(&self, packet: &Packet, direction: Direction) -> Answer {
-        may_begin(self, packet, direction)
+    fn allows_packet(&self, packet: &Packet, direction: Direction, slot: u32) -> Answer {
+        allows_packet(self, packet, direction, slot)
     }
 
     /// [`begin`]. In the kernel a function that is verified on its own.
@@ -456,7 +459,7 @@ pub fn decide<T: Tables>(
     };
     if tables.is_new(packet, direction) {
         tables.probe(Branch::New);
-        return tables.at_length(packet, direction, now_ns, InVain::Everywhere);
+        return of_new(tables, packet, &at);
     }
     match flow::hit(tables, packet, &at) {
         Ok(()) => Verdict::accept(Accepted::Established),
@@ -466,47 +469,31 @@ pub fn decide<T: Tables>(
 
 /// Decides a packet that has the headers of its flow, which is in no table.
 #[inline(always)]
-pub fn of_new<T: Tables>(
-    tables: &T,
-    packet: &Packet,
-    direction: Direction,
-    now_ns: u64,
-) -> Verdict {
-    let answer = tables.may_begin(packet, direction);
+fn of_new<T: Tables>(tables: &T, packet: &Packet, at: &At) -> Verdict {
+    let picked_up = match may_begin(tables, packet) {
+        Ok(picked_up) => picked_up,
+        Err(reason) => return Verdict::deny(reason),
+    };
+    let answer = match policy::at_once(tables, packet, at) {
+        Some(answer) => answer,
+        None => tables.allows_packet(packet, at.direction, at.active.slot),
+    };
     if !answer.verdict.passes() {
         return answer.verdict;
     }
-    let picked_up = answer.verdict == Verdict::accept(Accepted::PickedUp);
-    tables.begin(packet, direction, now_ns, answer.share, picked_up)
+    tables.begin(packet, at.direction, at.now_ns, answer.share, picked_up)
 }
 
-/// Whether a packet may begin a flow: as a new one, or picked up.
+/// Whether a packet may begin a flow, as far as its headers are concerned; `true` if it would be
+/// picked up.
 #[inline(always)]
-pub fn may_begin<T: Tables>(tables: &T, packet: &Packet, direction: Direction) -> Answer {
-    let deny = |reason| Answer {
-        verdict: Verdict::deny(reason),
-        share: 0,
-    };
-    // Nothing of what it says depends on the time.
-    let Some(at) = now(tables, direction, 0) else {
-        return deny(Reason::NoPolicy);
-    };
+fn may_begin<T: Tables>(tables: &T, packet: &Packet) -> Result<bool, Reason> {
     let segment = packet.tuple.what == What::Segment;
     if segment && holds::<T>(2, !flow::flags_valid(packet.tcp_flags)) {
         tables.probe(Branch::FlagsInvalid);
-        return deny(Reason::TcpFlags);
+        return Err(Reason::TcpFlags);
     }
-    let picked_up = match flow::opens(tables, packet) {
-        Ok(picked_up) => picked_up,
-        Err(reason) => return deny(reason),
-    };
-    let answer = policy::allows_packet(tables, packet, direction, at.active.slot);
-    if picked_up && answer.verdict.passes() {
-        let verdict = Verdict::accept(Accepted::PickedUp);
-        Answer { verdict, ..answer }
-    } else {
-        answer
-    }
+    flow::opens(tables, packet)
 }
 
 /// Begins the flow of a packet that policy allows.
@@ -630,8 +617,8 @@ pub fn later_fragment<T: Tables>(
     }
     let (local, remote) = flow::sides(at.direction, &packet.tuple);
     let key = FlowKey {
-        local,
-        remote,
+        local: *local,
+        remote: *remote,
         local_port: fragment.local_port,
         remote_port: fragment.remote_port,
         protocol: fragment.protocol,

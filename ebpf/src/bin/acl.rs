@@ -100,13 +100,32 @@ static LOST: PerCpuArray<u64, 1> = PerCpuArray::new();
 /// The kinds of packets that this CPU told of lately, by kind.
 #[btf_map]
 static TOLD: PerCpuArray<Told, { event::KINDS as usize }> = PerCpuArray::new();
-/// What this CPU may still tell, by counter.
+/// What is at hand. One a CPU is enough: bottom halves are off while a classifier runs.
 #[btf_map]
-static ALLOWANCES: PerCpuArray<Allowance, { 2 * OUTCOMES as usize }> = PerCpuArray::new();
-/// The packet at hand. Not on the stack, because it is large and because the verifier would follow
-/// every value that it may have. One a CPU is enough: bottom halves are off while a classifier runs.
-#[btf_map]
-static PACKET: PerCpuArray<Packet, 1> = PerCpuArray::new();
+static HAND: PerCpuArray<Hand, 1> = PerCpuArray::new();
+
+/// What every packet needs, behind one look-up.
+#[repr(C)]
+struct Hand {
+    /// The packet. Not on the stack, because it is large and because the verifier would follow
+    /// every value that it may have.
+    packet: Packet,
+    clock: Clock,
+    /// What this CPU may still tell, by counter.
+    allowances: [Allowance; ALLOWANCES],
+}
+
+/// A power of two, so that a mask bounds the number of one.
+const ALLOWANCES: usize = (2 * OUTCOMES as usize).next_power_of_two();
+
+impl Hand {
+    #[inline(always)]
+    fn allowance(&mut self, counter: u32) -> &mut Allowance {
+        let index = counter as usize & (ALLOWANCES - 1);
+        // SAFETY: the mask bounds it.
+        unsafe { self.allowances.get_unchecked_mut(index) }
+    }
+}
 
 /// What the coarse clock said, and in which tick.
 #[repr(C)]
@@ -115,24 +134,14 @@ struct Clock {
     now_ns: u64,
 }
 
-/// One a CPU. The coarse clock moves once a tick; the tick is one load, the clock three calls.
-#[btf_map]
-static CLOCK: PerCpuArray<Clock, 1> = PerCpuArray::new();
-
-/// The coarse monotonic clock.
+/// The coarse monotonic clock. It moves once a tick; the tick is one load, the clock three calls.
 #[inline(always)]
-fn now_ns() -> u64 {
+fn now_ns(clock: &mut Clock) -> u64 {
     // SAFETY: takes no argument and changes nothing.
     let tick = unsafe { bpf_jiffies64() };
-    // SAFETY: as above.
-    let coarse = || unsafe { bpf_ktime_get_coarse_ns() };
-    let Some(clock) = CLOCK.get_ptr_mut(0) else {
-        return coarse();
-    };
-    // SAFETY: this CPU's element, which nobody else touches meanwhile.
-    let clock = unsafe { &mut *clock };
     if clock.tick != tick {
-        clock.now_ns = coarse();
+        // SAFETY: as above.
+        clock.now_ns = unsafe { bpf_ktime_get_coarse_ns() };
         clock.tick = tick;
     }
     clock.now_ns
@@ -175,6 +184,38 @@ fn line_at(slot: u32, place: Place) -> Option<&'static Owned> {
     Some(unsafe { &*line.cast::<Owned>() })
 }
 
+/// The pilot of an address of this hash. Volatile, so that it is on its way before what follows.
+#[inline(always)]
+fn pilot_of(slot: u32, book: &Book, hash: u64) -> Option<u8> {
+    let pilot = in_slab::<1>(slot, Book::pilot(book.bucket(hash)))?;
+    // SAFETY: a byte of a slab.
+    Some(unsafe { pilot.read_volatile() })
+}
+
+/// Whether two addresses are the same. The second is read anew: kept since it was hashed, it would
+/// take room of the stack.
+#[inline(always)]
+fn is_same(one: &Addr, other: &Addr) -> bool {
+    let mut addr: *const Addr = other;
+    // SAFETY: leaves the pointer as it is, which the compiler does not know. It is an instruction,
+    // because the kernel takes no two lines of source for one.
+    unsafe { core::arch::asm!("{0} = {0}", inout(reg) addr, options(pure, nomem, nostack)) };
+    let one: *const Addr = one;
+    // SAFETY: two valid addresses; unaligned reads are fine.
+    let [one, two] = unsafe { one.cast::<[u64; 2]>().read_unaligned() };
+    // SAFETY: as above.
+    let [three, four] = unsafe { addr.cast::<[u64; 2]>().read_unaligned() };
+    one == three && two == four
+}
+
+/// This node's identity, if this is its first address of the family.
+#[inline(always)]
+fn home_of(shape: &Shape, addr: &Addr) -> Option<Identity> {
+    let [v6, v4] = &shape.own;
+    let own = if addr.is_v4() { v4 } else { v6 };
+    is_same(&own.addr, addr).then_some(own.identity)
+}
+
 impl Tables for Maps {
     type Entry = flows::Found;
     type Line = &'static Owned;
@@ -199,25 +240,39 @@ impl Tables for Maps {
     fn line(&self, slot: u32, addr: &Addr) -> Option<&'static Owned> {
         let book = &SHAPES.get(slot)?.book;
         let hash = book.hash(addr);
-        let pilot = in_slab::<1>(slot, Book::pilot(book.bucket(hash)))?;
-        // SAFETY: a byte of a slab.
-        let line = line_at(slot, book.line(hash, unsafe { *pilot }))?;
-        if line.addr == *addr {
+        let line = line_at(slot, book.line(hash, pilot_of(slot, book, hash)?))?;
+        if is_same(&line.addr, addr) {
             return Some(line);
         }
         let line = line_at(slot, book.newcomer(hash))?;
-        (line.addr == *addr).then_some(line)
+        is_same(&line.addr, addr).then_some(line)
+    }
+
+    #[inline(always)]
+    fn ends(
+        &self,
+        slot: u32,
+        ours: &Addr,
+        theirs: &Addr,
+        meanwhile: impl FnOnce() -> bool,
+    ) -> Option<(Identity, &'static Owned)> {
+        let shape = SHAPES.get(slot)?;
+        if shape.pairs.lines == 0 {
+            return None;
+        }
+        let hash = shape.book.hash(theirs);
+        let pilot = pilot_of(slot, &shape.book, hash)?;
+        let home = home_of(shape, ours)?;
+        if !meanwhile() {
+            return None;
+        }
+        let line = line_at(slot, shape.book.line(hash, pilot))?;
+        is_same(&line.addr, theirs).then_some((home, line))
     }
 
     #[inline(always)]
     fn home(&self, slot: u32, addr: &Addr) -> Option<Identity> {
-        let shape = SHAPES.get(slot)?;
-        let own = if addr.is_v4() {
-            &shape.own[1]
-        } else {
-            &shape.own[0]
-        };
-        (own.addr == *addr).then_some(own.identity)
+        home_of(SHAPES.get(slot)?, addr)
     }
 
     #[inline(always)]
@@ -358,24 +413,13 @@ impl Tables for Maps {
             | What::SctpOther
             | What::Request
             | What::Reply
-            | What::OtherIcmp
-                if in_vain == InVain::Everywhere =>
-            {
-                verdict::of_new(self, packet, direction, now_ns)
-            }
-            What::Segment
-            | What::Datagram
-            | What::SctpInit
-            | What::SctpOther
-            | What::Request
-            | What::Reply
             | What::OtherIcmp => Verdict::from_code(acl_of_flow(way, now_ns, in_vain as u32)),
         }
     }
 
     #[inline(always)]
-    fn may_begin(&self, _packet: &Packet, direction: Direction) -> Answer {
-        Answer::from_code(acl_may_begin(direction as u32))
+    fn allows_packet(&self, _packet: &Packet, direction: Direction, slot: u32) -> Answer {
+        Answer::from_code(acl_allows_packet(direction as u32, slot))
     }
 
     #[inline(always)]
@@ -426,7 +470,7 @@ pub extern "C" fn acl_allows(key: *const FlowKey, initiator: u32, slot: u32) -> 
 #[inline(always)]
 fn packet_at_hand() -> Option<&'static Packet> {
     // SAFETY: this CPU's element, which nobody else touches while a classifier runs.
-    PACKET.get_ptr(0).map(|packet| unsafe { &*packet })
+    HAND.get_ptr(0).map(|hand| unsafe { &(*hand).packet })
 }
 
 #[inline(always)]
@@ -455,12 +499,12 @@ pub extern "C" fn acl_of_flow(direction: u32, now_ns: u64, in_vain: u32) -> u32 
     .code()
 }
 
-/// [`verdict::may_begin`], as a global function for the same reason.
+/// [`verdict::allows_packet`], as a global function for the same reason.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn acl_may_begin(direction: u32) -> u64 {
+pub extern "C" fn acl_allows_packet(direction: u32, slot: u32) -> u64 {
     match packet_at_hand() {
-        Some(packet) => verdict::may_begin(&Maps, packet, direction_of(direction)),
+        Some(packet) => verdict::allows_packet(&Maps, packet, direction_of(direction), slot),
         None => Answer {
             verdict: Verdict::deny(Reason::TableMissing),
             share: 0,
@@ -510,9 +554,9 @@ pub extern "C" fn acl_related(direction: u32, now_ns: u64) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn acl_general(skb: *mut __sk_buff) -> u32 {
-    match PACKET.get_ptr_mut(0) {
+    match HAND.get_ptr_mut(0) {
         // SAFETY: this CPU's element, which nobody else touches meanwhile.
-        Some(packet) => general(&ByCall { skb }, unsafe { &mut *packet }).code(),
+        Some(hand) => general(&ByCall { skb }, unsafe { &mut (*hand).packet }).code(),
         None => Verdict::deny(Reason::TableMissing).code(),
     }
 }
@@ -590,27 +634,24 @@ impl Bytes for InPlace {
 
 #[inline(always)]
 fn classify(ctx: &TcContext, direction: Direction) -> i32 {
-    let now_ns = now_ns();
+    let Some(hand) = HAND.get_ptr_mut(0) else {
+        return TC_ACT_SHOT;
+    };
+    // SAFETY: this CPU's element, which nobody else touches meanwhile.
+    let hand = unsafe { &mut *hand };
+    let now_ns = now_ns(&mut hand.clock);
     let len = ctx.len();
     let bytes = InPlace { skb: ctx.skb.skb };
-    let (read, verdict) = match PACKET.get_ptr_mut(0) {
-        Some(packet) => {
-            // SAFETY: this CPU's element, which nobody else touches meanwhile.
-            let packet = unsafe { &mut *packet };
-            let read = parse(&bytes, packet);
-            if read.passes() {
-                (true, decide(&Maps, packet, direction, now_ns))
-            } else {
-                (false, read)
-            }
-        }
-        None => (false, Verdict::deny(Reason::NoPolicy)),
-    };
+    let mut verdict = parse(&bytes, &mut hand.packet);
+    let read = verdict.passes();
+    if read {
+        verdict = decide(&Maps, &hand.packet, direction, now_ns);
+    }
     count(verdict.counter(direction), len);
     if verdict.passes() {
         return TC_ACT_UNSPEC;
     }
-    if may_be_news(verdict.counter(direction), now_ns) {
+    if event::look(hand.allowance(verdict.counter(direction)), now_ns) {
         acl_tell(
             ctx.skb.skb,
             verdict.code(),
@@ -622,16 +663,6 @@ fn classify(ctx: &TcContext, direction: Direction) -> i32 {
     match direction {
         Direction::Ingress => TC_ACT_SHOT,
         Direction::Egress => answer::refuse(ctx.skb.skb, verdict),
-    }
-}
-
-/// Whether a drop of this outcome is looked at, to tell of it.
-#[inline(always)]
-fn may_be_news(counter: u32, now_ns: u64) -> bool {
-    match ALLOWANCES.get_ptr_mut(counter) {
-        // SAFETY: this CPU's element, which nobody else touches meanwhile.
-        Some(allowance) => event::look(unsafe { &mut *allowance }, now_ns),
-        None => false,
     }
 }
 
@@ -652,11 +683,7 @@ pub extern "C" fn acl_tell(
         Direction::Egress
     };
     let verdict = Verdict::from_code(code);
-    let packet = match PACKET.get_ptr_mut(0) {
-        // SAFETY: this CPU's element, which nobody else touches meanwhile.
-        Some(packet) if read != 0 => Some(unsafe { &*packet }),
-        Some(_) | None => None,
-    };
+    let packet = packet_at_hand().filter(|_| read != 0);
     let (counter, window) = (verdict.counter(direction), event::window(now_ns));
     let kind = event::kind(counter, packet);
     let Some(told) = TOLD.get_ptr_mut(kind % event::KINDS) else {
@@ -666,11 +693,11 @@ pub extern "C" fn acl_tell(
     if !event::is_news(unsafe { &mut *told }, kind, window) {
         return 0;
     }
-    let Some(allowance) = ALLOWANCES.get_ptr_mut(counter) else {
+    let Some(hand) = HAND.get_ptr_mut(0) else {
         return 0;
     };
     // SAFETY: as above.
-    if !event::take(unsafe { &mut *allowance }, window) {
+    if !event::take(unsafe { (*hand).allowance(counter) }, window) {
         return 0;
     }
     let dropped = event::describe(&Maps, &ByCall { skb }, packet, verdict, direction, now_ns);

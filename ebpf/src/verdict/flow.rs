@@ -65,10 +65,10 @@ fn is_pure_ack(packet: &Packet) -> bool {
 
 /// Local and remote address of a packet.
 #[inline(always)]
-pub(super) fn sides(direction: Direction, tuple: &Tuple) -> (Addr, Addr) {
+pub(super) fn sides(direction: Direction, tuple: &Tuple) -> (&Addr, &Addr) {
     match direction {
-        Direction::Ingress => (tuple.dst, tuple.src),
-        Direction::Egress => (tuple.src, tuple.dst),
+        Direction::Ingress => (&tuple.dst, &tuple.src),
+        Direction::Egress => (&tuple.src, &tuple.dst),
     }
 }
 
@@ -84,8 +84,8 @@ pub(crate) fn key(direction: Direction, tuple: &Tuple) -> FlowKey {
         (_, false) => (tuple.dst_port, tuple.src_port),
     };
     FlowKey {
-        local,
-        remote,
+        local: *local,
+        remote: *remote,
         local_port,
         remote_port,
         protocol: tuple.protocol,
@@ -294,9 +294,6 @@ pub(super) fn known<T: Tables>(
     at: &At,
     in_vain: InVain,
 ) -> Result<Verdict, Option<Store>> {
-    if in_vain == InVain::Everywhere {
-        return Err(None);
-    }
     let Some((store, entry, flow)) = live(tables, key, at.now_ns, in_vain) else {
         return Err(None);
     };

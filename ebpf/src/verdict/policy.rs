@@ -7,13 +7,14 @@
 
 use super::{Answer, At, Branch, Tables, Verdict, holds};
 use crate::abi::{
-    ANY_PROTOCOL, Addr, Direction, EVERYTHING, FlowKey, Identity, PAGE_PORTS, PageKey, PairKey,
-    PortsKey, SetId, ports_kind, side,
+    ANY_PROTOCOL, Addr, Direction, EVERYTHING, FlowKey, GRANT_RANGES, Identity, PAGE_PORTS,
+    PageKey, PairKey, PortsKey, SetId, ports_kind, side,
 };
-use crate::addresses::{Near, Owned, near};
+use crate::addresses::{Head, Owned, near};
 use crate::packet::Packet;
 use crate::reason::{Accepted, Reason};
 use core::borrow::Borrow as _;
+use zerocopy::transmute;
 
 /// May this initiate that?
 struct Question<'a> {
@@ -51,42 +52,82 @@ pub fn allows_flow<T: Tables>(tables: &T, key: &FlowKey, initiator: u32, slot: u
             slot,
         }
     };
-    answer(tables, &question)
+    Answer::from(refusal(tables, &question))
 }
 
 /// Policy's answer to a packet that begins a flow.
 #[inline(always)]
-pub(super) fn allows_packet<T: Tables>(
+pub fn allows_packet<T: Tables>(
     tables: &T,
     packet: &Packet,
     direction: Direction,
     slot: u32,
 ) -> Answer {
-    let tuple = &packet.tuple;
-    answer(
-        tables,
-        &Question {
+    let question = Question::of_packet(packet, direction, slot);
+    Answer::from(refusal(tables, &question))
+}
+
+/// [`allows_packet`], where the line of the peer's address says it; `None` where it does not.
+///
+/// Of many peers, a line is in no cache, and to wait for it costs more than all else. So it is
+/// asked for here, without a call in between; what is done while its place is found costs nothing,
+/// and little is left to do when it is there.
+#[inline(always)]
+pub(super) fn at_once<T: Tables>(tables: &T, packet: &Packet, at: &At) -> Option<Answer> {
+    let direction = at.direction;
+    let question = Question::of_packet(packet, direction, at.active.slot);
+    let (ours, theirs) = question.ends();
+    let (us, line) = tables.ends(question.slot, ours, theirs, || {
+        routable(tables, question.src).is_ok() && routable(tables, question.dst).is_ok()
+    })?;
+    let peer = line.borrow().identity();
+    check_sides(tables, direction, us.side, peer.side).ok()?;
+    let allowed = by_line(tables, line.borrow(), &question)?;
+    Some(Answer::from(if allowed {
+        Ok(peer.share)
+    } else {
+        Err(Reason::Policy)
+    }))
+}
+
+impl From<Result<u32, Reason>> for Answer {
+    /// From a peer's share, or why not.
+    #[inline(always)]
+    fn from(result: Result<u32, Reason>) -> Self {
+        match result {
+            Ok(share) => Self {
+                verdict: Verdict::accept(Accepted::New),
+                share: share as u16,
+            },
+            Err(reason) => Self {
+                verdict: Verdict::deny(reason),
+                share: 0,
+            },
+        }
+    }
+}
+
+impl<'a> Question<'a> {
+    #[inline(always)]
+    fn of_packet(packet: &'a Packet, direction: Direction, slot: u32) -> Self {
+        let tuple = &packet.tuple;
+        Self {
             src: &tuple.src,
             dst: &tuple.dst,
             port: &tuple.dst_port,
             protocol: &tuple.protocol,
             direction,
             slot,
-        },
-    )
-}
+        }
+    }
 
-#[inline(always)]
-fn answer<T: Tables>(tables: &T, question: &Question) -> Answer {
-    match refusal(tables, question) {
-        Ok(share) => Answer {
-            verdict: Verdict::accept(Accepted::New),
-            share: share as u16,
-        },
-        Err(reason) => Answer {
-            verdict: Verdict::deny(reason),
-            share: 0,
-        },
+    /// The address on this side, and the other one.
+    #[inline(always)]
+    fn ends(&self) -> (&'a Addr, &'a Addr) {
+        match self.direction {
+            Direction::Ingress => (self.dst, self.src),
+            Direction::Egress => (self.src, self.dst),
+        }
     }
 }
 
@@ -106,10 +147,7 @@ fn refusal<T: Tables>(tables: &T, question: &Question) -> Result<u32, Reason> {
     }
     routable(tables, src)?;
     routable(tables, dst)?;
-    let (ours, theirs) = match direction {
-        Direction::Ingress => (dst, src),
-        Direction::Egress => (src, dst),
-    };
+    let (ours, theirs) = question.ends();
     let home = tables.home(slot, ours);
     let us = match home {
         Some(identity) => identity,
@@ -161,16 +199,12 @@ fn check_sides<T: Tables>(
 /// What the line of a peer's address says; `None` if the table of pairs has to be asked.
 #[inline(always)]
 fn by_line<T: Tables>(tables: &T, line: &Owned, question: &Question) -> Option<bool> {
-    let Near {
-        kind,
-        protocol,
-        ranges,
-    } = line.near(question.direction);
+    let (Head { kind, protocol }, ranges) = line.head_and_ranges(question.direction);
     let same_protocol = protocol == *question.protocol;
     match kind {
         near::RANGES | near::RANGES_AND_MORE if same_protocol => {
             tables.probe(Branch::LinePorts);
-            Some(in_ranges::<T, _>(&ranges, *question.port))
+            Some(in_ranges::<T>(ranges, *question.port))
         }
         near::RANGES => {
             tables.probe(Branch::LineOtherProtocol);
@@ -215,7 +249,7 @@ fn by_pair<T: Tables>(tables: &T, question: &Question, source: u32, destination:
     let port = *question.port;
     let allowed = if grant.protocol == u16::from(*question.protocol) {
         tables.probe(Branch::PortsOfGrant);
-        in_ranges::<T, _>(&grant.ranges, port)
+        in_ranges::<T>(&grant.ranges, port)
     } else if grant.more == 0 {
         tables.probe(Branch::NoMorePorts);
         false
@@ -357,7 +391,9 @@ fn in_set<T: Tables>(tables: &T, slot: u32, set: SetId, protocol: u32, port: u16
         }
         ports_kind::INLINE => {
             tables.probe(Branch::PortsInline);
-            in_ranges::<T, _>(&ports.ranges, port)
+            let [a, b, c, d, e, f, g] = ports.ranges;
+            // The one in the middle twice, which changes nothing.
+            in_ranges::<T>(&[a, b, c, d], port) | in_ranges::<T>(&[d, e, f, g], port)
         }
         ports_kind::PAGED => {
             tables.probe(Branch::PortsPaged);
@@ -382,26 +418,33 @@ fn in_set<T: Tables>(tables: &T, slot: u32, set: SetId, protocol: u32, port: u16
     }
 }
 
-/// Whether a port is in one of the ranges. By signs, without a comparison for each: the verifier
-/// would follow every way that those may come out.
+/// Whether a port is in one of the ranges. Two of them at once, and without a comparison for each:
+/// the verifier would follow every way that those may come out, and the fewer steps wait for a line
+/// of memory, the more of what comes after them does not.
 #[inline(always)]
-fn in_ranges<T: Tables, const N: usize>(ranges: &[[u16; 2]; N], port: u16) -> bool {
-    let port = i32::from(port);
-    // Negative as long as the port is outside of all.
-    let mut outside = -1;
-    let mut at = 0;
-    while at < N {
-        let [first, last] = ranges[at];
-        let below = sign_of::<T>(21, port - i32::from(first));
-        let above = sign_of::<T>(22, i32::from(last) - port);
-        outside &= below | above;
-        at += 1;
-    }
-    outside >= 0
+fn in_ranges<T: Tables>(ranges: &[[u16; 2]; GRANT_RANGES], port: u16) -> bool {
+    // Of each range a half word, with room for the carry.
+    const LOWS: u64 = 0x0000_ffff_0000_ffff;
+    const CARRIES: u64 = 0x0001_0000_0001_0000;
+    let port = u64::from(port) << 32 | u64::from(port);
+    let words: [u64; 2] = transmute!(*ranges);
+    let inside = words.map(|word| {
+        let (lows, highs) = (word & LOWS, word >> 16 & LOWS);
+        let (first, last) = if cfg!(target_endian = "little") {
+            (lows, highs)
+        } else {
+            (highs, lows)
+        };
+        // A carry stays where nothing was borrowed.
+        let from_first = holding::<T>(21, (port | CARRIES).wrapping_sub(first));
+        let to_last = holding::<T>(22, (last | CARRIES).wrapping_sub(port));
+        from_first & to_last
+    });
+    (inside[0] | inside[1]) & CARRIES != 0
 }
 
-/// A number with its sign, or with the other one where a test planted the mutant `id`.
+/// These bits, or their opposites where a test planted the mutant `id`.
 #[inline(always)]
-fn sign_of<T: Tables>(id: u32, number: i32) -> i32 {
-    if T::MUTANT == id { !number } else { number }
+fn holding<T: Tables>(id: u32, bits: u64) -> u64 {
+    if T::MUTANT == id { !bits } else { bits }
 }

@@ -26,7 +26,7 @@ use ebpf::abi::{Counter, FlowKey, Quota};
 use ebpf::refuse::{self, BUCKETS, Outcome, REFUSAL_WORDS, Refusal};
 use ebpf::verdict::Verdict;
 
-use super::{ByCall, Maps, PACKET};
+use super::{ByCall, Maps, packet_at_hand};
 
 /// The mark of an answer; 0 while refusals are silent.
 #[btf_map]
@@ -37,7 +37,7 @@ static ANSWERS: PerCpuArray<Counter, { Outcome::ALL.len() }> = PerCpuArray::new(
 /// Answers of the current window, by pair of addresses; the last one counts all.
 #[btf_map]
 static WINDOWS: PerCpuArray<Quota, { BUCKETS as usize + 1 }> = PerCpuArray::new();
-/// A key to look for and the answer at hand: not on the stack, as with [`PACKET`].
+/// A key to look for and the answer at hand: not on the stack, as with the packet.
 #[btf_map]
 static KEY: PerCpuArray<FlowKey, 1> = PerCpuArray::new();
 #[btf_map]
@@ -84,11 +84,11 @@ pub fn refuse(skb: *mut __sk_buff, verdict: Verdict) -> i32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn acl_due(code: u32) -> u32 {
-    let (Some(packet), Some(key)) = (PACKET.get_ptr_mut(0), KEY.get_ptr_mut(0)) else {
+    let (Some(packet), Some(key)) = (packet_at_hand(), KEY.get_ptr_mut(0)) else {
         return 0;
     };
-    // SAFETY: both are this CPU's elements, which nobody else touches meanwhile.
-    let (packet, key) = unsafe { (&*packet, &mut *key) };
+    // SAFETY: this CPU's element, which nobody else touches meanwhile.
+    let key = unsafe { &mut *key };
     u32::from(refuse::is_due(&Maps, packet, Verdict::from_code(code), key))
 }
 
@@ -96,11 +96,11 @@ pub extern "C" fn acl_due(code: u32) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn acl_answer(skb: *mut __sk_buff) -> u32 {
-    let (Some(packet), Some(refusal)) = (PACKET.get_ptr_mut(0), REFUSAL.get_ptr_mut(0)) else {
+    let (Some(packet), Some(refusal)) = (packet_at_hand(), REFUSAL.get_ptr_mut(0)) else {
         return TC_ACT_SHOT as u32;
     };
-    // SAFETY: both are this CPU's elements, which nobody else touches meanwhile.
-    let (packet, refusal) = unsafe { (&*packet, &mut *refusal) };
+    // SAFETY: this CPU's element, which nobody else touches meanwhile.
+    let refusal = unsafe { &mut *refusal };
     let outcome = if !is_within_limits(refuse::bucket(&packet.tuple)) {
         Outcome::Limited
     } else if refuse::write(&ByCall { skb }, packet, refusal).is_some()
