@@ -523,9 +523,8 @@ impl Engine {
         let moved = self.relays.choose_home(now, &near, measuring);
         self.paths.refresh_relays(now, &self.relays);
         let ways = self.paths.iter().map(|(key, path)| match path.way() {
-            Way::Relay => (key, true, None),
-            Way::Direct(endpoint) => (key, false, Some(endpoint)),
-            Way::Blind => (key, false, None),
+            Way::Relay | Way::Blind => (key, path.needs_relay(), None),
+            Way::Direct(endpoint) => (key, path.needs_relay(), Some(endpoint)),
         });
         if let Some(table) = self.relays.publish(now, ways) {
             self.outbox.push_back(Output::Relays(table));

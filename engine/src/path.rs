@@ -153,6 +153,8 @@ pub struct Path {
     told_before: Option<Told>,
     /// and what it is to say of those that we sent since.
     claim: Option<Claim>,
+    /// Whether it said that they did not come.
+    refuted: bool,
     /// The peer has nothing to say: silence proves nothing.
     one_way: bool,
     trial: Option<Trial>,
@@ -236,6 +238,7 @@ impl Path {
             told: None,
             told_before: None,
             claim: None,
+            refuted: false,
             one_way: false,
             trial: None,
             greeting: Greeting::None,
@@ -326,6 +329,13 @@ impl Path {
     #[must_use]
     pub fn is_silent(&self) -> bool {
         self.silence.is_some()
+    }
+
+    /// Whether the peer's relay is to be connected to: it is the way, or may soon have to be.
+    #[must_use]
+    pub fn needs_relay(&self) -> bool {
+        let doubted = self.is_silent() || self.doubt.is_some() || self.refuted;
+        self.way == Way::Relay || doubted
     }
 
     /// Packets were too long for the path: that they had no answer proves nothing against it.
@@ -533,6 +543,7 @@ impl Path {
         self.settles = (self.yields && !self.live).then_some(now + YIELD);
         self.silence = None;
         (self.told, self.told_before, self.claim) = (None, None, None);
+        self.refuted = false;
         (self.heart, self.doubt) = (Heart::default(), None);
         self.blind = Blind::default();
         if let Way::Direct(endpoint) = way {

@@ -596,9 +596,10 @@ impl Paths {
         let Some(entry) = self.all.get_mut(&key) else {
             return;
         };
-        let before = entry.path.wanted();
+        let ways = |path: &Path| (path.wanted(), path.needs_relay());
+        let before = ways(&entry.path);
         act(&mut entry.path);
-        self.moved |= entry.path.wanted() != before;
+        self.moved |= ways(&entry.path) != before;
         self.reschedule(now, key);
     }
 

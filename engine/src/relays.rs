@@ -368,7 +368,7 @@ impl Relays {
     }
 
     /// The table to publish, if it is another one, or asked for again. `ways`: for each peer whether
-    /// its path is the relay, and the direct endpoint that is wanted.
+    /// its path is the relay or may soon be, and the direct endpoint that is wanted.
     pub(crate) fn publish<'a>(
         &mut self,
         now: Instant,
@@ -381,12 +381,12 @@ impl Relays {
             needed.extend(self.map.keys().take(MEASURED));
         }
         let mut peers = BTreeMap::new();
-        for (key, relayed, appear_as) in ways {
+        for (key, needs_relay, appear_as) in ways {
             let Some(place) = self.places.get(key) else {
                 continue;
             };
             let region = self.reckon(now, place);
-            if relayed {
+            if needs_relay {
                 // A lost home is tried on, or nobody would notice that it is back.
                 needed.extend([region, place.home]);
             }

@@ -100,10 +100,14 @@ impl Path {
             return;
         };
         if grew(claim.before) {
-            self.claim = None;
+            (self.claim, self.refuted) = (None, false);
         } else if claim.at.is_some_and(|at| told.read.0 >= at + SLACK) {
             if self.way == Way::Direct(endpoint) && self.is_relay_up() {
                 self.demote(now, endpoint, Fault::Swallows);
+            } else {
+                // Once there is another way, the peer is asked again.
+                self.refuted = true;
+                self.hurry(now);
             }
         } else if claim.at.is_some() {
             self.hurry(now);

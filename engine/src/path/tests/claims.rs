@@ -38,3 +38,32 @@ fn a_path_that_swallows_packets_is_given_up_whoever_was_heard() {
         assert!(!rig.path.pinged_by(rig.now, Tier::OnLink, at(LAN)), "mute");
     }
 }
+
+/// A relay at which only the peer is at home is not connected to while nobody needs it.
+#[test]
+fn a_relay_is_asked_for_as_soon_as_a_path_is_doubted() {
+    for listens in [false, true] {
+        let mut rig = Rig::new(&[WAN], true).works(WAN, 30);
+        (rig.sending, rig.tells) = (true, true);
+        rig.pass(seconds(20));
+        let relay = |rig: &mut Rig, up| rig.path.set_relay(rig.now, Some((at(LOOPBACK), up)));
+        relay(&mut rig, false);
+        rig.listens = listens;
+        rig.pass(seconds(60));
+        assert_eq!(rig.path.way(), Way::Direct(at(WAN)));
+        assert!(listens || !rig.path.needs_relay());
+        rig.carries.remove(&at(WAN));
+        let since = rig.now;
+        while !rig.path.needs_relay() {
+            rig.pass(Duration::from_millis(100));
+            assert!(rig.now - since <= seconds(5), "only listens: {listens}");
+        }
+        rig.pass(Duration::from_millis(300));
+        relay(&mut rig, true);
+        while rig.path.way() != Way::Relay {
+            rig.pass(Duration::from_millis(100));
+            assert!(rig.now - since <= seconds(6), "only listens: {listens}");
+        }
+        assert!(rig.path.needs_relay());
+    }
+}
