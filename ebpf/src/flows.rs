@@ -21,7 +21,8 @@
 //! mark. Who writes the state of the flow that is there claims the place, too, and first looks
 //! whether it still is: otherwise one flow's state might be written over another's. If the place
 //! cannot be claimed in a few attempts, that state is not written. Mostly the next packet says the
-//! same; a FIN that is missed so leaves the flow until it times out.
+//! same; a FIN that is missed so leaves the flow until it times out. When a flow was last seen is one
+//! word, and is written without a claim.
 //!
 //! *Who reads* believes a place of an odd version that is the same before and after. BPF has no
 //! ordered loads, and processors like arm64's may make loads in any order; but none of them loads

@@ -289,6 +289,10 @@ pub trait Tables: Sized {
     fn load(&self, entry: Self::Entry) -> Flow;
     /// Writes its state.
     fn save(&self, entry: Self::Entry, flow: Flow);
+    /// Writes a state in which nothing is new but when the flow was last seen.
+    fn freshen(&self, entry: Self::Entry, flow: Flow) {
+        self.save(entry, flow);
+    }
     /// Adds or replaces a flow; whether that worked.
     fn insert(&self, store: Store, key: &FlowKey, flow: &Flow) -> bool;
     /// Forgets a flow.

@@ -334,6 +334,11 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn freshen(&self, entry: Self::Entry, flow: Flow) {
+        entry.freshen(flow.last_seen_ns);
+    }
+
+    #[inline(always)]
     fn save(&self, entry: Self::Entry, flow: Flow) {
         entry.save(flow);
     }

@@ -168,7 +168,7 @@ pub(super) fn hit<T: Tables>(tables: &T, packet: &Packet, at: &At) -> Result<(),
     if holds::<T>(29, age_ns >= FRESHEN_NS) {
         tables.probe(Branch::HitRefreshed);
         let last_seen_ns = at.now_ns;
-        tables.save(
+        tables.freshen(
             entry,
             Flow {
                 last_seen_ns,
@@ -337,7 +337,7 @@ pub(super) fn known<T: Tables>(
 pub(super) fn freshen<T: Tables>(tables: &T, entry: T::Entry, flow: Flow, at: &At) {
     let last_seen_ns = at.now_ns;
     if last_seen_ns.saturating_sub(flow.last_seen_ns) >= FRESHEN_NS {
-        tables.save(
+        tables.freshen(
             entry,
             Flow {
                 last_seen_ns,

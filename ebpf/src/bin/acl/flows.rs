@@ -86,6 +86,20 @@ impl Found {
         }
     }
 
+    /// Writes when the flow there was last seen. Nothing is claimed, which would cost another line
+    /// of memory: if the place is another flow's by now, that one is a little younger than it was.
+    #[inline(always)]
+    pub fn freshen(self, last_seen_ns: u64) {
+        if let Some(set) = self.set() {
+            // SAFETY: a line of a set has so many words.
+            unsafe {
+                line_of(set, self.place())
+                    .add(STATE)
+                    .write_volatile(last_seen_ns)
+            };
+        }
+    }
+
     /// Writes the state there, if the flow still is and nobody else is writing.
     #[inline(always)]
     pub fn save(self, flow: Flow) {
