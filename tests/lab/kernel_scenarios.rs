@@ -318,11 +318,9 @@ fn handshakes_that_cross_are_begun_anew() -> anyhow::Result<()> {
         node.host
             .run("tc qdisc add dev eth0 root netem delay 80ms")?;
     }
-    for _ in 0..3 {
-        let took = begin_at_once(&nodes, addrs)?;
-        println!("both began at once: answers after {took:.1?}");
-        ensure!(took.iter().all(|took| *took < CROSSED), "{took:?}");
-    }
+    let took = begin_at_once(&nodes, addrs)?;
+    println!("both began at once: answers after {took:.1?}");
+    ensure!(took.iter().all(|took| *took < CROSSED), "{took:?}");
     lab.passed();
     Ok(())
 }
