@@ -38,7 +38,7 @@
 
 use crate::abi::{ESTABLISHED_FLOWS, Flow, FlowKey, OPENING_FLOWS};
 use crate::verdict::Store;
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, transmute};
 
 /// Places of a set.
 pub const PLACES: usize = 15;
@@ -126,26 +126,7 @@ pub struct Home {
 #[inline(always)]
 #[must_use]
 pub const fn words(key: &FlowKey) -> KeyWords {
-    let (l, r) = (&key.local.words, &key.remote.words);
-    let [p, q] = key.local_port.to_ne_bytes();
-    let [s, t] = key.remote_port.to_ne_bytes();
-    let [y, z] = key.zeros.to_ne_bytes();
-    [
-        word(l[0], l[1]),
-        word(l[2], l[3]),
-        word(r[0], r[1]),
-        word(r[2], r[3]),
-        u64::from_ne_bytes([p, q, s, t, key.protocol, key.zero, y, z]),
-    ]
-}
-
-#[inline(always)]
-const fn word(one: u32, two: u32) -> u64 {
-    if cfg!(target_endian = "little") {
-        (two as u64) << 32 | one as u64
-    } else {
-        (one as u64) << 32 | two as u64
-    }
+    transmute!(*key)
 }
 
 /// The hash of a key: products that do not wait for each other, and one of their sum.

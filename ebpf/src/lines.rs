@@ -150,11 +150,10 @@ pub const fn pair_of(word: u64) -> PairKey {
 #[inline(always)]
 #[must_use]
 pub const fn hash_of_addr(addr: &Addr, seed: u64) -> u64 {
-    let [a, b, c, d] = addr.words;
+    let [one, two] = addr.halves();
     mixed(
-        word(a, b)
-            .wrapping_mul(FACTOR)
-            .wrapping_add(word(c, d).wrapping_mul(seed)),
+        one.wrapping_mul(FACTOR)
+            .wrapping_add(two.wrapping_mul(seed)),
     )
 }
 
@@ -168,11 +167,6 @@ pub const fn hash_of_pair(pair: u64, seed: u64) -> u64 {
 /// Two primes of the golden ratio's kind (Steele, Lea, Flood 2014).
 const FACTOR: u64 = 0xbf58_476d_1ce4_e5b9;
 const LAST_FACTOR: u64 = 0x94d0_49bb_1331_11eb;
-
-#[inline(always)]
-const fn word(one: u32, two: u32) -> u64 {
-    (one as u64) << 32 | two as u64
-}
 
 #[inline(always)]
 const fn mixed(sum: u64) -> u64 {

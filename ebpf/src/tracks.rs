@@ -11,7 +11,7 @@
 //! and lets the programs read that half from then on. While no agent lives, tracks become more, and
 //! a refusal in time costs what it would cost without them.
 
-use crate::abi::{Direction, FlowKey};
+use crate::abi::{Addr, Direction, FlowKey};
 use crate::packet::{Packet, Part, What, protocol};
 
 /// Tracks of one half: 32 KiB, which a processor keeps in its cache.
@@ -43,8 +43,8 @@ pub fn of_packet(packet: &Packet, direction: Direction) -> u32 {
     let (src, dst) = (u64::from(tuple.src_port), u64::from(tuple.dst_port));
     let proto = u64::from(tuple.protocol);
     match direction {
-        Direction::Ingress => place(&tuple.dst.words, &tuple.src.words, dst, src, proto),
-        Direction::Egress => place(&tuple.src.words, &tuple.dst.words, src, dst, proto),
+        Direction::Ingress => place(&tuple.dst, &tuple.src, dst, src, proto),
+        Direction::Egress => place(&tuple.src, &tuple.dst, src, dst, proto),
     }
 }
 
@@ -54,26 +54,22 @@ pub fn of_packet(packet: &Packet, direction: Direction) -> u32 {
 pub fn of_key(key: &FlowKey) -> u32 {
     let (local, remote) = (u64::from(key.local_port), u64::from(key.remote_port));
     let proto = u64::from(key.protocol);
-    place(&key.local.words, &key.remote.words, local, remote, proto)
+    place(&key.local, &key.remote, local, remote, proto)
 }
 
 /// A sum of products, whose upper half depends on every bit: the products do not wait for each
 /// other. Who finds flows that collide makes them slower, and nothing else.
 #[inline(always)]
-const fn place(l: &[u32; 4], r: &[u32; 4], local_port: u64, remote_port: u64, proto: u64) -> u32 {
+const fn place(l: &Addr, r: &Addr, local_port: u64, remote_port: u64, proto: u64) -> u32 {
     let ports = local_port << 32 | remote_port << 8 | proto;
-    let sum = word(l[0], l[1])
+    let ([l0, l1], [r0, r1]) = (l.halves(), r.halves());
+    let sum = l0
         .wrapping_mul(0x9e37_79b9_7f4a_7c15)
-        .wrapping_add(word(l[2], l[3]).wrapping_mul(0xbf58_476d_1ce4_e5b9))
-        .wrapping_add(word(r[0], r[1]).wrapping_mul(0x94d0_49bb_1331_11eb))
-        .wrapping_add(word(r[2], r[3]).wrapping_mul(0xd6e8_feb8_6659_fd93))
+        .wrapping_add(l1.wrapping_mul(0xbf58_476d_1ce4_e5b9))
+        .wrapping_add(r0.wrapping_mul(0x94d0_49bb_1331_11eb))
+        .wrapping_add(r1.wrapping_mul(0xd6e8_feb8_6659_fd93))
         .wrapping_add(ports.wrapping_mul(0xa076_1d64_78bd_642f));
     ((sum ^ sum >> 32).wrapping_mul(0xe703_7ed1_a0b4_28db) >> 46) as u32
-}
-
-#[inline(always)]
-const fn word(one: u32, two: u32) -> u64 {
-    (one as u64) << 32 | two as u64
 }
 
 /// The word of a half in which a place is.

@@ -620,15 +620,11 @@ pub fn later_fragment<T: Tables>(
         return Verdict::deny(Reason::FragmentOverlap);
     }
     let (local, remote) = flow::sides(at.direction, &packet.tuple);
-    let key = FlowKey {
-        local: *local,
-        remote: *remote,
-        local_port: fragment.local_port,
-        remote_port: fragment.remote_port,
-        protocol: fragment.protocol,
-        zero: 0,
-        zeros: 0,
-    };
+    let key = FlowKey::new(
+        (local, fragment.local_port),
+        (remote, fragment.remote_port),
+        fragment.protocol,
+    );
     let Some((store, entry, flow)) = flow::live(tables, &key, at.now_ns, InVain::Nowhere) else {
         tables.probe(Branch::LaterFlowGone);
         return Verdict::deny(Reason::FragmentNoState);

@@ -83,15 +83,7 @@ pub(crate) fn key(direction: Direction, tuple: &Tuple) -> FlowKey {
         (_, true) => (tuple.src_port, tuple.dst_port),
         (_, false) => (tuple.dst_port, tuple.src_port),
     };
-    FlowKey {
-        local: *local,
-        remote: *remote,
-        local_port,
-        remote_port,
-        protocol: tuple.protocol,
-        zero: 0,
-        zeros: 0,
-    }
+    FlowKey::new((local, local_port), (remote, remote_port), tuple.protocol)
 }
 
 /// Whether the other side has answered, so that packets of both can be on their way.

@@ -29,13 +29,17 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 #[repr(C)]
 pub(super) struct TrieKey {
     bits: u32,
-    addr: Addr,
+    /// An [`Addr`], but aligned as this one has it.
+    words: [u32; 4],
 }
 
 impl TrieKey {
     /// The key that finds the longest prefix around `addr`.
     pub(super) fn around(addr: Addr) -> Self {
-        Self { bits: 128, addr }
+        Self {
+            bits: 128,
+            words: addr.words,
+        }
     }
 }
 
@@ -43,7 +47,7 @@ impl From<PrefixKey> for TrieKey {
     fn from(key: PrefixKey) -> Self {
         Self {
             bits: key.bits,
-            addr: key.addr,
+            words: key.addr.words,
         }
     }
 }
@@ -188,7 +192,8 @@ impl Slot {
     /// Writes what the maps hold to `text`, at most `limit` entries of each.
     pub(super) fn dump(&self, text: &mut String, limit: usize) -> Result<(), AclError> {
         for (key, value) in self.prefixes.entries::<TrieKey, Identity>(limit)? {
-            let _ = writeln!(text, "prefix {:?}/{} {value:?}", key.addr, key.bits);
+            let addr = Addr { words: key.words };
+            let _ = writeln!(text, "prefix {addr:?}/{} {value:?}", key.bits);
         }
         for (_, line) in self.pairs.entries::<u32, GrantedLine>(limit)? {
             for (key, grant) in line.entries.iter().filter_map(granted) {
