@@ -159,7 +159,7 @@ pub fn run(args: &Args) -> anyhow::Result<Value> {
         programme.retain(|(name, ..)| few.contains(name));
     }
     if !args.only.is_empty() {
-        let base = [report::NOBODY, report::WALL];
+        let base = [report::NOBODY, report::WALL, report::EMPTY];
         let asked = |name: &str| args.only.iter().any(|text| name.contains(text));
         programme.retain(|(name, ..)| base.contains(name) || asked(name));
     }
@@ -168,6 +168,11 @@ pub fn run(args: &Args) -> anyhow::Result<Value> {
             cases.retain(|case| case.name().contains(text.as_str()));
         }
         programme.retain(|(.., cases)| !cases.is_empty());
+        anyhow::ensure!(
+            !programme.is_empty(),
+            "--packets {text}: no packets are named so; all names are in the table of a run \
+             without --packets"
+        );
     }
     for (name, who, rules, cases) in programme {
         eprintln!("preparing: {name}, {rules} rules");

@@ -90,7 +90,16 @@ impl Table {
 
     /// What a row costs beyond the way to where it is decided, by round.
     pub fn added(&self, row: &Row) -> Vec<f64> {
-        let base = if row.case.allowed() { NOBODY } else { WALL };
+        self.beyond(if row.case.allowed() { NOBODY } else { WALL }, row)
+    }
+
+    /// What a row of weir's costs beyond a program that decides nothing. How it grows with the
+    /// rules is told from that: beyond an empty chain, few rules may cost nothing at all.
+    fn decided(&self, row: &Row) -> Vec<f64> {
+        self.beyond(EMPTY, row)
+    }
+
+    fn beyond(&self, base: &str, row: &Row) -> Vec<f64> {
         let Some(base) = self.find(base, None, row.case) else {
             return Vec::new();
         };
@@ -100,8 +109,7 @@ impl Table {
 
     /// Added cost of the first row in that of the second, by round.
     fn ratio(&self, over: &Row, under: &Row) -> Spread {
-        let rounds = self.added(over).into_iter().zip(self.added(under));
-        Spread::of(rounds.map(|(over, under)| over / under).collect())
+        ratio(self.added(over), self.added(under))
     }
 
     pub fn print(&self) {
@@ -131,6 +139,12 @@ impl Table {
         });
         rows.collect()
     }
+}
+
+/// The first in the second, by round.
+fn ratio(over: Vec<f64>, under: Vec<f64>) -> Spread {
+    let rounds = over.into_iter().zip(under);
+    Spread::of(rounds.map(|(over, under)| over / under).collect())
 }
 
 /// A ratio, and what it should be.
@@ -233,14 +247,13 @@ impl Found<'_> {
             };
             let sum = |rules| {
                 let rows = hot().filter(|row| row.rules == rules);
-                let added = rows.map(|row| table.added(row));
-                added.reduce(|sum, added| sum.iter().zip(added).map(|(a, b)| a + b).collect())
+                let costs = rows.map(|row| table.decided(row));
+                let add = |sum: Vec<f64>, cost| sum.iter().zip(cost).map(|(a, b)| a + b).collect();
+                costs.reduce(add).unwrap_or_default()
             };
-            let (many, few) = (sum(last), sum(first));
-            let rounds = many.into_iter().flatten().zip(few.into_iter().flatten());
             self.aims.push(Aim {
                 what: format!("weir, {last} / {first} rules, {}", case.name()),
-                ratio: Spread::of(rounds.map(|(many, few)| many / few).collect()),
+                ratio: ratio(sum(last), sum(first)),
                 limit: 1.1,
                 at_most: true,
             });
@@ -258,11 +271,15 @@ impl Found<'_> {
         }
         let case = Case::RefusedSpread;
         let mut rows = ours().filter(|row| row.case == case);
-        let (few, many) = (rows.next(), rows.next_back());
-        let rules = |row: Option<&Row>| row.map_or(0, |row| row.rules);
-        let (first, last) = (rules(few), rules(many));
-        let what = format!("weir, {last} / {first} rules, {}", case.name());
-        self.add(what, many, few, 6.0);
+        if let (Some(few), Some(many)) = (rows.next(), rows.next_back()) {
+            let (first, last) = (few.rules, many.rules);
+            self.aims.push(Aim {
+                what: format!("weir, {last} / {first} rules, {}", case.name()),
+                ratio: ratio(table.decided(many), table.decided(few)),
+                limit: 6.0,
+                at_most: true,
+            });
+        }
     }
 
     /// Against what looks through its rules, and what keeps state of flows, with 1,000 rules.
