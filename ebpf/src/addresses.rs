@@ -131,7 +131,8 @@ pub struct Owned {
     pub as_destination: u32,
     /// [`Near::ranges`] by direction.
     pub ranges: [[[u16; 2]; GRANT_RANGES]; 2],
-    /// The rest of each [`Near`], by direction.
+    /// The rest of each [`Near`], by direction. [`near::ASK`], unless the address is a peer's and
+    /// may be one's at all ([`crate::verdict::is_routable`]).
     pub heads: [Head; 2],
     /// [`Identity::share`].
     pub share: u16,
@@ -141,7 +142,7 @@ pub struct Owned {
     pub zero: u8,
 }
 
-/// An address of this node.
+/// An address of this node that may be one's at all ([`crate::verdict::is_routable`]).
 #[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[cfg_attr(not(target_arch = "bpf"), derive(Debug))]
 #[repr(C)]

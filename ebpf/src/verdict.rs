@@ -43,7 +43,7 @@ use crate::packet::{Bytes, Packet, Part, What, deciding_bytes, parse};
 use crate::reason::{Accepted, OUTCOMES, Reason};
 use core::borrow::Borrow;
 
-pub use policy::{allows_flow, allows_packet};
+pub use policy::{allows_flow, allows_packet, is_routable};
 
 pub(crate) use flow::key as flow_key;
 pub use flow::{
@@ -250,21 +250,15 @@ pub trait Tables: Sized {
     fn line(&self, slot: u32, addr: &Addr) -> Option<Self::Line>;
     /// This node's identity, if this is its address that lines speak of ([`Owned::near`]).
     fn home(&self, slot: u32, addr: &Addr) -> Option<Identity>;
-    /// [`Self::home`] of `ours` and [`Self::line`] of `theirs`, if the slot is complete, both are
-    /// there, and what is to be looked at meanwhile holds. In the kernel the line may be there and
-    /// not found.
+    /// [`Self::line`] of `theirs`, if the slot is complete and `ours` is [`Self::home`]. In the
+    /// kernel it may be there and not found.
     #[inline(always)]
-    fn ends(
-        &self,
-        slot: u32,
-        ours: &Addr,
-        theirs: &Addr,
-        meanwhile: impl FnOnce() -> bool,
-    ) -> Option<(Identity, Self::Line)> {
-        if !self.complete(slot) || !meanwhile() {
+    fn line_from_home(&self, slot: u32, ours: &Addr, theirs: &Addr) -> Option<Self::Line> {
+        if !self.complete(slot) {
             return None;
         }
-        Some((self.home(slot, ours)?, self.line(slot, theirs)?))
+        self.home(slot, ours)?;
+        self.line(slot, theirs)
     }
     /// Who has exactly this address.
     #[inline(always)]

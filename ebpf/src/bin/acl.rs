@@ -249,25 +249,16 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn ends(
-        &self,
-        slot: u32,
-        ours: &Addr,
-        theirs: &Addr,
-        meanwhile: impl FnOnce() -> bool,
-    ) -> Option<(Identity, &'static Owned)> {
+    fn line_from_home(&self, slot: u32, ours: &Addr, theirs: &Addr) -> Option<&'static Owned> {
         let shape = SHAPES.get(slot)?;
         if shape.pairs.lines == 0 {
             return None;
         }
         let hash = shape.book.hash(theirs);
         let pilot = pilot_of(slot, &shape.book, hash)?;
-        let home = home_of(shape, ours)?;
-        if !meanwhile() {
-            return None;
-        }
+        home_of(shape, ours)?;
         let line = line_at(slot, shape.book.line(hash, pilot))?;
-        is_same(&line.addr, theirs).then_some((home, line))
+        is_same(&line.addr, theirs).then_some(line)
     }
 
     #[inline(always)]

@@ -70,21 +70,18 @@ pub fn allows_packet<T: Tables>(
 /// [`allows_packet`], where the line of the peer's address says it; `None` where it does not.
 ///
 /// Of many peers, a line is in no cache, and to wait for it costs more than all else. So it is
-/// asked for here, without a call in between; what is done while its place is found costs nothing,
-/// and little is left to do when it is there.
+/// asked for here, without a call in between, and little is left to do when it is there: a line
+/// that says something is that of a peer, and its address and this node's are routable
+/// ([`Owned::heads`]).
 #[inline(always)]
 pub(super) fn at_once<T: Tables>(tables: &T, packet: &Packet, at: &At) -> Option<Answer> {
     let direction = at.direction;
     let question = Question::of_packet(packet, direction, at.active.slot);
     let (ours, theirs) = question.ends();
-    let (us, line) = tables.ends(question.slot, ours, theirs, || {
-        routable(tables, question.src).is_ok() && routable(tables, question.dst).is_ok()
-    })?;
-    let peer = line.borrow().identity();
-    check_sides(tables, direction, us.side, peer.side).ok()?;
+    let line = tables.line_from_home(question.slot, ours, theirs)?;
     let allowed = by_line(tables, line.borrow(), &question)?;
     Some(Answer::from(if allowed {
-        Ok(peer.share)
+        Ok(line.borrow().identity().share)
     } else {
         Err(Reason::Policy)
     }))
@@ -267,25 +264,40 @@ fn by_pair<T: Tables>(tables: &T, question: &Question, source: u32, destination:
 /// Refuses addresses that never belong to a peer, whatever the tables say.
 #[inline(always)]
 fn routable<T: Tables>(tables: &T, addr: &Addr) -> Result<(), Reason> {
+    match unroutable(addr) {
+        Some((branch, reason)) => {
+            tables.probe(branch);
+            Err(reason)
+        }
+        None => {
+            tables.probe(Branch::AddressFine);
+            Ok(())
+        }
+    }
+}
+
+/// Whether an address may belong to a peer at all.
+#[must_use]
+pub fn is_routable(addr: &Addr) -> bool {
+    unroutable(addr).is_none()
+}
+
+#[inline(always)]
+fn unroutable(addr: &Addr) -> Option<(Branch, Reason)> {
     let [first, second, _, _] = if addr.is_v4() {
         addr.words[3].to_ne_bytes()
     } else {
         addr.words[0].to_ne_bytes()
     };
-    let (branch, reason) = match (addr.is_v4(), first, second) {
-        (true, 0 | 127, _) => (Branch::MartianV4, Reason::Martian),
+    match (addr.is_v4(), first, second) {
+        (true, 0 | 127, _) => Some((Branch::MartianV4, Reason::Martian)),
         // Class E with the broadcast address goes with multicast.
-        (true, 224..=255, _) => (Branch::MulticastV4, Reason::Multicast),
-        (true, 169, 254) => (Branch::LinkLocalV4, Reason::LinkLocal),
-        (false, 0xff, _) => (Branch::MulticastV6, Reason::Multicast),
-        (false, 0xfe, 0x80..=0xbf) => (Branch::LinkLocalV6, Reason::LinkLocal),
-        _ => {
-            tables.probe(Branch::AddressFine);
-            return Ok(());
-        }
-    };
-    tables.probe(branch);
-    Err(reason)
+        (true, 224..=255, _) => Some((Branch::MulticastV4, Reason::Multicast)),
+        (true, 169, 254) => Some((Branch::LinkLocalV4, Reason::LinkLocal)),
+        (false, 0xff, _) => Some((Branch::MulticastV6, Reason::Multicast)),
+        (false, 0xfe, 0x80..=0xbf) => Some((Branch::LinkLocalV6, Reason::LinkLocal)),
+        _ => None,
+    }
 }
 
 /// Who has an address: nobody, too, is an answer.

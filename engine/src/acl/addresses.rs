@@ -12,6 +12,7 @@ use ebpf::addresses::{
     BUCKET, Book, Home, LINE_BYTES, Near, Owned, PILOTS, Place, SLAB_LINES, SLAB_PILOTS, SLABS,
     Slab,
 };
+use ebpf::verdict::is_routable;
 use std::cmp::Reverse;
 
 /// Lines that stay free beside one for each two addresses.
@@ -32,12 +33,12 @@ pub struct Laid {
     pub slabs: Vec<Slab>,
 }
 
-/// The node's first address of each family, IPv6 first.
+/// The node's first routable address of each family, IPv6 first.
 #[must_use]
 pub fn homes(tables: &Tables) -> [Home; 2] {
     [false, true].map(|v4| {
         let own = |(addr, identity): &(&Addr, &Identity)| {
-            identity.side == side::OWN && addr.is_v4() == v4
+            identity.side == side::OWN && addr.is_v4() == v4 && is_routable(addr)
         };
         let first = tables.identities.iter().find(own);
         first.map_or(Home::NONE, |(addr, identity)| Home {
@@ -47,12 +48,12 @@ pub fn homes(tables: &Tables) -> [Home; 2] {
     })
 }
 
-/// The line of an address: with it go the grants between it and the node's own first address of its
-/// family, if that is another.
+/// The line of an address: if that is a peer's and routable, the grants between it and the node's
+/// own first address of its family go with it.
 #[must_use]
 pub fn line(tables: &Tables, homes: &[Home; 2], addr: Addr, identity: Identity) -> Owned {
     let home = homes[usize::from(addr.is_v4())];
-    if identity.side == side::OWN || home == Home::NONE {
+    if identity.side != side::PEER || home == Home::NONE || !is_routable(&addr) {
         return Owned::new(addr, identity, [Near::ASK; 2]);
     }
     let near = Direction::ALL.map(|direction| {

@@ -141,10 +141,18 @@ impl Table {
     }
 }
 
-/// The first in the second, by round.
+/// What cannot be told from nothing, in nanoseconds.
+const NOTHING: f64 = 1.0;
+
+/// The first in the second, by round. A cost that is next to nothing, or less, counts as
+/// [`NOTHING`] where something is divided by it.
 fn ratio(over: Vec<f64>, under: Vec<f64>) -> Spread {
     let rounds = over.into_iter().zip(under);
-    Spread::of(rounds.map(|(over, under)| over / under).collect())
+    Spread::of(
+        rounds
+            .map(|(over, under)| over / under.max(NOTHING))
+            .collect(),
+    )
 }
 
 /// A ratio, and what it should be.
