@@ -246,6 +246,7 @@ async fn assemble(
     .await?;
     let (inputs_in, inputs) = mpsc::channel(QUEUE);
     spawn_watch(&config, inputs_in.clone());
+    spawn_sleeper(inputs_in.clone());
     let (control_in, control) = mpsc::channel(QUEUE);
     let (kept_in, kept) = mpsc::channel(QUEUE);
     let (looks_in, looks) = mpsc::channel(QUEUE);
@@ -350,6 +351,9 @@ impl Daemon {
                         self.link.send(control::Command::Hurry);
                     }
                 }
+                if matches!(input, Input::Woke) {
+                    self.woke();
+                }
                 self.engine.handle(Instant::now(), input);
             }
             Event::Port(event) => self.seen(event),
@@ -362,6 +366,14 @@ impl Daemon {
             Event::Stop => return ControlFlow::Break(()),
         }
         ControlFlow::Continue(())
+    }
+
+    /// Nobody outside may remember the host any more, which slept: connections are tried, and the
+    /// router is asked anew for what it opened.
+    fn woke(&mut self) {
+        self.relayed.shaken();
+        self.link.send(control::Command::Hurry);
+        self.routers.send_modify(|_| ());
     }
 
     /// Lets the engine do all that it wants now; returns when to wake it.
@@ -679,6 +691,26 @@ fn spawn_watch(config: &Config, inputs: mpsc::Sender<Input>) {
             }
         }
     });
+}
+
+/// Watches for the machine to sleep and wake, for as long as the loop lives.
+fn spawn_sleeper(inputs: mpsc::Sender<Input>) {
+    let woke = move |long: Duration| {
+        tracing::info!(
+            seconds = long.as_secs(),
+            "the machine slept: paths are looked at anew"
+        );
+        inputs.blocking_send(Input::Woke).is_ok()
+    };
+    let watch = move || {
+        if let Err(error) = kernel::wake::watch(woke) {
+            tracing::warn!(%error, "it will not be seen when this machine sleeps");
+        }
+    };
+    let thread = std::thread::Builder::new().name("sleeper".to_owned());
+    if let Err(error) = thread.spawn(watch) {
+        tracing::warn!(%error, "it will not be seen when this machine sleeps");
+    }
 }
 
 /// Keeps the newest netmap on disk. Writing takes its time; netmaps that come meanwhile are

@@ -2,8 +2,9 @@
 //!
 //! Only this module and those below it know netlink and aya: [`wireguard`] peers and keys,
 //! [`route`] links, addresses, routes and forwarding, [`bpf`] programs and maps, [`underlay`] the
-//! interfaces under the tunnel, [`watch`] what changes on the host. They decide nothing: every decision was made by the engine, and what
-//! cannot be done is an [`ApplyError`] with the kernel's own words.
+//! interfaces under the tunnel, [`watch`] what changes on the host, [`wake`] that it slept. They
+//! decide nothing: every decision was made by the engine, and what cannot be done is an
+//! [`ApplyError`] with the kernel's own words.
 //!
 //! A [`Kernel`] lives in a thread of its own ([`spawn`]) and takes one [`Job`] at a time, so that
 //! ten thousand peers never hold up an answer on the unix socket.
@@ -11,6 +12,7 @@
 pub mod bpf;
 pub mod route;
 pub mod underlay;
+pub mod wake;
 pub mod watch;
 pub mod wireguard;
 

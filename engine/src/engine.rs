@@ -169,6 +169,7 @@ impl Engine {
             }
             Input::Forget => self.forget(now),
             Input::Links(links) => self.handle_links(now, links),
+            Input::Woke => self.shaken(now),
             Input::Observed(observed) => self.handle_observed(now, observed),
             Input::Unreadable(detail) => {
                 self.observing = false;
@@ -437,6 +438,11 @@ impl Engine {
         }
         self.links = Some(links);
         self.refresh_router();
+        self.shaken(now);
+    }
+
+    /// What is known of the world outside may hold no longer.
+    fn shaken(&mut self, now: Instant) {
         self.netcheck.hurry(now);
         self.outside.hurry(now);
         self.refresh_paths(now);

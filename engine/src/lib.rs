@@ -115,6 +115,8 @@ pub enum Input {
     Proxy(String),
     /// The host's addresses or routes are these now.
     Links(Links),
+    /// The host slept and is awake again: what was known of the world is older than it seems.
+    Woke,
     /// What the kernel holds of ours, as asked by [`Output::Observe`].
     Observed(Observed),
     /// The kernel could not be read: the error chain, for people.

@@ -5,6 +5,7 @@
 //! any number of guests at once. A test that fails leaves `results/NAME` with all logs, captures
 //! and tables.
 
+mod asleep;
 mod bare;
 mod control;
 mod enforcement;

@@ -64,7 +64,7 @@ impl Underlay {
 }
 
 /// A network of a coordinator at `hub` and two nodes.
-fn mesh(lab: &Lab, hub: IpAddr, hosts: [&'static str; 2]) -> anyhow::Result<Mesh> {
+pub fn mesh(lab: &Lab, hub: IpAddr, hosts: [&'static str; 2]) -> anyhow::Result<Mesh> {
     let mut mesh = Mesh::new(Coordinator::start_at(&lab.host("hub"), hub)?);
     mesh.coordinator.admin("network create home")?;
     let user = "user create ana@example.com --network home";

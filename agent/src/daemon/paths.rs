@@ -117,9 +117,14 @@ impl Relayed {
         let shaken = self.ground != ground;
         if shaken {
             self.ground = ground;
-            self.relays.shaken();
+            self.shaken();
         }
         shaken
+    }
+
+    /// Connections may have broken without a word.
+    pub(super) fn shaken(&self) {
+        self.relays.shaken();
     }
 
     /// What the connection to a region goes through, while it stands.

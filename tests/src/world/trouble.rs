@@ -167,6 +167,7 @@ impl World {
             }
             self.lose(index, region, "the relay does not know us any more".into());
         }
+        self.tell(index, Input::Woke);
     }
 
     /// Sets a node's wall clock, to seconds since 1970: handshakes are stamped by it.

@@ -1,0 +1,54 @@
+#!/bin/sh
+# Runs a command of a QEMU guest in a root that is memory alone, and ends the guest with its exit
+# code. For what a guest's root, which is the host's by 9p, does not survive, such as suspension:
+#
+#   cargo xtask vm --backend tcg --kernel 6.12 --env WEIR_MAY_SLEEP=1 -- \
+#       sh xtask/vm/in-memory.sh LAB_TEST_PROGRAM asleep --nocapture
+#
+# The command's program, weir's own beside it, and what the lab calls are copied with their libraries.
+set -e
+ROOT=/run/memory
+B=/run/vm/busybox
+mkdir -p $ROOT
+mount -t tmpfs -o size=75% memory $ROOT
+cd "$(dirname "$0")/../.."
+mkdir -p $ROOT/proc $ROOT/sys $ROOT/dev $ROOT/run/netns $ROOT/tmp $ROOT/etc $ROOT/usr $ROOT/root $ROOT/var/lib \
+    "$ROOT$PWD/results" $ROOT/run/vm
+mkdir -p $ROOT/usr/bin $ROOT/usr/sbin $ROOT/usr/lib $ROOT/usr/lib64
+for link in bin sbin lib lib64; do [ -e $ROOT/$link ] || ln -s usr/$link $ROOT/$link; done
+for file in passwd group nsswitch.conf hosts protocols services iproute2 ssl; do
+    [ ! -e /etc/$file ] || cp -aL /etc/$file $ROOT/etc/
+done
+take() {
+    mkdir -p "$ROOT$(dirname "$1")"
+    cp -L "$1" "$ROOT$1"
+    for library in $(ldd "$1" 2>/dev/null | grep -o '/[^ ]*'); do
+        [ -e "$ROOT$library" ] || { mkdir -p "$ROOT$(dirname "$library")"; cp -L "$library" "$ROOT$library"; }
+    done
+}
+command=$1
+for name in weir weir-coordinator weir-relay; do
+    take "$PWD/target/debug/$name"
+    strip -g "$ROOT$PWD/target/debug/$name"
+done
+take "$command"
+strip -g "$ROOT$command"
+for name in sh ip nft conntrack wg sysctl ping tcpdump tc ss bpftool; do
+    program=$(command -v $name) && take "$program" || echo "in-memory: no $name" >&2
+done
+cp $B $ROOT/run/vm/busybox
+for name in $($B --list); do
+    [ -e "$ROOT/usr/bin/$name" ] || [ -e "$ROOT/usr/sbin/$name" ] || ln -s $B "$ROOT/usr/bin/$name"
+done
+mount -t proc proc $ROOT/proc
+mount --rbind /sys $ROOT/sys
+mount --rbind /dev $ROOT/dev
+cat >$ROOT/end.sh <<END
+cd $PWD
+"\$@"
+rc=\$?
+$B sleep 1
+echo \$rc >"\$(echo /dev/vport*p3)"
+$B reboot -f
+END
+exec chroot $ROOT /bin/sh /end.sh "$@"
