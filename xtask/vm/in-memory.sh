@@ -2,8 +2,8 @@
 # Runs a command of a QEMU guest in a root that is memory alone, and ends the guest with its exit
 # code. For what a guest's root, which is the host's by 9p, does not survive, such as suspension:
 #
-#   cargo xtask vm --backend tcg --kernel 6.12 --env WEIR_MAY_SLEEP=1 -- \
-#       sh xtask/vm/in-memory.sh LAB_TEST_PROGRAM asleep --nocapture
+#   cargo xtask vm --backend tcg --kernel 6.12 --mem 4096 --env WEIR_MAY_SLEEP=1 -- \
+#       sh xtask/vm/in-memory.sh $PWD/target/debug/deps/lab-HASH asleep --nocapture
 #
 # The command's program, weir's own beside it, and what the lab calls are copied with their libraries.
 set -e
