@@ -12,9 +12,10 @@ B=/run/vm/busybox
 mkdir -p $ROOT
 mount -t tmpfs -o size=75% memory $ROOT
 cd "$(dirname "$0")/../.."
-mkdir -p $ROOT/proc $ROOT/sys $ROOT/dev $ROOT/run/netns $ROOT/tmp $ROOT/etc $ROOT/usr $ROOT/root $ROOT/var/lib \
-    "$ROOT$PWD/results" $ROOT/run/vm
-mkdir -p $ROOT/usr/bin $ROOT/usr/sbin $ROOT/usr/lib $ROOT/usr/lib64
+for folder in proc sys dev run/netns run/vm tmp etc root var/lib usr/bin usr/sbin usr/lib usr/lib64; do
+    mkdir -p "$ROOT/$folder"
+done
+mkdir -p "$ROOT$PWD/results"
 for link in bin sbin lib lib64; do [ -e $ROOT/$link ] || ln -s usr/$link $ROOT/$link; done
 for file in passwd group nsswitch.conf hosts protocols services iproute2 ssl; do
     [ ! -e /etc/$file ] || cp -aL /etc/$file $ROOT/etc/
@@ -23,7 +24,8 @@ take() {
     mkdir -p "$ROOT$(dirname "$1")"
     cp -L "$1" "$ROOT$1"
     for library in $(ldd "$1" 2>/dev/null | grep -o '/[^ ]*'); do
-        [ -e "$ROOT$library" ] || { mkdir -p "$ROOT$(dirname "$library")"; cp -L "$library" "$ROOT$library"; }
+        mkdir -p "$ROOT$(dirname "$library")"
+        cp -L "$library" "$ROOT$library"
     done
 }
 command=$1
