@@ -8,7 +8,8 @@
 //! initiation went out and one came in, a response went out, and there is no session.
 //!
 //! Then the node that goes first gives its kernel the peer anew. A peer that was just made may send an
-//! initiation at once, and the other end, which waits, answers it.
+//! initiation at once, and the other end, which waits, answers it. Between the two messages to the
+//! kernel there is no such peer, and it refuses a packet to it (`ENOKEY`, host unreachable).
 
 use super::counters::Growth;
 use std::time::{Duration, Instant};
