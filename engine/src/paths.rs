@@ -289,11 +289,12 @@ impl Paths {
 
     /// Peers that the kernel is to be given anew. Each is said once.
     pub(crate) fn take_renewals(&mut self) -> Vec<NodeKey> {
-        let due = self
-            .all
-            .iter_mut()
-            .filter_map(|(key, entry)| entry.path.take_renewal().then_some(*key));
-        due.collect()
+        let entries = self.all.iter_mut();
+        let due = entries.filter_map(|(key, entry)| entry.path.take_renewal().then_some(*key));
+        due.inspect(
+            |key| tracing::info!(peer = %key, "handshakes crossed: it is given to the kernel anew"),
+        )
+        .collect()
     }
 
     /// Peers that are to be greeted now. Each is said once.

@@ -651,7 +651,7 @@ fn kernel_explain_says_what_the_programs_do_and_leaves_nothing_behind() {
         let mut packet = ebpf::packet::Packet::NONE;
         assert!(ebpf::packet::parse(&spec.bytes().as_slice(), &mut packet).passes());
         let before = acl.flows(10).unwrap();
-        let said = acl.judge(&packet, Ingress);
+        let said = acl.view().judge(&packet, Ingress);
         assert_eq!(said.passes(), wanted);
         let after = acl.flows(10).unwrap();
         assert_eq!(after, before, "explaining opens no flow");

@@ -320,7 +320,13 @@ fn handshakes_that_cross_are_begun_anew() -> anyhow::Result<()> {
     }
     let took = begin_at_once(&nodes, addrs)?;
     println!("both began at once: answers after {took:.1?}");
-    ensure!(took.iter().all(|took| *took < CROSSED), "{took:?}");
+    let logs = nodes
+        .each_ref()
+        .map(|node| std::fs::read_to_string(node.host.folder.join("agent.log")));
+    ensure!(
+        took.iter().all(|took| *took < CROSSED),
+        "{took:?}; {logs:#?}"
+    );
     lab.passed();
     Ok(())
 }

@@ -89,7 +89,7 @@ impl Daemon {
         let first = first(&flow, direction);
         let shielded = self.settings.shields_up && direction == Direction::Ingress;
         self.ask_maps(
-            move |acl| acl.map(|acl| acl.explain(&first)),
+            move |acl| acl.map(|acl| acl.view().explain(&first)),
             move |verdict| {
                 with(verdict.map(|verdict| {
                     explanation.reason = verdict.name().to_owned();

@@ -52,6 +52,7 @@ pub use addresses::shift as line_shift;
 pub use attach::{How, Options};
 pub use error::AclError;
 pub use flows::FlowTable;
+pub use view::View;
 
 /// The committed object, aligned as the loader wants it.
 static OBJECT: &[u8] =

@@ -56,6 +56,9 @@ pub(super) struct Growth {
 
 impl Growth {
     fn between(before: &Stats, after: &Stats) -> Self {
+        let restarted = after.tx_bytes < before.tx_bytes;
+        let none = Stats::default();
+        let before = if restarted { &none } else { before };
         let shaken = after.last_handshake > before.last_handshake;
         let sent = after.tx_bytes.saturating_sub(before.tx_bytes);
         let received = after.rx_bytes.saturating_sub(before.rx_bytes);
@@ -64,7 +67,7 @@ impl Growth {
             answered: received > 0 || shaken,
             shaken,
             received,
-            restarted: after.tx_bytes < before.tx_bytes,
+            restarted,
             sent,
             asked: sent > 0 && sent != KEEPALIVE_BYTES,
             lively: sent > quiet || received > quiet,
@@ -90,7 +93,7 @@ impl Path {
             self.heard = Some(now);
             self.one_way = false;
         }
-        if matches!(self.way, Way::Direct(_)) && !self.yields {
+        if self.way != Way::Relay && !self.yields {
             self.crossing.see(now, growth);
         }
         let was_live = self.live;

@@ -17,36 +17,57 @@ use std::time::{Duration, Instant};
 /// Bytes of a handshake's messages (WireGuard paper 5.4.2, 5.4.3). Those of data are multiples of 16.
 const INITIATION: u64 = 148;
 const RESPONSE: u64 = 92;
-/// For how long an initiation of ours is remembered: from one look at the kernel to the next one.
+/// Within this long the messages of one crossing are seen; it may take more than one look at the kernel.
 const UNDER_WAY: Duration = Duration::from_secs(3);
 /// A peer is not given anew more often than this.
-const PAUSE: Duration = Duration::from_secs(3);
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// What is known of handshakes that may cross.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Crossing {
-    /// When nothing but an initiation of ours was seen to have gone out.
-    asked: Option<Instant>,
+    /// Bytes sent and received, of handshakes only, and since when.
+    messages: (u64, u64),
+    since: Option<Instant>,
+    /// They crossed, and there was no session since.
+    crossed: bool,
     renewed: Option<Instant>,
     due: bool,
 }
 
 impl Crossing {
-    /// How the counters moved, on a direct path of a node that goes first.
+    /// How the counters moved without a relay, at the node that goes first.
     pub(super) fn see(&mut self, now: Instant, growth: Growth) {
         let Growth { sent, received, .. } = growth;
         let lately = |at: Option<Instant>, long| at.is_some_and(|it| now - it < long);
-        let both = sent == INITIATION + RESPONSE;
-        let asked = both || lately(self.asked, UNDER_WAY);
+        let handshakes = [0, INITIATION, RESPONSE, INITIATION + RESPONSE];
         if growth.shaken {
-            self.asked = None;
-        } else if asked && (both || sent == RESPONSE) && received == INITIATION {
-            self.asked = None;
-            if !lately(self.renewed, PAUSE) {
-                (self.due, self.renewed) = (true, Some(now));
-            }
-        } else if sent == INITIATION {
-            self.asked = Some(now);
+            *self = Self {
+                renewed: self.renewed,
+                ..Self::default()
+            };
+        } else if !handshakes.contains(&sent) || ![0, INITIATION].contains(&received) {
+            self.since = None;
+        } else if (sent, received) != (0, 0) {
+            let (before, since) = match self.since.filter(|_| lately(self.since, UNDER_WAY)) {
+                Some(since) => (self.messages, since),
+                None => ((0, 0), now),
+            };
+            let sum = (before.0 + sent, before.1 + received);
+            // What is more than one handshake each belongs to a later attempt.
+            let fits = sum.0 <= INITIATION + RESPONSE && sum.1 <= INITIATION;
+            let (messages, since) = match fits {
+                true => (sum, since),
+                false => ((sent, received), now),
+            };
+            (self.messages, self.since) = (messages, Some(since));
+            self.crossed |= messages == (INITIATION + RESPONSE, INITIATION);
+        }
+        if self.crossed && !lately(self.renewed, PAUSE) {
+            *self = Self {
+                renewed: Some(now),
+                due: true,
+                ..Self::default()
+            };
         }
     }
 
@@ -87,6 +108,20 @@ mod tests {
         assert!(crosses(&[(240, 148, false)]));
         assert!(crosses(&[(148, 0, false), (92, 148, false)]));
         assert!(crosses(&[(148, 0, false), (0, 0, false), (92, 148, false)]));
+        // The kernel counts its answer before that which it answers.
+        assert!(crosses(&[(240, 0, false), (0, 148, false)]));
+        assert!(crosses(&[(148, 0, false), (92, 0, false), (0, 148, false)]));
+        // What went before was the end of a session, or an attempt that was lost.
+        assert!(crosses(&[
+            (32, 0, false),
+            (148, 0, false),
+            (92, 148, false)
+        ]));
+        assert!(crosses(&[
+            (148, 0, false),
+            (148, 0, false),
+            (92, 148, false)
+        ]));
     }
 
     #[test]
@@ -117,6 +152,40 @@ mod tests {
             crossing.see(now, growth(240, 148, false));
             times += u32::from(crossing.take());
         }
-        assert_eq!(times, 10);
+        assert_eq!(times, 30);
+    }
+
+    /// Two of a new network cross as they start, and again at once.
+    #[test]
+    fn who_crosses_soon_after_a_renewal_waits_only_that_long() {
+        let (mut crossing, start) = (Crossing::default(), Instant::now());
+        let mut after = |ms, sent, received, shaken| {
+            let now = start + Duration::from_millis(ms);
+            crossing.see(now, growth(sent, received, shaken));
+            crossing.take()
+        };
+        assert!(after(0, 240, 148, false));
+        assert!(!after(300, 148, 92, true), "that one made a session");
+        assert!(!after(600, 240, 148, false));
+        assert!(!after(900, 0, 0, false));
+        assert!(after(1_100, 0, 0, false));
+        assert!(!after(2_500, 0, 0, false));
+    }
+
+    #[test]
+    fn a_session_ends_the_wait_for_a_renewal() {
+        let (mut crossing, start) = (Crossing::default(), Instant::now());
+        let looks = [
+            (0, 240, 148),
+            (300, 240, 148),
+            (700, 148, 92),
+            (1_500, 0, 0),
+        ];
+        let times = looks.map(|(ms, sent, received)| {
+            let now = start + Duration::from_millis(ms);
+            crossing.see(now, growth(sent, received, received == 92));
+            crossing.take()
+        });
+        assert_eq!(times, [true, false, false, false]);
     }
 }

@@ -5,11 +5,12 @@ use super::events::Events;
 use super::flows::{FlowTable, Flows};
 use super::policy::{self, Settling, Slot};
 use super::tracks::Tracks;
-use super::{AclError, How, Mapped, Options, PASSED, RawMap, Run, attach, now_ns, test_run, view};
+use super::view::View;
+use super::{AclError, How, Mapped, Options, PASSED, RawMap, Run, attach, now_ns, test_run};
 use ebpf::abi::{Active, Counter, Direction, Dropped, Flow, FlowKey};
 use ebpf::packet::{Packet, Tuple, What, protocol, tcp};
 use ebpf::reason::OUTCOMES;
-use ebpf::verdict::{Store, Verdict, decide};
+use ebpf::verdict::{Store, Verdict};
 use engine::acl::{Change, Tables};
 use std::fmt::Write as _;
 use std::io;
@@ -205,17 +206,10 @@ impl Acl {
         Ok(self.lost.get_per_cpu::<_, u64>(&0_u32)?.iter().sum())
     }
 
-    /// What the programs would do with the first packet of a flow, by their own evaluator. Its
-    /// source port is 0, which no live flow has.
+    /// What the programs would do, as the maps are now.
     #[must_use]
-    pub fn explain(&self, first: &First) -> Verdict {
-        self.judge(&first.packet(), first.direction)
-    }
-
-    /// What the programs would do with this packet now. Leaves no state behind.
-    #[must_use]
-    pub fn judge(&self, packet: &Packet, direction: Direction) -> Verdict {
-        decide(&view::View::new(self), packet, direction, now_ns())
+    pub fn view(&self) -> View<'_> {
+        View::new(self)
     }
 
     /// Runs a program on `packet` (an IP packet of at least 14 bytes) by `BPF_PROG_TEST_RUN`: it

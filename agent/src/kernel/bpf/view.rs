@@ -3,19 +3,19 @@
 //! Reading changes nothing: flows that a packet would make or end are not written. What cannot be
 //! read counts as absent, which is a drop.
 
-use super::Acl;
 use super::flows::FlowTable;
 use super::policy::Slot;
+use super::{Acl, First, now_ns};
 use ebpf::abi::{
     Active, Addr, Direction, Flow, FlowKey, Fragment, FragmentKey, Grant, Identity, PageKey,
     PairKey, Ports, PortsKey, Share,
 };
 use ebpf::addresses::Owned;
 use ebpf::packet::Packet;
-use ebpf::verdict::{Store, Tables};
+use ebpf::verdict::{Store, Tables, Verdict, decide};
 
-/// The maps of one device, at one active word.
-pub(super) struct View<'a> {
+/// The maps of one device, at one active word. The table of flows stays mapped while it lives.
+pub struct View<'a> {
     acl: &'a Acl,
     active: Active,
     flows: Option<FlowTable>,
@@ -29,6 +29,19 @@ impl<'a> View<'a> {
             active: acl.active(),
             flows: acl.flows.table().ok(),
         }
+    }
+
+    /// What the programs would do with the first packet of a flow, by their own evaluator. Its
+    /// source port is 0, which no live flow has.
+    #[must_use]
+    pub fn explain(&self, first: &First) -> Verdict {
+        self.judge(&first.packet(), first.direction)
+    }
+
+    /// What the programs would do with this packet now. Leaves no state behind.
+    #[must_use]
+    pub fn judge(&self, packet: &Packet, direction: Direction) -> Verdict {
+        decide(self, packet, direction, now_ns())
     }
 
     fn slot(&self, number: u32) -> Option<&Slot> {
