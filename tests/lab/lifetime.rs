@@ -32,9 +32,9 @@ pub(crate) fn forget_session(node: &Node, key: &str) -> anyhow::Result<()> {
     let [_, _, endpoint, allowed, ..] = fields[..] else {
         anyhow::bail!("{} has no peer {key}: {dump}", node.host.name);
     };
-    node.host.run(&format!("wg set weir0 peer {key} remove"))?;
+    // In one message: an agent that saw the moment without the peer would begin a session.
     node.host.run(&format!(
-        "wg set weir0 peer {key} endpoint {endpoint} allowed-ips {allowed}"
+        "wg set weir0 peer {key} remove peer {key} endpoint {endpoint} allowed-ips {allowed}"
     ))?;
     Ok(())
 }

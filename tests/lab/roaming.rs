@@ -5,9 +5,11 @@
 //! find out.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use tests::host::Host;
 use tests::lab::Lab;
 use tests::mesh::{Coordinator, Join, Mesh, Node};
 use tests::nat::{MAPPED_PORT, Nat};
@@ -64,7 +66,7 @@ impl Underlay {
 }
 
 /// A network of a coordinator at `hub` and two nodes.
-pub fn mesh(lab: &Lab, hub: IpAddr, hosts: [&'static str; 2]) -> anyhow::Result<Mesh> {
+fn mesh(lab: &Lab, hub: IpAddr, hosts: [&'static str; 2]) -> anyhow::Result<Mesh> {
     let mut mesh = Mesh::new(Coordinator::start_at(&lab.host("hub"), hub)?);
     mesh.coordinator.admin("network create home")?;
     let user = "user create ana@example.com --network home";
@@ -137,37 +139,70 @@ fn a_node_whose_ipv6_address_changes_is_followed_in_seconds() -> anyhow::Result<
     both_move("roaming6", Underlay::V6)
 }
 
-/// b talks to a, whose router suddenly maps it to another port and lets nothing in by the old one.
+/// b talks to a, whose router maps it to another port and lets nothing in by the old one.
 ///
 /// ```text
 ///  hub   b            a 10.1.0.2
 ///   │    │             └ lan ─ router
 ///  ─┴────┴─────────────────────┴── internet
 /// ```
+pub struct Rebinding {
+    pub router: Arc<Host>,
+    talk: Numbered,
+    mesh: Mesh,
+    lab: Lab,
+}
+
+impl Rebinding {
+    /// The port to which a is mapped anew.
+    pub const PORT: u16 = MAPPED_PORT + 1;
+
+    /// b has answers. The agents have hardly seen that there is a session.
+    pub fn start(name: &str) -> anyhow::Result<Self> {
+        let lab = Lab::new(name, &Topology::star(&["b"]).behind_a_router("a"))?;
+        let router = lab.host("router");
+        Nat::PortRestricted.install(&router, lab.host("a").v4())?;
+        let mesh = mesh(&lab, lab.host("hub").v4(), ["a", "b"])?;
+        let [a, b] = ["a", "b"].map(|name| mesh.node(name));
+        let talk = Numbered::start(&b.host, &a.host, a.v4()?, 80)?;
+        talk.flows(20)?;
+        Ok(Self {
+            router,
+            talk,
+            mesh,
+            lab,
+        })
+    }
+
+    /// The router forgets what it knew.
+    pub fn map_anew(&self) -> anyhow::Result<()> {
+        let (old, new) = (MAPPED_PORT.to_string(), Self::PORT.to_string());
+        let rules = self.router.run("nft list ruleset")?.stdout;
+        ensure!(rules.contains(&old), "{rules}");
+        let rules = format!("flush ruleset\n{}", rules.replace(&old, &new));
+        self.router.run_with("nft -f -", &rules)?;
+        self.router.run("conntrack -F")?;
+        Ok(())
+    }
+
+    /// How long b had no answers, which is `allowed` at most, before it had them by the new port.
+    pub fn end(self, allowed: Duration) -> anyhow::Result<Duration> {
+        self.talk.flows(400)?;
+        let losses = self.talk.end()?;
+        let gone = losses.outage();
+        ensure!(gone <= allowed, "{losses:?}");
+        let at = endpoint(&self.mesh.node("b"))?;
+        ensure!(at.port() == Self::PORT, "{at}");
+        self.lab.passed();
+        Ok(gone)
+    }
+}
+
 #[test]
 fn a_router_that_maps_anew_is_noticed_in_seconds() -> anyhow::Result<()> {
-    let topology = Topology::star(&["b"]).behind_a_router("a");
-    let lab = Lab::new("rebinding", &topology)?;
-    let router = lab.host("router");
-    Nat::PortRestricted.install(&router, lab.host("a").v4())?;
-    let mesh = mesh(&lab, lab.host("hub").v4(), ["a", "b"])?;
-    let [a, b] = ["a", "b"].map(|name| mesh.node(name));
-    let numbered = Numbered::start(&b.host, &a.host, a.v4()?, 80)?;
-    // At once: the agents have hardly seen that there is a session.
-    numbered.flows(20)?;
-    let (old, new) = (MAPPED_PORT.to_string(), (MAPPED_PORT + 1).to_string());
-    let rules = router.run("nft list ruleset")?.stdout;
-    ensure!(rules.contains(&old), "{rules}");
-    let rules = format!("flush ruleset\n{}", rules.replace(&old, &new));
-    router.run_with("nft -f -", &rules)?;
-    router.run("conntrack -F")?;
-    numbered.flows(400)?;
-    let losses = numbered.end()?;
-    let gone = losses.outage();
+    let rebinding = Rebinding::start("rebinding")?;
+    rebinding.map_anew()?;
+    let gone = rebinding.end(FOLLOWED)?;
     println!("the router maps anew: an outage of {gone:?}");
-    ensure!(gone <= FOLLOWED, "{losses:?}");
-    let endpoint = b.host.run("wg show weir0 endpoints")?.stdout;
-    ensure!(endpoint.trim_end().ends_with(&new), "{endpoint}");
-    lab.passed();
     Ok(())
 }
