@@ -142,7 +142,9 @@ impl World {
     /// The whole host falls asleep. Its monotonic clock stands still, the kernel's WireGuard's does
     /// not (`CLOCK_MONOTONIC`, `CLOCK_BOOTTIME`).
     pub fn sleep(&mut self, index: usize) {
-        self.nodes[index].asleep.get_or_insert(self.now);
+        let node = &mut self.nodes[index];
+        node.asleep.get_or_insert(self.now);
+        node.kernel.suspend();
     }
 
     /// It wakes up, and its connections to relays have died meanwhile.

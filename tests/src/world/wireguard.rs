@@ -180,6 +180,15 @@ impl Kernel {
         }
     }
 
+    /// The host is suspended: its keys are wiped (`wg_pm_notification`).
+    pub fn suspend(&mut self) {
+        for tunnel in self.tunnels.values_mut() {
+            tunnel.sessions.clear();
+            tunnel.current = None;
+            tunnel.initiated = tunnel.initiated.map(|(at, _)| (at, None));
+        }
+    }
+
     /// An application sends a packet.
     pub fn send(&mut self, now: Duration, inner: Inner) -> Vec<Sent> {
         let to = if inner.answer { inner.src } else { inner.dst };
