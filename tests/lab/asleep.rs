@@ -13,13 +13,12 @@ use super::roaming::Rebinding;
 
 /// Set where the machine may be put to sleep.
 const MAY_SLEEP: &str = "WEIR_MAY_SLEEP";
-/// For how many seconds.
-const ASLEEP: u64 = 4;
+/// For how many seconds: longer than a kernel waits between two initiations (`REKEY_TIMEOUT`).
+const ASLEEP: u64 = 8;
 /// Within this of waking, paths are asked.
 const ASKED: Duration = Duration::from_secs(1);
-/// Within this, there are answers: if the kernel's first initiation goes where nobody is any more, it
-/// sends the next one five seconds later (`REKEY_TIMEOUT`).
-const FOLLOWED: Duration = Duration::from_secs(6);
+/// Within this, there are answers.
+const FOLLOWED: Duration = Duration::from_secs(3);
 
 /// The router maps a anew as the machine falls asleep.
 #[test]
