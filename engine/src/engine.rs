@@ -169,7 +169,10 @@ impl Engine {
             }
             Input::Forget => self.forget(now),
             Input::Links(links) => self.handle_links(now, links),
-            Input::Woke => self.shaken(now),
+            Input::Woke => {
+                self.paths.woke(now);
+                self.shaken(now);
+            }
             Input::Observed(observed) => self.handle_observed(now, observed),
             Input::Unreadable(detail) => {
                 self.observing = false;

@@ -431,11 +431,16 @@ impl Path {
 
     /// Whether the peer is to be greeted now. Said once.
     pub fn take_greeting(&mut self) -> bool {
-        let due = self.greeting == Greeting::Now;
-        if due {
-            self.greeting = Greeting::None;
+        if self.greeting != Greeting::Now {
+            return false;
         }
-        due && !self.is_mute()
+        let mute = self.is_mute();
+        self.greeting = if mute {
+            Greeting::Owed
+        } else {
+            Greeting::None
+        };
+        !mute
     }
 
     /// Whether something became due that the kernel is to be told. Said once.
@@ -575,6 +580,17 @@ impl Path {
         self.hold = None;
         for candidate in self.candidates.values_mut() {
             candidate.heard(now);
+        }
+    }
+
+    /// The host slept: its kernel wiped the session's keys, and the peer's kernel did not. Who can be
+    /// asked directly is greeted when it answers; who is relayed is greeted as soon as that works.
+    pub fn woke(&mut self, now: Instant) {
+        if self.way == Way::Relay && self.live && self.greeting == Greeting::None {
+            match self.is_relay_up() {
+                true => self.greet(now),
+                false => self.greeting = Greeting::Owed,
+            }
         }
     }
 

@@ -250,6 +250,13 @@ impl Paths {
         }
     }
 
+    /// The host slept, and has no sessions any more.
+    pub(crate) fn woke(&mut self, now: Instant) {
+        for key in self.keys() {
+            self.touch(now, key, |path| path.woke(now));
+        }
+    }
+
     /// There is news of one end of a path.
     fn news(&mut self, now: Instant, key: NodeKey) {
         let few = self.all.len() <= EAGER_PEERS;

@@ -19,8 +19,10 @@ const CROSS: Duration = Duration::from_millis(80);
 /// and how soon both have an answer although they began at once: after a look at the kernel, which is
 /// read every two seconds where nobody spoke. The kernels alone take 5 s and more.
 const CROSSED: Duration = Duration::from_secs(3);
-/// An answer, from the moment that who slept is awake.
+/// An answer, from the moment that who slept is awake,
 const AWAKE: Duration = Duration::from_secs(1);
+/// and where it must connect to its relay before.
+const CONNECTED: Duration = Duration::from_secs(2);
 /// What things are waited for at most.
 const PATIENCE: Duration = Duration::from_secs(15);
 /// Between two questions.
@@ -226,41 +228,73 @@ fn nodes_that_move_are_followed_whenever_they_do() {
     assert!(late.is_empty(), "{}: {late:?}", late.len());
 }
 
-/// A node behind a router sleeps, or both nodes do, and the router forgets them meanwhile. There is no
-/// relay whose loss would tell.
+/// How soon there is an answer after one or both of two that talk slept so long.
+fn pause_of_sleep(
+    mut world: World,
+    asleep: &[usize],
+    long: Duration,
+    meanwhile: impl FnOnce(&mut World),
+) -> Duration {
+    let (from, to) = ways(&world)[0];
+    let talk = world.talk(from, to, PACE, 600 * SECOND);
+    world.run(8 * SECOND);
+    for node in asleep {
+        world.sleep(*node);
+    }
+    meanwhile(&mut world);
+    world.run(SECOND + long);
+    let answered = world.heard(talk).answered.len();
+    let woke = world.now();
+    for node in asleep {
+        world.wake(*node);
+    }
+    let answers = |world: &World| world.heard(talk).answered.len() > answered;
+    when(&mut world, "answered", answers) - woke
+}
+
+/// A node behind a router sleeps, or both nodes do, and the router forgets them meanwhile or does not.
+/// There is no relay whose loss would tell.
 #[test]
 fn who_slept_asks_its_paths_as_soon_as_it_wakes() {
     let (mut late, mut last) = (Vec::new(), Duration::ZERO);
     for (seed, long) in moments(170 * SECOND, 8) {
-        for side in 0..2 {
-            for asleep in [vec![side], vec![0, 1]] {
-                let mut world = World::new(seed, &[]).unwrap();
-                let realm = world.router(Kind::PORT_RESTRICTED, 0);
-                let realms = if side == 0 { [realm, 0] } else { [0, realm] };
-                for realm in realms {
-                    world.node(realm, 10 * MS).unwrap();
+        for (side, both, forgets) in [0, 1].into_iter().flat_map(|side| {
+            let sleeps = [(false, false), (false, true), (true, false), (true, true)];
+            sleeps.map(|(both, forgets)| (side, both, forgets))
+        }) {
+            let mut world = World::new(seed, &[]).unwrap();
+            let realm = world.router(Kind::PORT_RESTRICTED, 0);
+            let realms = if side == 0 { [realm, 0] } else { [0, realm] };
+            for realm in realms {
+                world.node(realm, 10 * MS).unwrap();
+            }
+            let asleep: &[usize] = if both { &[0, 1] } else { &[side] };
+            let took = pause_of_sleep(world, asleep, long, |world| {
+                if forgets {
+                    world.restart_router(realm);
                 }
-                let (from, to) = ways(&world)[0];
-                let talk = world.talk(from, to, PACE, 600 * SECOND);
-                world.run(8 * SECOND);
-                for node in &asleep {
-                    world.sleep(*node);
-                }
-                world.restart_router(realm);
-                world.run(SECOND + long);
-                let answered = world.heard(talk).answered.len();
-                let woke = world.now();
-                for node in &asleep {
-                    world.wake(*node);
-                }
-                let took = when(&mut world, "answered", |world| {
-                    world.heard(talk).answered.len() > answered
-                });
-                let took = took - woke;
-                last = last.max(took);
-                if took > AWAKE {
-                    late.push((asleep, side, from, long, took));
-                }
+            });
+            last = last.max(took);
+            if took > AWAKE {
+                late.push((side, both, forgets, long, took));
+            }
+        }
+    }
+    println!("{last:?} at most");
+    assert!(late.is_empty(), "{}: {late:?}", late.len());
+}
+
+/// Two that talk by relay, whose keys are wiped while they sleep.
+#[test]
+fn who_slept_talks_by_relay_as_soon_as_it_wakes() {
+    let (mut late, mut last) = (Vec::new(), Duration::ZERO);
+    for (seed, long) in moments(170 * SECOND, 8) {
+        for asleep in [&[0][..], &[1], &[0, 1]] {
+            let world = pair(seed, &[10 * MS], [Kind::SYMMETRIC; 2], Duration::ZERO);
+            let took = pause_of_sleep(world, asleep, long, |_| ());
+            last = last.max(took);
+            if took > CONNECTED {
+                late.push((asleep, long, took));
             }
         }
     }
