@@ -435,11 +435,7 @@ impl Path {
             return false;
         }
         let mute = self.is_mute();
-        self.greeting = if mute {
-            Greeting::Owed
-        } else {
-            Greeting::None
-        };
+        self.greeting = if mute { Greeting::Owed } else { Greeting::None };
         !mute
     }
 
