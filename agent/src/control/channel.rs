@@ -104,6 +104,12 @@ pub enum ControlError {
         /// The address; the coordinator's name if a proxy leads there.
         place: String,
     },
+    /// Something else than TLS is spoken there.
+    #[error("what answers at {place} does not speak TLS: is that the coordinator's port?")]
+    NotTls {
+        /// The address; the coordinator's name if a proxy leads there.
+        place: String,
+    },
     /// The TLS handshake failed.
     #[error("no TLS connection to the coordinator at {place}")]
     Tls {
@@ -312,6 +318,7 @@ fn tls_failed(place: &str, source: io::Error) -> ControlError {
         Some(rustls::Error::InvalidCertificate(
             CertificateError::ApplicationVerificationFailure,
         )) => ControlError::WrongCertificate { place },
+        Some(rustls::Error::InvalidMessage(_)) => ControlError::NotTls { place },
         _ => ControlError::Tls { place, source },
     }
 }

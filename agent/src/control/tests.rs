@@ -10,6 +10,8 @@ use proto::netmap::{Delta, Me, Netmap, Network, Owner};
 use server::Server;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpListener;
 
 /// One conversation with a [`Server`].
 struct Talk {
@@ -293,6 +295,31 @@ async fn a_coordinator_behind_a_proxy_is_the_pinned_one_all_the_same() {
         );
         assert!(talk.server.is_unasked());
     }
+}
+
+#[tokio::test]
+async fn who_speaks_something_else_than_tls_is_named() {
+    let elsewhere: Detour = Arc::new(|_| {
+        Some(Box::pin(async {
+            let listener = TcpListener::bind("127.0.0.1:0").await?;
+            let stream = TcpStream::connect(listener.local_addr()?).await?;
+            let (mut other, _) = listener.accept().await?;
+            other.write_all(b"SSH-2.0-Example\r\n").await?;
+            tokio::spawn(async move { tokio::io::copy(&mut other, &mut tokio::io::sink()).await });
+            Ok(stream)
+        }))
+    });
+    let server = Server::start().await;
+    let mut talk = Talk::with(server, |it| it, Some("ssh.weir.invalid:22"), elsewhere);
+    talk.command(register()).await;
+    let Event::Disconnected { why, .. } = talk.event().await else {
+        panic!("not disconnected");
+    };
+    let said = why.to_string();
+    assert!(
+        said.contains("answers at ssh.weir.invalid:22 does not speak TLS"),
+        "{said}"
+    );
 }
 
 #[tokio::test]
