@@ -115,10 +115,14 @@ fn hardly_any_disk(lab: &Lab, disk: &Path) -> anyhow::Result<()> {
     // As far as a file system knows a file that was being written.
     std::fs::write(&notes, "")?;
     fill(&disk.join("ballast"))?;
-    assert_eq!(codes(&boots()?), Vec::<&str>::new());
+    // Another netmap may come meanwhile, for which there is no room.
+    let status = boots()?;
+    let mut said = codes(&status);
+    said.retain(|code| *code != "netmap_not_kept");
+    assert_eq!(said, Vec::<&str>::new());
     b.weir("up")?;
     b.until("it says that settings are not kept", |status| {
-        codes(status) == ["settings_not_kept"]
+        codes(status).contains(&"settings_not_kept")
     })?;
     std::fs::remove_file(disk.join("ballast"))?;
     b.until("it has written them", is_well)?;

@@ -91,10 +91,12 @@ fn stolen(a: &Node, b: &Node, c: &Node, [_, b_addr, _]: [IpAddr; 3]) -> anyhow::
     let (before_b, before_c) = (before_b?, before_c?);
     ensure!(before_b.contains(&b_addr.to_string()), "{before_b}");
     let all = format!("{},{b_addr}/32", before_c.replace(' ', ","));
+    let robbed = a.process().frozen(|| {
+        a.host
+            .run(&format!("wg set weir0 peer {key_c} allowed-ips {all}"))?;
+        shown(&a.host, "allowed-ips", &key_b)
+    })?;
     let start = Instant::now();
-    a.host
-        .run(&format!("wg set weir0 peer {key_c} allowed-ips {all}"))?;
-    let robbed = shown(&a.host, "allowed-ips", &key_b)?;
     ensure!(!robbed.contains(&format!("{b_addr}/32")), "{robbed}");
     let restored = || {
         let now = [&key_b, &key_c].map(|key| shown(&a.host, "allowed-ips", key).ok());
@@ -336,15 +338,18 @@ fn begin_at_once(
     [a, b]: &[Arc<Node>; 2],
     [a_addr, b_addr]: [IpAddr; 2],
 ) -> anyhow::Result<[Duration; 2]> {
-    forget_session(a, &b.public_key()?)?;
-    forget_session(b, &a.public_key()?)?;
-    for node in [a, b] {
-        let fresh = || {
-            let peers = node.weir("peers --json").and_then(|it| it.json());
-            peers.is_ok_and(|peers| peers["peers"][0]["tx_bytes"] == 0)
-        };
-        wait_until("the agents have seen that", SPREAD_BOUND, fresh)?;
-    }
+    let ends = [(a, b.public_key()?), (b, a.public_key()?)];
+    // What the agents still had to say would begin a session.
+    let fresh = |(node, key): &(&Arc<Node>, String)| {
+        if shown(&node.host, "transfer", key)? != "0\t0" {
+            forget_session(node, key)?;
+        }
+        let peers = node.weir("peers --json")?.json()?;
+        anyhow::Ok(peers["peers"][0]["tx_bytes"] == 0)
+    };
+    wait_until("the agents have seen that", SPREAD_BOUND, || {
+        ends.each_ref().map(|end| fresh(end).is_ok_and(|it| it)) == [true; 2]
+    })?;
     let start = Instant::now();
     let first = |node: &Node, to: IpAddr| {
         let ask = format!("ping -q -c 1 -w 30 -i 0.1 {to}");

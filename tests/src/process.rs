@@ -10,6 +10,7 @@ use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use rustix::process::{Pid, Signal, kill_process};
 
 /// What a finished command left.
 #[derive(Clone, Debug)]
@@ -177,15 +178,30 @@ impl Process {
         let _waited = child.wait();
     }
 
+    /// Does something while it stands still.
+    ///
+    /// # Errors
+    /// If it has ended; what `work` says.
+    pub fn frozen<T>(&self, work: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
+        self.signal(Signal::STOP)?;
+        let done = work();
+        self.signal(Signal::CONT)?;
+        done
+    }
+
+    fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        let pid = i32::try_from(self.pid())?;
+        let pid = Pid::from_raw(pid).context("no process id")?;
+        Ok(kill_process(pid, signal)?)
+    }
+
     /// Asks it to end with SIGTERM, as a service manager does, and waits for that.
     ///
     /// # Errors
     /// If it does not end within ten seconds.
     pub fn stop(&self) -> anyhow::Result<i32> {
-        let pid = i32::try_from(self.pid())?;
-        let pid = rustix::process::Pid::from_raw(pid).context("no process id")?;
         if self.runs() {
-            rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+            self.signal(Signal::TERM)?;
         }
         crate::wait_until(
             &format!("{} ends", self.name),
