@@ -17,7 +17,7 @@ use tests::world::{Quality, World};
 use super::{KINDS, MS, SECOND};
 
 /// Seeds of a usual run, and with `--full`.
-const SEEDS: u64 = 120;
+const SEEDS: u64 = 300;
 const SEEDS_FULL: u64 = 3_000;
 /// Seeds that showed a fault once: they are part of every run.
 const TELLING: &[u64] = &[176, 478, 663, 2_137, 2_835];

@@ -35,6 +35,36 @@ fn moments(end: Duration, count: u32) -> impl Iterator<Item = (u64, Duration)> {
     (0..count).map(move |number| (number.into(), end * number / count))
 }
 
+/// How long something took, each time, and the circumstances in which that was longer than it may be.
+struct Took<T> {
+    limit: Duration,
+    last: Duration,
+    late: Vec<(T, Duration)>,
+}
+
+impl<T: std::fmt::Debug> Took<T> {
+    fn within(limit: Duration) -> Self {
+        Self {
+            limit,
+            last: Duration::ZERO,
+            late: Vec::new(),
+        }
+    }
+
+    fn note(&mut self, when: T, took: Duration) {
+        self.last = self.last.max(took);
+        if took > self.limit {
+            self.late.push((when, took));
+        }
+    }
+
+    /// None was late.
+    fn end(&self) {
+        println!("{:?} at most", self.last);
+        assert!(self.late.is_empty(), "{}: {:?}", self.late.len(), self.late);
+    }
+}
+
 /// Lets time pass until something holds; returns when that was.
 fn when(world: &mut World, what: &str, holds: impl Fn(&World) -> bool) -> Duration {
     let end = world.now() + PATIENCE;
@@ -64,7 +94,7 @@ fn ways(world: &World) -> Vec<(usize, usize)> {
 
 #[test]
 fn the_first_packet_by_relay_is_there_at_once_whenever_the_nodes_started() {
-    let (mut late, mut last) = (Vec::new(), Duration::ZERO);
+    let mut all = Took::within(FIRST);
     for regions in [&[2 * MS][..], &[2 * MS, 4 * MS]] {
         for (seed, later) in moments(2 * SECOND, 16) {
             let mut world = pair(seed, regions, [Kind::SYMMETRIC; 2], later);
@@ -82,14 +112,10 @@ fn the_first_packet_by_relay_is_there_at_once_whenever_the_nodes_started() {
                 .max()
                 .unwrap();
             let took = first.saturating_sub(ready);
-            last = last.max(took);
-            if took > FIRST {
-                late.push((regions.len(), later, took));
-            }
+            all.note((regions.len(), later), took);
         }
     }
-    println!("first packet after both are connected: {last:?} at most");
-    assert!(late.is_empty(), "{late:?}");
+    all.end();
 }
 
 #[test]
@@ -178,7 +204,7 @@ fn pause(mut world: World, after: Duration, happens: impl Fn(&mut World)) -> Dur
 
 #[test]
 fn routers_that_map_anew_are_noticed_whenever_they_do() {
-    let (mut late, mut last) = (Vec::new(), Duration::ZERO);
+    let mut all = Took::within(FOLLOWED);
     let regions = [10 * MS, 40 * MS];
     for (seed, after) in moments(6 * SECOND, 15) {
         for relays in [&[][..], &regions] {
@@ -190,42 +216,31 @@ fn routers_that_map_anew_are_noticed_whenever_they_do() {
                     world.node(realm, 10 * MS).unwrap();
                 }
                 let pause = pause(world, after, |world| world.restart_router(realm));
-                last = last.max(pause);
-                if pause > FOLLOWED {
-                    late.push(("one router", relays.len(), side, after, pause));
-                }
+                all.note(("one router", relays.len(), side, after), pause);
             }
         }
         for side in 0..2 {
             let world = pair(seed, &regions, [Kind::PORT_RESTRICTED; 2], Duration::ZERO);
             let pause = pause(world, after, |world| world.restart_router(1 + side));
-            last = last.max(pause);
-            if pause > FOLLOWED {
-                late.push(("two routers", 2, side, after, pause));
-            }
+            all.note(("two routers", 2, side, after), pause);
         }
     }
-    println!("{last:?} at most");
-    assert!(late.is_empty(), "{}: {late:?}", late.len());
+    all.end();
 }
 
 #[test]
 fn nodes_that_move_are_followed_whenever_they_do() {
-    let (mut late, mut last) = (Vec::new(), Duration::ZERO);
+    let mut all = Took::within(FOLLOWED);
     for (seed, after) in moments(6 * SECOND, 12) {
         for side in 0..2 {
             let kinds = [Kind::PORT_RESTRICTED, Kind::FULL_CONE];
             let mut world = pair(seed, &[10 * MS], kinds, Duration::ZERO);
             let third = world.router(Kind::PORT_RESTRICTED, 0);
             let pause = pause(world, after, |world| world.roam(side, third));
-            last = last.max(pause);
-            if pause > FOLLOWED {
-                late.push((side, after, pause));
-            }
+            all.note((side, after), pause);
         }
     }
-    println!("{last:?} at most");
-    assert!(late.is_empty(), "{}: {late:?}", late.len());
+    all.end();
 }
 
 /// How soon there is an answer after one or both of two that talk slept so long.
@@ -256,48 +271,42 @@ fn pause_of_sleep(
 /// There is no relay whose loss would tell.
 #[test]
 fn who_slept_asks_its_paths_as_soon_as_it_wakes() {
-    let (mut late, mut last) = (Vec::new(), Duration::ZERO);
+    let mut all = Took::within(AWAKE);
     for (seed, long) in moments(170 * SECOND, 8) {
-        for (side, both, forgets) in [0, 1].into_iter().flat_map(|side| {
-            let sleeps = [(false, false), (false, true), (true, false), (true, true)];
-            sleeps.map(|(both, forgets)| (side, both, forgets))
-        }) {
+        let sides = [[0].as_slice(), &[1], &[0, 1], &[1, 0]];
+        for (asleep, forgets) in sides.into_iter().flat_map(|it| [(it, false), (it, true)]) {
             let mut world = World::new(seed, &[]).unwrap();
             let realm = world.router(Kind::PORT_RESTRICTED, 0);
-            let realms = if side == 0 { [realm, 0] } else { [0, realm] };
+            // The first of them is the one behind the router.
+            let realms = if asleep[0] == 0 {
+                [realm, 0]
+            } else {
+                [0, realm]
+            };
             for realm in realms {
                 world.node(realm, 10 * MS).unwrap();
             }
-            let asleep: &[usize] = if both { &[0, 1] } else { &[side] };
             let took = pause_of_sleep(world, asleep, long, |world| {
                 if forgets {
                     world.restart_router(realm);
                 }
             });
-            last = last.max(took);
-            if took > AWAKE {
-                late.push((side, both, forgets, long, took));
-            }
+            all.note((asleep, forgets, long), took);
         }
     }
-    println!("{last:?} at most");
-    assert!(late.is_empty(), "{}: {late:?}", late.len());
+    all.end();
 }
 
 /// Two that talk by relay, whose keys are wiped while they sleep.
 #[test]
 fn who_slept_talks_by_relay_as_soon_as_it_wakes() {
-    let (mut late, mut last) = (Vec::new(), Duration::ZERO);
+    let mut all = Took::within(CONNECTED);
     for (seed, long) in moments(170 * SECOND, 8) {
         for asleep in [&[0][..], &[1], &[0, 1]] {
             let world = pair(seed, &[10 * MS], [Kind::SYMMETRIC; 2], Duration::ZERO);
             let took = pause_of_sleep(world, asleep, long, |_| ());
-            last = last.max(took);
-            if took > CONNECTED {
-                late.push((asleep, long, took));
-            }
+            all.note((asleep, long), took);
         }
     }
-    println!("{last:?} at most");
-    assert!(late.is_empty(), "{}: {late:?}", late.len());
+    all.end();
 }

@@ -48,19 +48,16 @@ impl Crossing {
         } else if !handshakes.contains(&sent) || ![0, INITIATION].contains(&received) {
             self.since = None;
         } else if (sent, received) != (0, 0) {
-            let (before, since) = match self.since.filter(|_| lately(self.since, UNDER_WAY)) {
-                Some(since) => (self.messages, since),
-                None => ((0, 0), now),
-            };
-            let sum = (before.0 + sent, before.1 + received);
+            if !lately(self.since, UNDER_WAY) {
+                (self.messages, self.since) = ((0, 0), Some(now));
+            }
+            self.messages.0 += sent;
+            self.messages.1 += received;
             // What is more than one handshake each belongs to a later attempt.
-            let fits = sum.0 <= INITIATION + RESPONSE && sum.1 <= INITIATION;
-            let (messages, since) = match fits {
-                true => (sum, since),
-                false => ((sent, received), now),
-            };
-            (self.messages, self.since) = (messages, Some(since));
-            self.crossed |= messages == (INITIATION + RESPONSE, INITIATION);
+            if self.messages.0 > INITIATION + RESPONSE || self.messages.1 > INITIATION {
+                (self.messages, self.since) = ((sent, received), Some(now));
+            }
+            self.crossed |= self.messages == (INITIATION + RESPONSE, INITIATION);
         }
         if self.crossed && !lately(self.renewed, PAUSE) {
             *self = Self {
